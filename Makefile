@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test check fmt clean
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(READY)  ## the tested environment in .venv
+
+$(READY): requirements.txt setup.py tools/setup_env.py
+	$(PYTHON) tools/setup_env.py $(VENV)
+	@touch $@
+
+demo: setup  ## train a small detector by MAN++ and end to end, and compare
+	$(BIN)/python tools/demo.py
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: setup  ## lint and format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: setup  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment; mmcv's built wheel stays in the user's cache
+	rm -rf $(VENV) *.egg-info

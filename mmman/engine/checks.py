@@ -1,0 +1,61 @@
+"""Combinations that would train something else than asked, refused by name before the first step."""
+
+from __future__ import annotations
+
+from mmengine.model import is_model_wrapper
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.nn.parallel import DistributedDataParallel
+
+from mmman.errors import MisuseError
+from mmman.local.blocks import localized_backbone
+
+
+def check_model(model: nn.Module) -> None:
+    """Check a model, or its DDP wrapper, before its first local training step.
+
+    Raises:
+        MisuseError: No localised backbone, or more than one; local heads that don't fit the model; momentum copies that were
+            never initialised; DDP options or activation checkpointing that break local backward passes.
+    """
+    module = model
+    if is_model_wrapper(model):
+        module = model.module
+        _check_ddp(model)
+    backbone = localized_backbone(module)
+    _check_checkpointing(module, backbone)
+    for head in backbone.local.values():
+        head.check_model(module)
+        if not head.transfer.is_synced:
+            raise MisuseError(
+                "the momentum copies were never set to the blocks' weights: add dict(type='mmman.EMABiasHook') to custom_hooks, "
+                'or, in a training loop of your own, call head.transfer.sync_ and update_ as that hook does'
+            )
+
+
+def _check_ddp(model: nn.Module) -> None:
+    if not isinstance(model, DistributedDataParallel):
+        raise MisuseError(
+            f'{type(model).__name__} cannot train a localised model; use MMDistributedDataParallel with find_unused_parameters=True'
+        )
+    if model.static_graph:
+        raise MisuseError('static_graph=True leaves the gradients of local losses unreduced from the second step on: set it to False')
+    if not model.find_unused_parameters:
+        raise MisuseError(
+            'local losses are back-propagated inside the forward pass, which DDP accepts only with '
+            "model_wrapper_cfg = dict(type='MMDistributedDataParallel', find_unused_parameters=True)"
+        )
+
+
+def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
+    """A boundary inside a checkpointed module would run twice; inside a unit checkpointing is fine."""
+    path = next(name for name, module in model.named_modules() if module is backbone)
+    for block in backbone.local.plan.blocks[:-1]:
+        parts = [*filter(None, [*path.split('.'), *block[-1].output.split('.')])]
+        for depth in range(len(parts)):
+            module = model.get_submodule('.'.join(parts[:depth]))
+            if isinstance(module, CheckpointWrapper) or (module is not model and 'forward' in vars(module)):
+                raise MisuseError(
+                    f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped (activation_checkpointing?): '
+                    'local learning frees these activations already; use with_cp=True of the stock backbone to checkpoint units'
+                )

@@ -1,0 +1,100 @@
+"""The hook that keeps the momentum copies of local heads."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
+from mmman.errors import MisuseError
+from mmman.local.blocks import localized_backbone
+from mmman.registry import HOOKS
+
+
+@HOOKS.register_module()
+class EMABiasHook(Hook):
+    """Starts the momentum copies and biases of all local heads, moves the copies after every step, logs every s_j.
+
+    The copies start as what their source unit is when training starts: after weight init, pretrained weights and ``load_from``,
+    unless the loaded checkpoint carries them; never on resume. Then ``E <- lerp(E, source, 1 - momentum)`` after every
+    iteration on which the optimizer really stepped.
+
+    Args:
+        momentum: m, from 0 (the copy is the source) to 1 (it never moves). Paper: 0.995.
+        interval: Update every that many optimizer steps.
+
+    Raises:
+        MisuseError: The run isn't set up for local learning, or the checkpoint to resume has other local heads.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, momentum: float = 0.995, interval: int = 1) -> None:
+        if not 0 <= momentum <= 1:
+            raise MisuseError(f'EMABiasHook.momentum={momentum}: choose a number from 0 to 1')
+        if interval < 1:
+            raise MisuseError(f'EMABiasHook.interval={interval}: choose a whole number from 1')
+        self.momentum = momentum
+        self.interval = interval
+        self._seen_steps = 0
+        self._loaded_checkpoint = False
+
+    def before_run(self, runner: Runner) -> None:
+        """Refuse what local learning can't run under. mmengine calls this before weights are initialised."""
+        if type(runner).__name__ == 'FlexibleRunner':
+            raise MisuseError('FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale')
+        if runner.cfg.get('compile'):
+            raise MisuseError('cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units')
+        localized_backbone(_unwrap(runner.model))
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Forget what weight initialisation loaded: only this checkpoint may bring the copies along."""
+        self._loaded_checkpoint = True
+        local = localized_backbone(_unwrap(runner.model)).local
+        for head in local.values():
+            head.transfer.is_synced = not head.transfer.copies
+        if runner._resume:
+            ours = {key for key in _unwrap(runner.model).state_dict() if '.local.' in key}
+            theirs = {key for key in checkpoint['state_dict'] if '.local.' in key}
+            if ours != theirs:
+                raise MisuseError(
+                    f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}]. '
+                    'Resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
+                )
+
+    def before_train(self, runner: Runner) -> None:
+        """Make the copies exact where the checkpoint brought none."""
+        if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
+            raise MisuseError(
+                f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
+                f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
+            )
+        backbone = localized_backbone(_unwrap(runner.model))
+        for head in backbone.local.values():
+            if not (self._loaded_checkpoint and head.transfer.is_synced):
+                head.transfer.sync_(backbone.get_submodule(head.source))
+        self._seen_steps = runner.optim_wrapper.steps
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        """Move the copies where the optimizer stepped."""
+        backbone = localized_backbone(_unwrap(runner.model))
+        steps = runner.optim_wrapper.steps
+        if steps != self._seen_steps and steps % self.interval == 0:
+            for head in backbone.local.values():
+                head.transfer.update_(backbone.get_submodule(head.source), self.momentum)
+        self._seen_steps = steps
+        scales = {f'train/local/{head.block}/s': head.transfer.s for head in backbone.local.values() if head.transfer.s is not None}
+        if scales:
+            for name, value in zip(scales, torch.stack([*scales.values()]).tolist(), strict=True):
+                runner.message_hub.update_scalar(name, value)
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if is_model_wrapper(model) else model
+
+
+def _heads(keys: set[str]) -> str:
+    return ', '.join(sorted({key.split('.local.')[1].split('.')[0] for key in keys})) or 'none'

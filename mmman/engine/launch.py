@@ -1,0 +1,121 @@
+"""From a command line to a runner: what ``tools/train.py`` and ``tools/test.py`` share.
+
+Mistakes on the command line end the program with one line that says what to change (``SystemExit``), not with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+
+LOCAL_LEARNING = 'LocalLearningOptimWrapper'
+
+# Where a launcher tells a process its rank, the number of processes, and its rank on this machine.
+RANK_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
+}
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing have in common."""
+    parser.add_argument('--work-dir', help='folder of logs and results; default: work_dirs/<name of the config>')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, for example train_cfg.max_epochs=1 or key="[a,b]" (no white space)',
+    )
+    parser.add_argument('--launcher', choices=['none', *RANK_VARIABLES], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments of :func:`add_common_arguments` name, and apply them to it."""
+    if not Path(args.config).is_file():
+        raise SystemExit(f'no config at {args.config}; give the path of a .py, .json or .yaml file')
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    if cfg.get('default_scope') == 'mmpretrain':
+        _set_mmpretrain_loaders(cfg)
+    # torchrun sets it; the runner, which reads it under every launcher, would take every process of an MPI job for the first
+    local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'
+    os.environ.setdefault('LOCAL_RANK', os.environ.get(local_rank, str(args.local_rank)))
+    return cfg
+
+
+def check_checkpoint(path: str, option: str) -> str:
+    """Return ``path``; end the program where it is a local file that does not exist."""
+    if '://' not in path and not Path(path).is_file():
+        raise SystemExit(f'{option}: no checkpoint at {path}; give the path or URL of a .pth file')
+    return path
+
+
+def type_name(cfg: ConfigDict, default: str = '') -> str:
+    """The class that a config names, without its scope, whether it is named by a string or, in new-style configs, itself."""
+    kind = cfg.get('type', default)
+    return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner, ready for any launcher, with or without a GPU."""
+    if cfg.launcher != 'none':
+        _set_model_wrapper(cfg)
+        if get_device() == 'cpu':
+            _init_gloo(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def _set_model_wrapper(cfg: Config) -> None:
+    """Choose the model wrapper where the config doesn't, and keep it off the GPU where there is none."""
+    if not cfg.get('model_wrapper_cfg'):
+        is_local = type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            # every local loss is a backward of its own, which the default reducer refuses from the second step on
+            find_unused_parameters=is_local or cfg.get('find_unused_parameters', False),
+        )
+    if get_device() == 'cpu':
+        cfg.model_wrapper_cfg.setdefault('device_ids', None)
+
+
+def _init_gloo(launcher: str, timeout: float | None) -> None:
+    """Make the process group before the runner does, which sets a CUDA device on the way, also for gloo."""
+    try:
+        rank, world_size, _ = (int(os.environ[name]) for name in RANK_VARIABLES[launcher])
+    except KeyError as error:
+        raise SystemExit(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
+    if 'MASTER_ADDR' not in os.environ:
+        raise SystemExit(f'--launcher {launcher}: set MASTER_ADDR to the name of the first process\'s machine')
+    os.environ.setdefault('MASTER_PORT', '29500')
+    dist.init_process_group(
+        'gloo', rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout) if timeout else None
+    )
+
+
+def _set_mmpretrain_loaders(cfg: Config) -> None:
+    """Give the data loaders the defaults that mmpretrain's configs leave to its own tools."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader:
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('collate_fn', dict(type='default_collate'))

@@ -1,0 +1,200 @@
+"""The one owner of backward and step: mmengine's optim wrapper, with local losses and mixed precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.optim import OptimWrapper
+from mmengine.runner.amp import autocast
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mmman.engine.checks import check_model
+from mmman.errors import MisuseError, NonFiniteLossError
+from mmman.local.blocks import localized_backbone
+from mmman.local.session import Session
+from mmman.registry import OPTIM_WRAPPERS
+
+
+@OPTIM_WRAPPERS.register_module()
+class LocalLearningOptimWrapper(OptimWrapper):
+    """Trains a localised model: every local loss is back-propagated at its boundary, the optimizer steps once an iteration.
+
+    Gradient accumulation, clipping and param-wise options are mmengine's. Mixed precision is an option of this wrapper, with
+    the keywords of mmengine's ``AmpOptimWrapper``.
+
+    Args:
+        optimizer: The optimizer over all of the model's parameters, those of the local heads included.
+        clip_scope: What one gradient norm is taken over, where ``clip_grad`` clips by norm. ``'block'``: each of the first K-1
+            blocks with its local head, and the final block with neck and head, so that no block's loss scales another
+            block's step. ``'global'``: all parameters, as the stock wrapper does.
+        dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
+            precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
+        loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for
+            float16, none for bfloat16.
+        accumulative_counts, clip_grad: See :class:`mmengine.optim.OptimWrapper`.
+
+    Attributes:
+        steps: How often the optimizer really stepped: not while accumulating, not where the loss scaler skipped.
+
+    Raises:
+        MisuseError: An option that has no meaning here; or, at the first iteration, a model that can't be trained so.
+        NonFiniteLossError: A local loss is NaN or infinite. Under a loss scaler the step is skipped with a warning instead.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        accumulative_counts: int = 1,
+        clip_grad: dict | None = None,
+        clip_scope: str = 'block',
+        dtype: str | torch.dtype | None = None,
+        loss_scale: str | float | dict | None = None,
+        use_fsdp: bool = False,
+    ) -> None:
+        super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
+        if clip_scope not in ('block', 'global'):
+            raise MisuseError(f"clip_scope={clip_scope!r}: choose 'block' or 'global'")
+        if use_fsdp:
+            raise MisuseError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
+        self.clip_scope = clip_scope
+        self.dtype = _autocast_dtype(dtype, loss_scale)
+        self.loss_scaler, self._fixed_scale = _loss_scaler(self.dtype, loss_scale)
+        self.steps = 0
+        optimizer.register_step_post_hook(self._count_step)
+        self._model: nn.Module | None = None
+        self._backbone: nn.Module | None = None
+        self._local_log: dict[str, Tensor] = {}
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """The context of a forward pass: gradient synchronisation, autocast and the session of local learning.
+
+        Args:
+            model: The model, or its DDP wrapper.
+        """
+        module = model.module if is_model_wrapper(model) else model
+        if module is not self._model:
+            check_model(model)
+            self._model, self._backbone = module, localized_backbone(module)
+        local = self._backbone.local
+        local.sync_modes(self._backbone)
+        precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
+        with super().optim_context(model), precision, Session(module, local, self.local_backward) as session:
+            yield
+        self._local_log = session.log
+
+    def local_backward(self, loss: Tensor) -> None:
+        """Back-propagate a local loss, scaled as the task loss will be, without counting an iteration.
+
+        Args:
+            loss: A scalar.
+        """
+        loss = self.scale_loss(loss)
+        with torch.autocast(loss.device.type, enabled=False):
+            self._scaled(loss).backward()
+
+    def backward(self, loss: Tensor, **kwargs) -> None:
+        """Back-propagate the task loss, then report the iteration's local losses, in one transfer from the device."""
+        self._scaled(loss).backward(**kwargs)
+        self._inner_count += 1
+        self._report_local_losses()
+
+    def step(self, **kwargs) -> None:
+        """Clip and step; under a loss scaler unscale first, and skip where a gradient isn't finite."""
+        if self.loss_scaler is None:
+            super().step(**kwargs)
+            return
+        if self.clip_grad_kwargs:
+            self.loss_scaler.unscale_(self.optimizer)
+            self._clip_grad()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update(self._fixed_scale)
+
+    def state_dict(self) -> dict:
+        state = super().state_dict()
+        state['steps'] = self.steps
+        if self.loss_scaler is not None:
+            state['loss_scaler'] = self.loss_scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        self.steps = state_dict.pop('steps', 0)
+        scaler = state_dict.pop('loss_scaler', None)
+        if self.loss_scaler is not None and scaler is not None:
+            self.loss_scaler.load_state_dict(scaler)
+        super().load_state_dict(state_dict)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
+
+    def _count_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        # A fused optimizer is always called, and skips by itself where the scaler has left a mark.
+        skipped = getattr(optimizer, 'found_inf', None)
+        if skipped is None or not skipped.item():
+            self.steps += 1
+
+    def _report_local_losses(self) -> None:
+        if not self._local_log:
+            return
+        values = torch.stack([value.float() for value in self._local_log.values()]).tolist()
+        log = dict(zip(self._local_log, values, strict=True))
+        self._local_log = {}
+        bad = [f'{name} = {value}' for name, value in log.items() if not math.isfinite(value)]
+        if bad:
+            message = f'a local loss is not finite: {", ".join(bad)} (local/<block>/<loss>)'
+            if self.loss_scaler is None:
+                raise NonFiniteLossError(f"{message}; lower the learning rate, set clip_grad, or lower that block's loss_weight")
+            print_log(f'{message}; the loss scaler skips this step', logger='current', level='WARNING')
+        for name, value in log.items():
+            self.message_hub.update_scalar(f'train/{name}', value)
+
+    def _clip_grad(self) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
+        blocks = []
+        if self.clip_scope == 'block' and self.grad_name == 'grad_norm' and self._backbone is not None:
+            blocks = self._backbone.local.block_parameters(self._backbone)
+        ids = [{id(p) for p in block} for block in blocks]
+        rest = [p for p in parameters if not any(id(p) in block for block in ids)]
+        scopes = [(f'local/{j}/', [p for p in parameters if id(p) in block]) for j, block in enumerate(ids, start=1)]
+        for prefix, scope in [*scopes, ('', rest)]:
+            norm = self.clip_func(scope, **self.clip_grad_kwargs) if scope else None
+            if norm is not None:
+                self.message_hub.update_scalar(f'train/{prefix}{self.grad_name}', float(norm))
+
+
+def _autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | dict | None) -> torch.dtype | None:
+    if dtype is None:
+        dtype = None if loss_scale is None else 'float16'
+    if isinstance(dtype, str):
+        dtype = {'float16': torch.float16, 'bfloat16': torch.bfloat16}.get(dtype, dtype)
+    if dtype not in (None, torch.float16, torch.bfloat16):
+        raise MisuseError(f"dtype={dtype!r}: choose 'float16', 'bfloat16' or None")
+    if dtype is torch.float16 and get_device() == 'cpu':
+        raise MisuseError("autocast on a CPU takes bfloat16 only: set optim_wrapper.dtype='bfloat16'")
+    return dtype
+
+
+def _loss_scaler(
+    dtype: torch.dtype | None, loss_scale: str | float | dict | None
+) -> tuple[torch.amp.GradScaler | None, float | None]:
+    """The scaler and, for a fixed scale, the value that it keeps."""
+    if loss_scale is None:
+        loss_scale = 'dynamic' if dtype is torch.float16 else None
+    if loss_scale is None:
+        return None, None
+    device = get_device()
+    if loss_scale == 'dynamic':
+        return torch.amp.GradScaler(device), None
+    if isinstance(loss_scale, dict):
+        return torch.amp.GradScaler(device, **loss_scale), None
+    if isinstance(loss_scale, (int, float)):
+        return torch.amp.GradScaler(device, init_scale=float(loss_scale)), float(loss_scale)
+    raise MisuseError(f"loss_scale={loss_scale!r}: choose 'dynamic', a number or a dict of torch.amp.GradScaler options")

@@ -1,0 +1,21 @@
+"""What can go wrong, in types that a caller can tell apart. Every message says what to change."""
+
+
+class LocalLearningError(Exception):
+    """Base of all errors that mmman raises on purpose."""
+
+
+class UnsupportedBackboneError(LocalLearningError, TypeError):
+    """The backbone's forward pass is not known as a chain of units."""
+
+
+class PartitionError(LocalLearningError, ValueError):
+    """The asked cuts don't fit the backbone's units."""
+
+
+class MisuseError(LocalLearningError, RuntimeError):
+    """Parts of local learning were combined in a way that would train something else than asked."""
+
+
+class NonFiniteLossError(LocalLearningError, FloatingPointError):
+    """A local loss is NaN or infinite."""

@@ -1,0 +1,77 @@
+"""What localising adds to a backbone: one module, ``backbone.local``, that holds the local heads by the unit they sit on."""
+
+from __future__ import annotations
+
+from mmengine.model import ModuleDict
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.local.heads.base import LocalHead
+from mmman.local.session import Session
+from mmman.partition import Chain, Plan
+
+
+class LocalBlocks(ModuleDict):
+    """The local heads of blocks 1 to K-1, keyed by the block's last unit (``layer1_1``).
+
+    The key, and so every key of the state dict, names the cut and not the block's number: a checkpoint's heads fit another K
+    exactly where the cuts are the same.
+
+    Args:
+        chain: The backbone's units.
+        plan: Its blocks.
+        heads: Local heads of the first K-1 blocks, in order.
+    """
+
+    def __init__(self, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
+        super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks, heads)})
+        self.plan = plan
+        last = {unit.name for unit in plan.blocks[-1]}
+        self._inner_taps = [i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last]
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.plan.blocks)
+
+    def open(self, session: Session) -> None:
+        """Attach a session to every boundary."""
+        for head in self.values():
+            head.session = session
+
+    def close(self) -> None:
+        for head in self.values():
+            head.session = None
+
+    def sync_modes(self, backbone: nn.Module) -> None:
+        """Bring every local head into the mode it trains in; ``norm_eval`` of the backbone reaches into heads as well."""
+        for head in self.values():
+            head.train(backbone.training)
+            head.transfer.follow_(backbone.get_submodule(head.source))
+
+    def block_parameters(self, backbone: nn.Module) -> list[list[nn.Parameter]]:
+        """For each of the first K-1 blocks, the parameters that its local loss trains: the block's and its head's."""
+        return [
+            [*(p for unit in block for p in unit.parameters(backbone)), *head.parameters()]
+            for block, head in zip(self.plan.blocks, self.values())
+        ]
+
+    def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple) -> tuple | None:
+        """Forward hook of the backbone: in a session, outputs from inside a non-final block carry no gradient."""
+        if not any(head.session for head in self.values()):
+            return None
+        return tuple(out.detach() if i in self._inner_taps else out for i, out in enumerate(outputs))
+
+
+def localized_backbone(model: nn.Module) -> nn.Module:
+    """The localised backbone in ``model``.
+
+    Raises:
+        MisuseError: There is none, or more than one.
+    """
+    found = [module for module in model.modules() if isinstance(getattr(module, 'local', None), LocalBlocks)]
+    if len(found) != 1:
+        raise MisuseError(
+            f'{type(model).__name__} has {len(found)} localised backbones, exactly one is needed: '
+            "set model.backbone = dict(type='mmman.LocalBackbone', backbone=<the stock backbone>, ...)"
+        )
+    return found[0]

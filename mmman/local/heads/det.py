@@ -1,0 +1,106 @@
+"""The local head of detectors: any single-stage dense head of mmdet on the pyramid levels that match the block."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.levels import LevelProjection, assign_levels, size_range
+from mmman.local.transfer import MomentumTransfer
+from mmman.registry import MODELS
+
+
+@MODELS.register_module()
+class DetLocalHead(LocalHead):
+    """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
+
+    The head predicts on the levels that :func:`assign_levels` gives it. An anchor-based head is shown the objects whose size
+    its levels' anchors can match (:func:`size_range`); a point-based one has its ``regress_ranges`` for that.
+
+    Args:
+        bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
+            ATSSHead, GFLHead. A two-stage detector gives one explicitly.
+        train_cfg: Its training config, which mmdet injects at model level: ``_base_.model.train_cfg``.
+        stacked_convs: Convolutions a tower; the model's own head usually has 4.
+        boundary, transfer, loss_weight: See :class:`LocalHead`.
+
+    Raises:
+        MisuseError: ``bbox_head`` is no dense head of that kind, by name.
+    """
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        bbox_head: dict,
+        train_cfg: dict | None = None,
+        stacked_convs: int = 2,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(boundary, transfer, loss_weight)
+        config = {**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None}
+        with torch.device('cpu'):  # a throw-away head that knows the pyramid, values included, also when building on meta
+            whole = MODELS.build({**copy.deepcopy(config), 'stacked_convs': 1})
+        priors = getattr(whole, 'prior_generator', None)
+        if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
+            raise MisuseError(
+                f'{type(whole).__name__} cannot be a local detection head: a single-stage dense head with one in_channels, '
+                'stacked_convs and a prior generator is needed, e.g. RetinaHead, FCOSHead, ATSSHead, GFLHead; '
+                'set local_head.bbox_head to one'
+            )
+        strides = [stride[0] for stride in priors.strides]
+        levels = assign_levels(boundary.stride, boundary.strides, strides)
+        self.level_strides = [strides[i] for i in levels]
+        anchors = getattr(priors, 'base_anchors', None)
+        self.size_range = None
+        if anchors is not None:
+            sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
+            self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
+
+        self.projection = LevelProjection(boundary.channels, config['in_channels'], boundary.stride, self.level_strides)
+        self.bbox_head = MODELS.build({**_at_levels(config, whole, levels), 'stacked_convs': stacked_convs})
+
+    def loss(self, x: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+        """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
+        return self.bbox_head.loss(self.projection(self.transfer(x)), [self._in_range(sample) for sample in data_samples])
+
+    def _in_range(self, sample):
+        """A view of a DetDataSample with the objects of this head's sizes; the sample itself stays whole."""
+        if self.size_range is None:
+            return sample
+        from mmdet.structures.bbox import get_box_wh
+
+        width, height = get_box_wh(sample.gt_instances.bboxes)
+        size = (width * height).sqrt()
+        low, high = self.size_range
+        view = copy.copy(sample)
+        view.gt_instances = sample.gt_instances[(size >= low) & (size <= high)]
+        return view
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the model's own head has another ``num_classes``."""
+        own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+        own = own[0] if isinstance(own, nn.ModuleList) else own
+        theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes
+        if theirs not in (None, ours):
+            raise MisuseError(
+                f'the local head has num_classes={ours}, the model {theirs}: '
+                f'set model.backbone.local_head.bbox_head.num_classes={theirs} as well'
+            )
+
+
+def _at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
+    """The dense head's config with everything that is given a level cut down to ``levels``."""
+    config = copy.deepcopy(config)
+    count = len(whole.prior_generator.strides)
+    generator = next((config[key] for key in ('anchor_generator', 'prior_generator') if key in config), {})
+    for part in (config, generator):
+        for key in ('strides', 'base_sizes', 'centers', 'regress_ranges'):
+            values = part.get(key, getattr(whole, key, None) if part is config else None)
+            if isinstance(values, (list, tuple)) and len(values) == count:
+                part[key] = type(values)(values[i] for i in levels)
+    return config

@@ -1,0 +1,90 @@
+"""Which pyramid levels, and so which object sizes, each local detection head supervises: one rule for every cut and stride."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from mmengine.model import BaseModule, ModuleList
+from torch import Tensor, nn
+
+
+def assign_levels(stride: int, strides: Sequence[int], level_strides: Sequence[int]) -> list[int]:
+    """The levels of the detector's pyramid that a local head on features of ``stride`` predicts on.
+
+    Every level goes to the heads with the largest stride that isn't above the level's own; a level finer than all heads goes to
+    the finest. So the heads together cover every level. A head that is left without one (stride 4 beside a head of stride 8,
+    on a pyramid that starts at 8) takes the finest level that isn't finer than itself, or else the coarsest.
+
+    Args:
+        stride: This head's stride, in pixels.
+        strides: The strides of all local heads, this one included.
+        level_strides: The strides of the pyramid's levels, ascending.
+
+    Returns:
+        Indices into ``level_strides``, ascending and consecutive.
+    """
+    owners = [max((s for s in strides if s <= level), default=min(strides)) for level in level_strides]
+    own = [i for i, owner in enumerate(owners) if owner == stride]
+    if own:
+        return own
+    return [next((i for i, level in enumerate(level_strides) if level >= stride), len(level_strides) - 1)]
+
+
+def size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The object sizes (square root of the area, pixels) that anchors of ``levels`` can match in the full pyramid.
+
+    An anchor and an object of the same centre and shape have an IoU of at least 0.5 while their sizes differ by at most a
+    factor sqrt(2). Beyond that, an assigner that gives every object its best anchor (``min_pos_iou=0``, ATSS) would force it
+    onto a level that never sees it in the full pyramid. Between two levels further apart than that the geometric mean divides;
+    the finest level is open below and the coarsest above, so every size belongs to some level.
+
+    Args:
+        levels: Consecutive level indices of one head, ascending.
+        prior_sizes: For every level of the pyramid, the smallest and the largest anchor size.
+
+    Returns:
+        Lower and upper bound, inclusive; 0 and infinity where open.
+    """
+    first, last = levels[0], levels[-1]
+    low, high = 0.0, math.inf
+    if first > 0:
+        low = min(prior_sizes[first][0] / math.sqrt(2), math.sqrt(prior_sizes[first][0] * prior_sizes[first - 1][1]))
+    if last < len(prior_sizes) - 1:
+        high = max(prior_sizes[last][1] * math.sqrt(2), math.sqrt(prior_sizes[last][1] * prior_sizes[last + 1][0]))
+    return low, high
+
+
+class LevelProjection(BaseModule):
+    """Feature maps for the assigned levels, from one map: a 1x1 convolution, then a factor 2 at a time.
+
+    Coarser levels come from 3x3 convolutions of stride 2, as an FPN makes its extra ones; a finer level by nearest upsampling.
+
+    Args:
+        in_channels: Channels of the map.
+        out_channels: Channels of every level.
+        stride: The map's stride in pixels.
+        level_strides: The strides of the levels to make, ascending, each the map's stride times a power of two.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, level_strides: Sequence[int]) -> None:
+        super().__init__(init_cfg={'type': 'Xavier', 'layer': 'Conv2d', 'distribution': 'uniform'})
+        self.stride = stride
+        self.level_strides = tuple(level_strides)
+        self.lateral = nn.Conv2d(in_channels, out_channels, 1)
+        halvings = max(0, round(math.log2(self.level_strides[-1] / stride)))
+        self.down = ModuleList(nn.Conv2d(out_channels, out_channels, 3, stride=2, padding=1) for _ in range(halvings))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """From (B, in_channels, H, W) to one (B, out_channels, H * stride / s, W * stride / s) for each level stride s."""
+        maps = {self.stride: self.lateral(x)}
+        stride = self.stride
+        for i, convolution in enumerate(self.down):
+            finer = maps[stride]
+            stride *= 2
+            maps[stride] = convolution(F.relu(finer) if i else finer)
+        for level in self.level_strides:
+            if level < self.stride:
+                maps[level] = F.interpolate(maps[self.stride], scale_factor=self.stride / level)
+        return tuple(maps[level] for level in self.level_strides)

@@ -1,0 +1,76 @@
+"""One training step of a localised model, seen from its boundaries.
+
+The optim wrapper opens a :class:`Session` around the model's forward pass. While it is open, every boundary the forward pass
+reaches runs its local head, back-propagates the local loss at once, and passes on a detached feature map. Without a session a
+boundary passes its input through untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+
+if TYPE_CHECKING:
+    from mmman.local.blocks import LocalBlocks
+    from mmman.local.heads.base import LocalHead
+
+
+class Session:
+    """Context of one forward pass.
+
+    Args:
+        model: The unwrapped model: its ``parse_losses`` turns local losses into one scalar.
+        local: The local heads of its backbone.
+        backward: Back-propagates a local loss, scaled as the optim wrapper scales the task loss.
+
+    Attributes:
+        log: Detached local losses by ``local/<block>/<name>``, scalars.
+    """
+
+    def __init__(self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor], None]) -> None:
+        self.model = model
+        self.local = local
+        self.backward = backward
+        self.log: dict[str, Tensor] = {}
+        self._batch: tuple | None = None
+        self._pending: set[int] = set()
+
+    def __enter__(self) -> Session:
+        self._hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
+        self._pending = {head.block for head in self.local.values()}
+        self.local.open(self)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_) -> None:
+        self._hook.remove()
+        self.local.close()
+        self._batch = None
+        if error is None and self._pending:
+            raise MisuseError(
+                f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads got '
+                "no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
+            )
+
+    def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs, data_samples = (*args, None, None)[:2]
+        self._batch = (kwargs.get('inputs', inputs), kwargs.get('data_samples', data_samples))
+
+    def at_boundary(self, head: LocalHead, x: Tensor) -> Tensor:
+        """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W)."""
+        if self._batch is None:
+            raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
+        if head.block not in self._pending:
+            raise MisuseError(
+                f'the boundary of block {head.block} was reached twice in one step: a backbone that runs more than once a step, '
+                'or activation checkpointing around several blocks, cannot be trained locally'
+            )
+        self._pending.remove(head.block)
+        loss, log = self.model.parse_losses(head.loss(x, *self._batch))
+        self.backward(loss * head.loss_weight)
+        self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
+        return x.detach()

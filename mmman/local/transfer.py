@@ -1,0 +1,105 @@
+"""The momentum transfer of MAN++: what lets a local head see a little of the block that follows."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+
+
+class MomentumTransfer(BaseModule):
+    """``y = s * E(x) + (2 - s) * B(x)`` on the output x of block j (MAN++, Eq. 6-7).
+
+    E is a momentum copy of the first unit of block j+1: gradients flow through it to x, the optimizer never trains it, and
+    :meth:`update_` moves it towards its source after every optimizer step. B is the learnable bias, trained by the local loss
+    alone. s = 1 + delta is a learnable scalar, so that weight decay pulls to s = 1. The rows of the paper's ablation are
+    ``(ema, bias, scale)`` = ``(False, False, False)``: y = x; ``(True, False, False)``: y = E(x);
+    ``(True, 'unit', False)``: y = E(x) + B(x), which is MAN; ``(True, 'unit', True)``: MAN++.
+
+    Args:
+        source: The first unit of block j+1. It is copied, never held.
+        channels: Channels of the unit's output, for ``bias='channel'``.
+        ema: Whether there is an E.
+        bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'channel'``: B(x) is one learnable
+            value an output channel (the paper's cost model). ``False``: no B.
+        scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho starting at 1, as the authors' code
+            stores it, so that weight decay pulls towards s = 2, E alone. ``False``: s = 1.
+
+    Raises:
+        MisuseError: A combination that has no meaning.
+    """
+
+    def __init__(
+        self, source: nn.Module, channels: int, ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True
+    ) -> None:
+        super().__init__()
+        if bias not in ('unit', 'channel', False):
+            raise MisuseError(f"transfer.bias={bias!r}: choose 'unit', 'channel' or False")
+        if scale not in (True, False, 'release'):
+            raise MisuseError(f"transfer.scale={scale!r}: choose True, False or 'release'")
+        if scale and not (ema and bias):
+            raise MisuseError('transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias')
+        if bias == 'channel' and not ema:
+            raise MisuseError("transfer.bias='channel' is added to the momentum copy's output: it needs ema=True")
+        self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
+        self.bias = copy.deepcopy(source) if bias == 'unit' else None
+        self.channel_bias = nn.Parameter(torch.zeros(channels, 1, 1)) if bias == 'channel' else None
+        self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
+        self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
+        self.is_synced = not self.copies
+        """Whether the copies hold what training starts from: set by :meth:`sync_` and by loading a state dict that has them."""
+
+    @property
+    def s(self) -> Tensor | None:
+        """The scale s, a scalar; None where it is not learned."""
+        if self.delta is not None:
+            return 1 + self.delta
+        return None if self.rho is None else 2 - self.rho
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transfer the output x of block j, (B, C, H, W), to what the local head sees, shaped as the unit's output."""
+        terms = [copied(x) for copied in self.copies]
+        if self.channel_bias is not None:
+            terms.append(self.channel_bias)
+        if not terms:
+            return x
+        if (s := self.s) is not None:
+            return s * terms[0] + (2 - s) * terms[1]
+        return sum(terms[1:], terms[0])
+
+    @property
+    def copies(self) -> list[nn.Module]:
+        return [module for module in (self.momentum, self.bias) if module is not None]
+
+    @torch.no_grad()
+    def sync_(self, source: nn.Module) -> None:
+        """Make E and B exact copies of ``source`` as it stands; called when training starts."""
+        for module in self.copies:
+            module.load_state_dict(source.state_dict())
+        self.is_synced = True
+
+    @torch.no_grad()
+    def update_(self, source: nn.Module, momentum: float) -> None:
+        """``E <- lerp(E, source, 1 - momentum)`` over all floating-point parameters and buffers."""
+        if self.momentum is None:
+            return
+        ours, theirs = self.momentum.state_dict(), source.state_dict()
+        names = [name for name, value in ours.items() if value.is_floating_point()]
+        torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], 1 - momentum)
+
+    def follow_(self, source: nn.Module) -> None:
+        """Put every layer of E and B into the mode, train or eval, of the layer it copies (``norm_eval``, frozen layers)."""
+        for module in self.copies:
+            for name, layer in module.named_modules():
+                layer.training = source.get_submodule(name).training
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        own = self.state_dict(keep_vars=True)
+        given = [state_dict.get(prefix + name) for name in own]
+        if own and all(value is not None and value.shape == own[name].shape for name, value in zip(own, given, strict=True)):
+            self.is_synced = True
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -1,0 +1,103 @@
+"""Where to cut: from a chain of units to gradient-isolated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from mmman.errors import PartitionError
+from mmman.partition.chain import Chain, Unit
+
+Block = tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The blocks of a localised backbone.
+
+    Attributes:
+        frozen: Leading units without a trainable parameter. They get no local head and don't count as a block.
+        blocks: K blocks of consecutive units. The first K-1 end at a boundary with a local head.
+    """
+
+    frozen: Block
+    blocks: tuple[Block, ...]
+
+    def __str__(self) -> str:
+        spans = [f'{block[0].name}..{block[-1].name}' if len(block) > 1 else block[0].name for block in self.blocks]
+        frozen = f'frozen {self.frozen[0].name}..{self.frozen[-1].name} | ' if self.frozen else ''
+        return frozen + ' | '.join(spans)
+
+
+def plan_blocks(
+    chain: Chain, trainable: Sequence[bool], num_blocks: int | None = None, partition: str | Sequence[str] = 'stage'
+) -> Plan:
+    """Cut a chain into K blocks.
+
+    Args:
+        chain: The backbone's units.
+        trainable: For every unit, whether any of its parameters is trained. Leading frozen units are set aside.
+        num_blocks: K, counted over trainable blocks. May be left out where ``partition`` names the cuts.
+        partition: ``'stage'`` cuts at stage ends; with fewer blocks than stages neighbours are merged so that the largest
+            block has as few units as possible, with more the longest stages are split evenly. ``'uniform'`` gives every block
+            the same number of units, give or take one, the stem counting as one. A list names the last unit of every block
+            but the last, e.g. ``['layer2.2', 'layer3.8']``.
+
+    Raises:
+        PartitionError: K is below 1 or above the number of trainable units, or a cut names no unit, a frozen one, or the last.
+    """
+    first = next((i for i, trains in enumerate(trainable) if trains), len(chain.units))
+    frozen, units = chain.units[:first], chain.units[first:]
+    names = [unit.name for unit in units]
+    if not isinstance(partition, str):
+        blocks = _named(units, names, list(partition))
+        if num_blocks not in (None, len(blocks)):
+            raise PartitionError(f'partition names {len(partition)} cuts, so {len(blocks)} blocks, but num_blocks={num_blocks}')
+        return Plan(frozen, blocks)
+    if num_blocks is None:
+        raise PartitionError(f'num_blocks is needed with partition={partition!r}')
+    if not 1 <= num_blocks <= len(units):
+        raise PartitionError(
+            f'num_blocks={num_blocks}, but the backbone has {len(units)} trainable units ({", ".join(names)}); '
+            'choose a K from 1 to that number' + (f' (frozen: {", ".join(unit.name for unit in frozen)})' if frozen else '')
+        )
+    if partition == 'uniform':
+        return Plan(frozen, _evenly(units, num_blocks))
+    if partition == 'stage':
+        return Plan(frozen, _by_stage(units, num_blocks))
+    raise PartitionError(f"partition={partition!r}: choose 'stage', 'uniform' or a list of unit names")
+
+
+def _named(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:
+    for cut in cuts:
+        if cut not in names[:-1]:
+            raise PartitionError(f'no cut is possible after {cut!r}; the units to cut after are: {", ".join(names[:-1])}')
+    ends = [names.index(cut) + 1 for cut in cuts]
+    if ends != sorted(set(ends)):
+        raise PartitionError(f'the cuts {cuts} are not in the order of the network: {", ".join(names)}')
+    return tuple(units[a:b] for a, b in zip([0, *ends], [*ends, len(units)], strict=True))
+
+
+def _evenly(units: Block, count: int) -> tuple[Block, ...]:
+    ends = [i * len(units) // count for i in range(count + 1)]
+    return tuple(units[a:b] for a, b in zip(ends, ends[1:]))
+
+
+def _by_stage(units: Block, count: int) -> tuple[Block, ...]:
+    stages = [tuple(group) for _, group in groupby(units, key=lambda unit: unit.stage)]
+    if count <= len(stages):
+        return _merge(stages, count)
+    pieces = [1] * len(stages)
+    for _ in range(count - len(stages)):
+        longest = max(range(len(stages)), key=lambda i: len(stages[i]) / pieces[i])
+        pieces[longest] += 1
+    return tuple(block for stage, n in zip(stages, pieces, strict=True) for block in _evenly(stage, n))
+
+
+def _merge(stages: list[Block], count: int) -> tuple[Block, ...]:
+    """Contiguous groups of stages whose largest has the fewest units; among equals, the earliest cuts."""
+    if count == 1:
+        return (sum(stages, ()),)
+    candidates = [(sum(stages[:i], ()), *_merge(stages[i:], count - 1)) for i in range(1, len(stages) - count + 2)]
+    return min(candidates, key=lambda blocks: max(map(len, blocks)))

@@ -1,0 +1,13 @@
+"""mmman's registries: children of mmengine's, so that ``type='mmman.X'`` resolves from any library's config.
+
+mmengine imports this module by name the first time a config names the scope ``mmman``.
+"""
+
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
+from mmengine.registry import Registry
+
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmman', locations=['mmman.local'])
+OPTIM_WRAPPERS = Registry('optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmman', locations=['mmman.engine'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman.engine'])

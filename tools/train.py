@@ -1,0 +1,73 @@
+"""Train any mmdet, mmseg or mmpretrain config, with local learning or without.
+
+    python tools/train.py configs/demo/retinanet_r18_manpp_k4_shapes.py
+    tools/dist_train.sh configs/retinanet_r50_manpp_k4.py 8 --amp
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from mmengine.config import Config
+
+import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
+from mmman.engine.launch import LOCAL_LEARNING, add_common_arguments, build_runner, check_checkpoint, load_config, type_name
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Train a detector, a segmentor or a classifier')
+    parser.add_argument('config', help='config file')
+    add_common_arguments(parser)
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='PATH',
+        help='resume from this checkpoint; without a value, from the latest one in the work folder, if any',
+    )
+    return parser.parse_args()
+
+
+def enable_amp(cfg: Config) -> None:
+    """Switch the config's optim wrapper to mixed precision; what the config says about it already is kept."""
+    wrapper = cfg.optim_wrapper
+    name = type_name(wrapper, 'OptimWrapper')
+    if name == LOCAL_LEARNING:
+        # autocast on CPU knows bfloat16 only, and bfloat16 needs no loss scale
+        if wrapper.setdefault('dtype', 'float16' if torch.cuda.is_available() else 'bfloat16') == 'float16':
+            wrapper.setdefault('loss_scale', 'dynamic')
+    elif name in ('OptimWrapper', 'AmpOptimWrapper'):
+        wrapper.type = 'AmpOptimWrapper'
+        wrapper.setdefault('loss_scale', 'dynamic')
+    else:
+        raise SystemExit(f'--amp does not know the optim wrapper {name}; enable mixed precision in the config')
+
+
+def enable_auto_scale_lr(cfg: Config) -> None:
+    """Switch on the scaling of the learning rate that the config describes."""
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise SystemExit(
+            '--auto-scale-lr: the config does not say for which batch size its learning rate is meant; '
+            'add auto_scale_lr = dict(base_batch_size=...)'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def main() -> None:
+    args = parse_args()
+    cfg = load_config(args)
+    if args.amp:
+        enable_amp(cfg)
+    if args.auto_scale_lr:
+        enable_auto_scale_lr(cfg)
+    if args.resume:
+        cfg.resume = True
+        cfg.load_from = None if args.resume == 'auto' else check_checkpoint(args.resume, '--resume')
+    build_runner(cfg).train()
+
+
+if __name__ == '__main__':
+    main()
