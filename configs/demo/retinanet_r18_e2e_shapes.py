@@ -3,8 +3,8 @@ _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 # From scratch: nothing is frozen, and BatchNorm learns its statistics.
 model = dict(
     backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(out_channels=64),
-    bbox_head=dict(num_classes=3, in_channels=64, feat_channels=64, anchor_generator=dict(octave_base_scale=3)),
+    neck=dict(out_channels=64, norm_cfg=dict(type='BN')),
+    bbox_head=dict(num_classes=3, in_channels=64, feat_channels=64, norm_cfg=dict(type='GN', num_groups=16)),
 )
 
 # The dataset that tools/demo.py writes.
@@ -58,7 +58,7 @@ test_evaluator = val_evaluator
 max_epochs = 6
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(
-    optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.05),
+    optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [

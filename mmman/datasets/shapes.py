@@ -19,14 +19,14 @@ SPLITS = ('train', 'val')
 VERSION = 1  # of the drawing below: raise it when the same arguments give other files
 
 MAX_OBJECTS = 5
-DIAMETERS = (0.2, 0.6)  # smallest and largest circumscribed circle, as a share of the image's side
+DIAMETERS = (0.25, 0.6)  # smallest and largest circumscribed circle, as a share of the image's side
 MAX_HIDDEN = 0.2  # of the smaller one's area, where two objects overlap: none is ever mostly hidden
-MIN_CONTRAST = 60.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
+MIN_CONTRAST = 80.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
 SUBPIXEL_BITS = 4  # of cv2's fixed-point coordinates
 
 
 def write_shapes_dataset(
-    root: str | os.PathLike, train_images: int = 480, val_images: int = 96, size: int = 128, seed: int = 0
+    root: str | os.PathLike, train_images: int = 800, val_images: int = 96, size: int = 128, seed: int = 0
 ) -> Path:
     """Write ``train/``, ``val/`` and ``annotations/instances_{train,val}.json`` below ``root``, for mmdet's ``CocoDataset``.
 
@@ -175,6 +175,6 @@ def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndar
     """Noise of three octaves around a mean colour (3,): an image (size, size, 3), uint8."""
     noise = np.zeros((size, size, 3))
     for cells in (4, 16, 64):
-        grid = rng.normal(0, rng.uniform(2, 18), (cells, cells, 3))
+        grid = rng.normal(0, rng.uniform(0, 10), (cells, cells, 3))
         noise += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.clip(colour + noise, 0, 255).astype(np.uint8)

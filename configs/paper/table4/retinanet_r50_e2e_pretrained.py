@@ -1,0 +1,1 @@
+_base_ = '../../_base_/retinanet_coco_paper.py'

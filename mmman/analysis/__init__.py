@@ -1,0 +1,3 @@
+from mmman.analysis.memory import LiveBytes, peak_live_bytes
+
+__all__ = ['LiveBytes', 'peak_live_bytes']

@@ -1,0 +1,96 @@
+"""MAN++ as the paper states it, in one plain loop. It imports torch alone and shares nothing with mmman.
+
+A network is a list of units. ``cuts`` holds the indices of the units that end the first K-1 blocks, ``taps`` those whose output
+the model's neck or head takes. Local head j sits on cut j and sees s_j * E_j(x) + (2 - s_j) * B_j(x).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Head:
+    """One local head: E and B copy ``source``, the first unit of the next block; delta is s - 1; ``task`` gives the local loss."""
+
+    source: nn.Module
+    momentum: nn.Module | None
+    bias: nn.Module | None
+    delta: nn.Parameter | None
+    task: nn.Module
+    loss: Callable[[Tensor, dict], Tensor]
+
+    def transfer(self, x: Tensor) -> Tensor:
+        if self.momentum is None:
+            return x
+        if self.bias is None:
+            return self.momentum(x)
+        if self.delta is None:
+            return self.momentum(x) + self.bias(x)
+        s = 1 + self.delta
+        return s * self.momentum(x) + (2 - s) * self.bias(x)
+
+    def trained(self) -> list[nn.Parameter]:
+        delta = [] if self.delta is None else [self.delta]
+        bias = [] if self.bias is None else [*self.bias.parameters()]
+        return [*delta, *bias, *self.task.parameters()]
+
+
+@dataclass
+class Reference:
+    units: list[nn.Module]
+    cuts: list[int]
+    taps: list[int]
+    heads: list[Head]
+    task_modules: list[nn.Module]
+    task_loss: Callable[[list[Tensor], dict], Tensor]
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    momentum: float = 0.995
+    accumulate: int = 1
+    max_norm: float | None = None
+    iteration: int = 0
+    groups: list[list[nn.Parameter]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        ends = [0, *(cut + 1 for cut in self.cuts), len(self.units)]
+        blocks = [[p for unit in self.units[a:b] for p in unit.parameters()] for a, b in zip(ends, ends[1:])]
+        extra = [*(head.trained() for head in self.heads), [p for m in self.task_modules for p in m.parameters()]]
+        self.groups = [block + more for block, more in zip(blocks, extra, strict=True)]
+        self.optim = self.optimizer([p for group in self.groups for p in group])
+
+    def step(self, batch: dict) -> list[float]:
+        """One iteration on ``batch``; returns the K-1 local losses and the task loss."""
+        losses, features, x = [], [], batch['inputs']
+        for i, unit in enumerate(self.units):
+            x = unit(x)
+            if i in self.cuts:
+                head = self.heads[self.cuts.index(i)]
+                loss = head.loss(head.transfer(x), batch)
+                (loss / self.accumulate).backward()
+                losses.append(loss.item())
+                x = x.detach()
+            if i in self.taps:
+                features.append(x if i > max(self.cuts, default=-1) else x.detach())
+        loss = self.task_loss(features, batch)
+        (loss / self.accumulate).backward()
+        losses.append(loss.item())
+        self.iteration += 1
+        if self.iteration % self.accumulate == 0:
+            self.update()
+        return losses
+
+    def update(self) -> None:
+        if self.max_norm is not None:
+            for group in self.groups:
+                torch.nn.utils.clip_grad_norm_([p for p in group if p.grad is not None], self.max_norm)
+        self.optim.step()
+        self.optim.zero_grad()
+        with torch.no_grad():
+            for head in self.heads:
+                if head.momentum is not None:
+                    copy, source = head.momentum.state_dict(), head.source.state_dict()
+                    for name, value in copy.items():
+                        if value.is_floating_point():
+                            value.copy_(torch.lerp(value, source[name], 1 - self.momentum))
