@@ -8,6 +8,8 @@ import torch
 from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_DATA = Path(os.environ.get('MMMAN_TEST_DATA', ROOT.parent / 'shared' / 'data'))
+"""Where real data is looked for."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -23,8 +25,7 @@ def no_default_scope():
 
 @pytest.fixture(scope='session')
 def test_data() -> Path:
-    """The folder of real data: ``MMMAN_TEST_DATA``, or ``shared/data`` beside the checkout."""
-    folder = Path(os.environ.get('MMMAN_TEST_DATA', ROOT.parent / 'shared' / 'data'))
-    if not folder.is_dir():
-        pytest.skip(f'no test data at {folder}; MMMAN_TEST_DATA names the folder')
-    return folder
+    """The folder of real data, for tests that need it."""
+    if not TEST_DATA.is_dir():
+        pytest.skip(f'no test data at {TEST_DATA}; MMMAN_TEST_DATA names the folder')
+    return TEST_DATA

@@ -2,8 +2,8 @@ _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
 # From scratch: nothing is frozen, and BatchNorm learns its statistics.
 model = dict(
-    backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None),
-    neck=dict(out_channels=64, norm_cfg=dict(type='BN')),
+    backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None, base_channels=16),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, norm_cfg=dict(type='BN')),
     bbox_head=dict(num_classes=3, in_channels=64, feat_channels=64, norm_cfg=dict(type='GN', num_groups=16)),
 )
 
@@ -13,7 +13,7 @@ metainfo = dict(
     classes=('circle', 'rectangle', 'triangle'),
     palette=[(220, 20, 60), (30, 144, 255), (60, 179, 113)],
 )
-scale = (128, 128)
+scale = (256, 256)
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
@@ -28,7 +28,7 @@ test_pipeline = [
     dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -40,7 +40,7 @@ train_dataloader = dict(
     ),
 )
 val_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -55,7 +55,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-max_epochs = 6
+max_epochs = 4
 train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),

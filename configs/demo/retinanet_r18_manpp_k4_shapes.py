@@ -7,9 +7,7 @@ model = dict(
         type='mmman.LocalBackbone',
         backbone=_base_.model.backbone,
         num_blocks=4,
-        local_head=dict(
-            type='mmman.DetLocalHead', bbox_head=_base_.model.bbox_head, train_cfg=_base_.model.train_cfg
-        ),
+        local_head=dict(type='mmman.DetLocalHead', bbox_head=_base_.model.bbox_head, train_cfg=_base_.model.train_cfg),
     )
 )
 optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper')

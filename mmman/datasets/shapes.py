@@ -18,15 +18,15 @@ CLASSES = ('circle', 'rectangle', 'triangle')
 SPLITS = ('train', 'val')
 VERSION = 1  # of the drawing below: raise it when the same arguments give other files
 
-MAX_OBJECTS = 5
-DIAMETERS = (0.25, 0.6)  # smallest and largest circumscribed circle, as a share of the image's side
+MAX_OBJECTS = 8
+DIAMETERS = (0.12, 0.35)  # smallest and largest circumscribed circle, as a share of the image's side
 MAX_HIDDEN = 0.2  # of the smaller one's area, where two objects overlap: none is ever mostly hidden
 MIN_CONTRAST = 80.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
 SUBPIXEL_BITS = 4  # of cv2's fixed-point coordinates
 
 
 def write_shapes_dataset(
-    root: str | os.PathLike, train_images: int = 800, val_images: int = 96, size: int = 128, seed: int = 0
+    root: str | os.PathLike, train_images: int = 600, val_images: int = 64, size: int = 256, seed: int = 0
 ) -> Path:
     """Write ``train/``, ``val/`` and ``annotations/instances_{train,val}.json`` below ``root``, for mmdet's ``CocoDataset``.
 

@@ -160,6 +160,10 @@ def _measure(backbone: nn.Module, chain: Chain) -> dict[str, tuple[int, int]]:
 
     def note(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if not isinstance(output, Tensor) or output.dim() != 4:
+                raise UnsupportedBackboneError(
+                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} gives no single (B, C, H, W) tensor'
+                )
             order.append(name)
             shapes[name] = (output.shape[1], round(PROBE_SIZE / output.shape[-1]))
 

@@ -1,7 +1,7 @@
 """The backbone families that can be cut: one row a forward pass.
 
 A row is keyed by the class that *defines* ``forward``. Whatever inherits that forward unchanged (ResNeXt, ResNetV1d, SE-ResNet,
-a user's subclass) is served by the row; a subclass with a forward of its own (TridentResNet) is not, and is refused by name.
+a user's subclass) is served by the row; a subclass with a forward of its own (DetectoRS_ResNet) is not, and is refused by name.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def register_chain(forward_class: str) -> Callable[[Callable[[nn.Module], Chain]
         ValueError: The class has a row already.
     """
 
+    if forward_class in _FAMILIES:
+        raise ValueError(f'{forward_class} is registered already')
+
     def register(enumerate_units: Callable[[nn.Module], Chain]) -> Callable[[nn.Module], Chain]:
-        if forward_class in _FAMILIES:
-            raise ValueError(f'{forward_class} is registered already')
         _FAMILIES[forward_class] = enumerate_units
         return enumerate_units
 

@@ -1,0 +1,45 @@
+import torch
+from torch import nn
+
+from mmman.analysis import LiveBytes, peak_live_bytes
+
+
+def test_a_training_step_counts_what_arithmetic_says():
+    layers, batch, width = 5, 64, 32
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(width, width, bias=False), nn.Tanh()) for _ in range(layers)))
+    x = torch.randn(batch, width)
+    activation, weight, scalar = 4 * batch * width, 4 * width * width, 4
+    # Each tanh keeps its output. The first linear layer to run backward, the last, adds the gradient of its output and of its
+    # input, and of its weight; the output of its own tanh is gone by then. The loss and its gradient are scalars.
+    saved = (layers - 1) * activation
+    expected = layers * weight + activation + saved + 2 * activation + weight + 2 * scalar
+    assert peak_live_bytes(lambda: net(x).sum().backward(), net, x) == expected
+
+
+def test_held_tensors_count_once_and_views_nothing():
+    x = torch.zeros(10, dtype=torch.float64)
+    with LiveBytes(x, {'same': [x[2:]]}) as live:
+        assert live.current == 80
+        y = x.view(2, 5)[0] + 1
+        assert live.current == 80 + 40
+        del y
+        assert live.current == 80
+    assert live.peak == 120
+
+
+def test_optimizer_state_and_gradients_count():
+    net = nn.Linear(4, 4, bias=False)
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    assert LiveBytes(net, optimizer).current == 4 * 64 + 4  # weight, gradient, two moments, step count
+
+
+def test_repeatable():
+    net = nn.Conv2d(3, 4, 3)
+    x = torch.randn(1, 3, 16, 16)
+    peaks = set()
+    for _ in range(3):
+        net.zero_grad()
+        peaks.add(peak_live_bytes(lambda: net(x).square().mean().backward(), net, x))
+    assert len(peaks) == 1

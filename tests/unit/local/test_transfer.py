@@ -1,0 +1,123 @@
+import pytest
+import torch
+
+from mmman import MomentumTransfer
+from mmman.errors import MisuseError
+from tests.toy import ToyUnit
+
+
+@pytest.fixture
+def source():
+    torch.manual_seed(0)
+    return ToyUnit(4, 8, stride=2).double()
+
+
+X = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+
+def test_the_rows_of_the_ablation(source):
+    y = source(X)
+    assert MomentumTransfer(source, 8, ema=False, bias=False, scale=False)(X) is X
+    assert torch.equal(MomentumTransfer(source, 8, bias=False, scale=False)(X), y)
+    assert torch.equal(MomentumTransfer(source, 8, scale=False)(X), y + y)
+    transfer = MomentumTransfer(source, 8)
+    assert torch.equal(transfer(X), y + y)
+    torch.nn.init.constant_(transfer.delta, 0.25)
+    transfer.bias.bn.bias.data += 1
+    assert torch.equal(transfer(X), 1.25 * transfer.momentum(X) + 0.75 * transfer.bias(X))
+
+
+def test_gradients_flow_through_the_copy_but_not_into_it(source):
+    transfer = MomentumTransfer(source, 8).double()
+    x = X.clone().requires_grad_()
+    transfer(x).sum().backward()
+    assert x.grad.abs().sum() > 0
+    assert all(p.grad is None for p in transfer.momentum.parameters())
+    assert all(p.grad is not None for p in transfer.bias.parameters())
+    assert source.conv.weight.grad is None
+
+
+def test_the_scale_follows_the_paper_and_decays_to_neutral(source):
+    """dy/ds = E - B, and (2 - s) is the factor of the bias's gradient (Eq. 6)."""
+    transfer = MomentumTransfer(source, 8).double()
+    transfer.bias.conv.weight.data *= 2
+    torch.nn.init.constant_(transfer.delta, 0.5)
+    transfer(X).sum().backward()
+    difference = (transfer.momentum(X) - transfer.bias(X)).sum()
+    torch.testing.assert_close(transfer.delta.grad, difference.detach())
+    grad = transfer.bias.conv.weight.grad
+    alone = torch.autograd.grad(transfer.bias(X).sum(), transfer.bias.conv.weight)[0]
+    torch.testing.assert_close(grad, 0.5 * alone)
+    transfer.delta.data.zero_()
+    assert transfer.s == 1
+
+
+def test_the_releases_scale(source):
+    transfer = MomentumTransfer(source, 8, scale='release')
+    assert transfer.s == 1
+    transfer.rho.data.fill_(0.25)  # what decay does: towards the momentum copy alone
+    assert transfer.s == 1.75
+    assert 'delta' not in transfer.state_dict()
+
+
+def test_channel_bias(source):
+    transfer = MomentumTransfer(source, 8, bias='channel').double()
+    assert torch.equal(transfer(X), source(X))
+    transfer.channel_bias.data += 3
+    transfer.delta.data += 0.5
+    torch.testing.assert_close(transfer(X), 1.5 * source(X) + 0.5 * 3)
+    assert sum(p.numel() for p in transfer.parameters() if p.requires_grad) == 8 + 1
+
+
+def test_sync_copies_and_update_is_lerp(source):
+    transfer = MomentumTransfer(source, 8).double()
+    assert not transfer.is_synced
+    source.conv.weight.data += 1
+    source.bn.running_mean += 2
+    transfer.sync_(source)
+    assert transfer.is_synced
+    for copied in (transfer.momentum, transfer.bias):
+        assert all(torch.equal(value, source.state_dict()[name]) for name, value in copied.state_dict().items())
+
+    before = {name: value.clone() for name, value in transfer.state_dict().items()}
+    for value in source.state_dict().values():
+        value += 1
+    transfer.update_(source, 0.9)
+    for name, value in transfer.state_dict().items():
+        expected = before[name]
+        if name.startswith('momentum') and value.is_floating_point():
+            expected = torch.lerp(expected, source.state_dict()[name.removeprefix('momentum.')], 1 - 0.9)
+        assert torch.equal(value, expected), name
+    assert 'momentum.bn.running_mean' in before and 'momentum.bn.num_batches_tracked' in before
+
+
+def test_copies_follow_the_modes_of_their_source(source):
+    transfer = MomentumTransfer(source, 8)
+    source.bn.eval()
+    transfer.follow_(source)
+    assert not transfer.momentum.bn.training and not transfer.bias.bn.training and transfer.bias.conv.training
+
+
+def test_a_state_dict_with_the_copies_counts_as_synced(source):
+    transfer, other = MomentumTransfer(source, 8), MomentumTransfer(source, 8)
+    partial = {name: value for name, value in transfer.state_dict().items() if not name.startswith('bias')}
+    other.load_state_dict(partial, strict=False)
+    assert not other.is_synced
+    other.load_state_dict(transfer.state_dict())
+    assert other.is_synced
+    assert MomentumTransfer(source, 8, ema=False, bias=False, scale=False).is_synced
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'bias': 'block'}, "bias='block': choose 'unit', 'channel' or False"),
+        ({'scale': 'paper'}, "scale='paper': choose True, False or 'release'"),
+        ({'ema': False}, 'needs ema=True and a bias'),
+        ({'bias': False}, 'needs ema=True and a bias'),
+        ({'ema': False, 'bias': 'channel', 'scale': False}, 'needs ema=True'),
+    ],
+)
+def test_meaningless_combinations(source, options, message):
+    with pytest.raises(MisuseError, match=message):
+        MomentumTransfer(source, 8, **options)

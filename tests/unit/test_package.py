@@ -1,0 +1,39 @@
+import subprocess
+import sys
+
+import mmman
+
+
+def run(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_public_names():
+    assert mmman.__all__ == [
+        'DetLocalHead',
+        'EMABiasHook',
+        'LocalBackbone',
+        'LocalHead',
+        'LocalLearningError',
+        'LocalLearningOptimWrapper',
+        'MomentumTransfer',
+        'delocalize_',
+        'localize_',
+        'register_chain',
+    ]
+    assert all(hasattr(mmman, name) for name in mmman.__all__)
+
+
+def test_import_needs_torch_and_mmengine_only():
+    block = 'import sys\nfor name in ("mmcv", "mmdet", "mmseg", "mmpretrain", "pycocotools"): sys.modules[name] = None\n'
+    assert run(f'{block}import mmman.registry, mmman.local, mmman.engine, mmman.analysis; print("imported")') == 'imported'
+
+
+def test_config_types_resolve_without_an_import_of_mmman():
+    code = """
+from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
+init_default_scope('mmdet')
+print(MODELS.get('mmman.LocalBackbone').__name__, OPTIM_WRAPPERS.get('mmman.LocalLearningOptimWrapper').__name__,
+      HOOKS.get('mmman.EMABiasHook').__name__)
+"""
+    assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook'
