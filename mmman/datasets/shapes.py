@@ -173,8 +173,8 @@ def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray
 
 def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
     """Noise of three octaves around a mean colour (3,): an image (size, size, 3), uint8."""
-    noise = np.zeros((size, size, 3))
+    image = np.full((size, size, 3), colour, np.float32)
     for cells in (4, 16, 64):
-        grid = rng.normal(0, rng.uniform(0, 10), (cells, cells, 3))
-        noise += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
-    return np.clip(colour + noise, 0, 255).astype(np.uint8)
+        grid = rng.standard_normal((cells, cells, 3), np.float32) * np.float32(rng.uniform(0, 10))
+        image += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+    return image.clip(0, 255).astype(np.uint8)

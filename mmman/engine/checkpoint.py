@@ -1,8 +1,13 @@
 """Loading mmengine's checkpoints under ``torch.load(weights_only=True)``, the default since torch 2.6.
 
-mmengine 0.10 calls ``torch.load`` bare, and its training checkpoints hold log buffers besides tensors. Exactly the types they are
-made of are allowed; nothing else in a checkpoint can run code.
+mmengine 0.10 calls ``torch.load`` bare, and its training checkpoints hold log buffers besides tensors. Exactly the types these are
+made of are allowed; nothing in a checkpoint can run code.
 """
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -10,7 +15,17 @@ from mmengine.logging import HistoryBuffer
 
 
 def allow_training_checkpoints() -> None:
-    """Allow-list the types of mmengine's message hub."""
-    reconstruct = np.empty(0).__reduce__()[0]
+    """Allow-list what mmengine's message hub pickles. Does nothing on a torch that has no such list."""
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return
+    array, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(name)) for name in ('float64', 'float32', 'int64')}
-    torch.serialization.add_safe_globals([HistoryBuffer, reconstruct, np.ndarray, np.dtype, *dtypes])
+    method = (_statistics_method, 'builtins.getattr')
+    torch.serialization.add_safe_globals([HistoryBuffer, array, scalar, np.ndarray, np.dtype, *dtypes, method])
+
+
+def _statistics_method(owner: type, name: str) -> Callable:
+    """What ``getattr`` means inside a checkpoint: a log buffer refers to its own statistics that way, and to nothing else."""
+    if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(f'a checkpoint asks for the attribute {name!r} of {owner!r}; it is not from a training run of mmengine')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -152,7 +153,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             message = f'a local loss is not finite: {", ".join(bad)} (local/<block>/<loss>)'
             if self.loss_scaler is None:
                 raise NonFiniteLossError(f"{message}; lower the learning rate, set clip_grad, or lower that block's loss_weight")
-            print_log(f'{message}; the loss scaler skips this step', logger='current', level='WARNING')
+            print_log(f'{message}; the loss scaler skips this step', logger='current', level=logging.WARNING)
         for name, value in log.items():
             self.message_hub.update_scalar(f'train/{name}', value)
 

@@ -87,7 +87,11 @@ def localize_(
     plan = plan_blocks(chain, [unit.is_trainable(backbone) for unit in chain.units], num_blocks, partition)
     count = len(plan.blocks) - 1
     if count and local_head is None:
-        raise MisuseError('more than one block needs local heads: set local_head, e.g. dict(type="mmman.DetLocalHead", ...)')
+        raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
+    if count:
+        head_class = local_head['type'] if isinstance(local_head['type'], type) else MODELS.get(local_head['type'])
+        if not (isinstance(head_class, type) and issubclass(head_class, LocalHead)):
+            raise MisuseError(f'local_head.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
     if len(weights) != count:
         raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
@@ -115,8 +119,6 @@ def localize_(
             local_head,
             default_args={'boundary': boundary, 'transfer': MomentumTransfer(source, channels, **options), 'loss_weight': weight},
         )
-        if not isinstance(head, LocalHead):
-            raise MisuseError(f'local_head builds a {type(head).__name__}, which is no mmman.LocalHead')
         heads.append(head)
 
     # The copies are made: from here on units may carry hooks.

@@ -1,0 +1,49 @@
+"""DDP as local learning needs it; a group of one process is enough to be refused in."""
+
+import pytest
+import torch
+from mmengine.model import MMDistributedDataParallel
+
+from mmman import EMABiasHook
+from mmman.errors import MisuseError
+from tests.unit.local.test_step import step, toy, wrapper
+
+
+@pytest.fixture
+def group(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def ddp(model, **options):
+    return MMDistributedDataParallel(model, **options)
+
+
+def test_ddp_that_finds_unused_parameters_trains_as_one_process(group):
+    plain, model = toy(), toy()
+    parallel = ddp(model, find_unused_parameters=True)
+    ours, theirs = wrapper(parallel, accumulative_counts=2), wrapper(plain, accumulative_counts=2)
+    for _ in range(4):
+        step(parallel, ours)
+        step(plain, theirs)
+    assert ours.steps == 2
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), plain.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({}, r"model_wrapper_cfg = dict\(type='MMDistributedDataParallel', find_unused_parameters=True\)"),
+        ({'find_unused_parameters': True, 'static_graph': True}, 'static_graph=True leaves'),
+    ],
+)
+def test_ddp_options_that_lose_gradients_are_refused(group, options, message):
+    model = ddp(toy(), **options)
+    with pytest.raises(MisuseError, match=message):
+        step(model, wrapper(model))
+
+
+def test_flexible_runner_is_refused():
+    with pytest.raises(MisuseError, match=r'strategies \(FSDP, DeepSpeed'):
+        EMABiasHook().before_run(type('FlexibleRunner', (), {})())
