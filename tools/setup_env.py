@@ -59,13 +59,16 @@ def build_mmcv(python: Path, folder: Path) -> None:
     command = [python, '-m', 'pip', 'wheel', '-v', '--no-deps', '--no-build-isolation', '--no-cache-dir']
     print(f'building {pinned("mmcv")} with its operators, once for {folder.name} (5 to 15 minutes; log: {log})', flush=True)
     start, shown = time.time(), ''
-    with log.open('w') as out, subprocess.Popen(
-        [*command, '--wheel-dir', work, pinned('mmcv')],
-        env={**os.environ, **flags},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
+    with (
+        log.open('w') as out,
+        subprocess.Popen(
+            [*command, '--wheel-dir', work, pinned('mmcv')],
+            env={**os.environ, **flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process,
+    ):
         for line in process.stdout:
             out.write(line)
             step = re.search(r'\[(\d+)/(\d+)\]', line)

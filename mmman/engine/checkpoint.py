@@ -1,7 +1,7 @@
 """Loading mmengine's checkpoints under ``torch.load(weights_only=True)``, the default since torch 2.6.
 
-mmengine 0.10 calls ``torch.load`` bare, and its training checkpoints hold log buffers besides tensors. Exactly the types these are
-made of are allowed; nothing in a checkpoint can run code.
+mmengine 0.10 calls ``torch.load`` bare, and its training checkpoints hold log buffers besides tensors. Exactly the types that
+these are made of are allowed; nothing in a checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -28,4 +28,6 @@ def _statistics_method(owner: type, name: str) -> Callable:
     """What ``getattr`` means inside a checkpoint: a log buffer refers to its own statistics that way, and to nothing else."""
     if owner is HistoryBuffer and name in ('min', 'max', 'current', 'mean'):
         return getattr(HistoryBuffer, name)
-    raise pickle.UnpicklingError(f'a checkpoint asks for the attribute {name!r} of {owner!r}; it is not from a training run of mmengine')
+    raise pickle.UnpicklingError(
+        f'a checkpoint asks for the attribute {name!r} of {owner!r}; it is not from a training run of mmengine'
+    )

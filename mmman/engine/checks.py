@@ -28,18 +28,21 @@ def check_model(model: nn.Module) -> None:
         head.check_model(module)
         if not head.transfer.is_synced:
             raise MisuseError(
-                "the momentum copies were never set to the blocks' weights: add dict(type='mmman.EMABiasHook') to custom_hooks, "
-                'or, in a training loop of your own, call head.transfer.sync_ and update_ as that hook does'
+                "the momentum copies were never set to the blocks' weights: add dict(type='mmman.EMABiasHook') to "
+                'custom_hooks, or, in a training loop of your own, call head.transfer.sync_ and update_ as that hook does'
             )
 
 
 def _check_ddp(model: nn.Module) -> None:
     if not isinstance(model, DistributedDataParallel):
         raise MisuseError(
-            f'{type(model).__name__} cannot train a localised model; use MMDistributedDataParallel with find_unused_parameters=True'
+            f'{type(model).__name__} cannot train a localised model; '
+            'use MMDistributedDataParallel with find_unused_parameters=True'
         )
     if model.static_graph:
-        raise MisuseError('static_graph=True leaves the gradients of local losses unreduced from the second step on: set it to False')
+        raise MisuseError(
+            'static_graph=True leaves the gradients of local losses unreduced from the second step on: set it to False'
+        )
     if not model.find_unused_parameters:
         raise MisuseError(
             'local losses are back-propagated inside the forward pass, which DDP accepts only with '
@@ -56,6 +59,7 @@ def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
             module = model.get_submodule('.'.join(parts[:depth]))
             if isinstance(module, CheckpointWrapper) or (module is not model and 'forward' in vars(module)):
                 raise MisuseError(
-                    f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped (activation_checkpointing?): '
+                    f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped '
+                    '(activation_checkpointing?): '
                     'local learning frees these activations already; use with_cp=True of the stock backbone to checkpoint units'
                 )

@@ -45,9 +45,13 @@ class EMABiasHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Refuse what local learning can't run under. mmengine calls this before weights are initialised."""
         if type(runner).__name__ == 'FlexibleRunner':
-            raise MisuseError('FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale')
+            raise MisuseError(
+                'FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale'
+            )
         if runner.cfg.get('compile'):
-            raise MisuseError('cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units')
+            raise MisuseError(
+                'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
+            )
         localized_backbone(_unwrap(runner.model))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -62,7 +66,8 @@ class EMABiasHook(Hook):
             if ours != theirs:
                 raise MisuseError(
                     f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}]. '
-                    'Resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
+                    'Resume with the config that it was trained with, or start a new run from its weights: '
+                    'load_from without resume'
                 )
 
     def before_train(self, runner: Runner) -> None:
@@ -86,7 +91,9 @@ class EMABiasHook(Hook):
             for head in backbone.local.values():
                 head.transfer.update_(backbone.get_submodule(head.source), self.momentum)
         self._seen_steps = steps
-        scales = {f'train/local/{head.block}/s': head.transfer.s for head in backbone.local.values() if head.transfer.s is not None}
+        scales = {
+            f'train/local/{head.block}/s': head.transfer.s for head in backbone.local.values() if head.transfer.s is not None
+        }
         if scales:
             for name, value in zip(scales, torch.stack([*scales.values()]).tolist(), strict=True):
                 runner.message_hub.update_scalar(name, value)

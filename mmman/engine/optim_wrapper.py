@@ -152,7 +152,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if bad:
             message = f'a local loss is not finite: {", ".join(bad)} (local/<block>/<loss>)'
             if self.loss_scaler is None:
-                raise NonFiniteLossError(f"{message}; lower the learning rate, set clip_grad, or lower that block's loss_weight")
+                raise NonFiniteLossError(
+                    f"{message}; lower the learning rate, set clip_grad, or lower that block's loss_weight"
+                )
             print_log(f'{message}; the loss scaler skips this step', logger='current', level=logging.WARNING)
         for name, value in log.items():
             self.message_hub.update_scalar(f'train/{name}', value)

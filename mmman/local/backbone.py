@@ -117,13 +117,17 @@ def localize_(
         source = backbone.get_submodule(unit.output)
         head = MODELS.build(
             local_head,
-            default_args={'boundary': boundary, 'transfer': MomentumTransfer(source, channels, **options), 'loss_weight': weight},
+            default_args={
+                'boundary': boundary,
+                'transfer': MomentumTransfer(source, channels, **options),
+                'loss_weight': weight,
+            },
         )
         heads.append(head)
 
     # The copies are made: from here on units may carry hooks.
     backbone.local = LocalBlocks(chain, plan, heads)
-    for block, head in zip(plan.blocks, heads):
+    for block, head in zip(plan.blocks[:-1], heads, strict=True):
         backbone.get_submodule(block[-1].output).register_forward_hook(head.at_boundary)
     backbone.register_forward_hook(backbone.local.detach_taps)
     moved = keys.symmetric_difference(key for key in backbone.state_dict() if not key.startswith('local.'))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mmengine.model import ModuleDict
-from torch import Tensor, nn
+from torch import nn
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import LocalHead
@@ -24,7 +24,7 @@ class LocalBlocks(ModuleDict):
     """
 
     def __init__(self, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
-        super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks, heads)})
+        super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
         last = {unit.name for unit in plan.blocks[-1]}
         self._inner_taps = [i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last]
@@ -52,7 +52,7 @@ class LocalBlocks(ModuleDict):
         """For each of the first K-1 blocks, the parameters that its local loss trains: the block's and its head's."""
         return [
             [*(p for unit in block for p in unit.parameters(backbone)), *head.parameters()]
-            for block, head in zip(self.plan.blocks, self.values())
+            for block, head in zip(self.plan.blocks[:-1], self.values(), strict=True)
         ]
 
     def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple) -> tuple | None:

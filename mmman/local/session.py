@@ -52,8 +52,8 @@ class Session:
         self._batch = None
         if error is None and self._pending:
             raise MisuseError(
-                f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads got '
-                "no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
+                f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads '
+                "got no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
             )
 
     def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -66,8 +66,8 @@ class Session:
             raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
         if head.block not in self._pending:
             raise MisuseError(
-                f'the boundary of block {head.block} was reached twice in one step: a backbone that runs more than once a step, '
-                'or activation checkpointing around several blocks, cannot be trained locally'
+                f'the boundary of block {head.block} was reached twice in one step: a backbone that runs more than once a '
+                'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
         loss, log = self.model.parse_losses(head.loss(x, *self._batch))

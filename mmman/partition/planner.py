@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from mmman.errors import PartitionError
 from mmman.partition.chain import Chain, Unit
@@ -81,7 +81,7 @@ def _named(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]
 
 def _evenly(units: Block, count: int) -> tuple[Block, ...]:
     ends = [i * len(units) // count for i in range(count + 1)]
-    return tuple(units[a:b] for a, b in zip(ends, ends[1:]))
+    return tuple(units[a:b] for a, b in pairwise(ends))
 
 
 def _by_stage(units: Block, count: int) -> tuple[Block, ...]:

@@ -6,6 +6,7 @@ the model's neck or head takes. Local head j sits on cut j and sees s_j * E_j(x)
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Head:
-    """One local head: E and B copy ``source``, the first unit of the next block; delta is s - 1; ``task`` gives the local loss."""
+    """A local head: E and B copy ``source``, the first unit of the next block; delta is s - 1; ``task`` is its own network."""
 
     source: nn.Module
     momentum: nn.Module | None
@@ -55,7 +56,7 @@ class Reference:
 
     def __post_init__(self) -> None:
         ends = [0, *(cut + 1 for cut in self.cuts), len(self.units)]
-        blocks = [[p for unit in self.units[a:b] for p in unit.parameters()] for a, b in zip(ends, ends[1:])]
+        blocks = [[p for unit in self.units[a:b] for p in unit.parameters()] for a, b in pairwise(ends)]
         extra = [*(head.trained() for head in self.heads), [p for m in self.task_modules for p in m.parameters()]]
         self.groups = [block + more for block, more in zip(blocks, extra, strict=True)]
         self.optim = self.optimizer([p for group in self.groups for p in group])

@@ -47,7 +47,9 @@ def images(count, height=96, width=128, seed=0):
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for _ in range(count):
-        sample = DetDataSample(metainfo={'img_shape': (height, width), 'pad_shape': (height, width), 'scale_factor': (1.0, 1.0)})
+        sample = DetDataSample(
+            metainfo={'img_shape': (height, width), 'pad_shape': (height, width), 'scale_factor': (1.0, 1.0)}
+        )
         boxes = torch.tensor([[4.0, 4, 30, 34], [20, 10, 90, 70], [2, 3, 126, 90]])
         labels = torch.randint(CLASSES, (3,), generator=generator)
         sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
@@ -77,10 +79,9 @@ def local_task(head):
 
 @pytest.mark.parametrize('row', ROWS)
 def test_bitwise_parity(row, tmp_path):
-    if row == 'local':  # without a transfer the heads see strides 4, 8, 16: P3, P3, P4 to P7
-        sizes = [STAGE_CUTS[1], STAGE_CUTS[1], (STAGE_CUTS[2][0], math.inf)]
-    else:
-        sizes = [*STAGE_CUTS.values()]
+    # without a transfer the heads see strides 4, 8, 16: P3, P3, P4 to P7
+    untransferred = [STAGE_CUTS[1], STAGE_CUTS[1], (STAGE_CUTS[2][0], math.inf)]
+    sizes = untransferred if row == 'local' else [*STAGE_CUTS.values()]
     torch.manual_seed(0)
     model = retinanet(ROWS[row], num_blocks=4)
 

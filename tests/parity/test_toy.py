@@ -101,9 +101,7 @@ def momentum_before_the_step(patch):
 
 
 def swapped_s(patch):
-    patch.setattr(
-        MomentumTransfer, 'forward', lambda self, x: (2 - self.s) * self.momentum(x) + self.s * self.bias(x)
-    )
+    patch.setattr(MomentumTransfer, 'forward', lambda self, x: (2 - self.s) * self.momentum(x) + self.s * self.bias(x))
 
 
 def copies_not_synced(patch):

@@ -2,9 +2,9 @@
 
     python tools/analysis_tools/peak_memory.py CONFIG [CONFIG ...] --shape 608 1024 --batch 2
 
-Counts on the CPU, exactly: the same command gives the same numbers everywhere. The step is the second one, so that optimizer state
-is there. The floor of a config is what remains without its backbone: parameters, buffers and optimizer state of the whole model,
-and neck, head and loss run forward and backward on feature maps that are given.
+Counts on the CPU, exactly: the same command gives the same numbers everywhere. The step is the second one, so that optimizer
+state is there. The floor of a config is what remains without its backbone: parameters, buffers and optimizer state of the whole
+model, and neck, head and loss run forward and backward on feature maps that are given.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python tools/benchmarks/overfit.py --data-root COCO --rows e2e manpp
 
-Nothing is pre-trained or frozen, the data, iterations and optimizer are the same for all rows, and the metric is mmdet's CocoMetric
-on the training images. Each row is one Runner in ``WORK_DIR/<row>``; rows that are finished are read, not run again.
+Nothing is pre-trained or frozen, the data, iterations and optimizer are the same for all rows, and the metric is mmdet's
+CocoMetric on the training images. Each row is one Runner in ``WORK_DIR/<row>``; rows that are finished are read, not run again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 
 import mmengine
-
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -77,7 +76,12 @@ def row_config(args: argparse.Namespace, row: str, annotations: Path) -> Config:
         {'type': 'MultiStepLR', 'by_epoch': False, 'milestones': [int(args.iters * 0.8)], 'gamma': 0.1},
     ]
     cfg.default_hooks.logger.interval = 10
-    cfg.default_hooks.checkpoint = {'type': 'CheckpointHook', 'by_epoch': False, 'interval': args.iters, 'save_optimizer': False}
+    cfg.default_hooks.checkpoint = {
+        'type': 'CheckpointHook',
+        'by_epoch': False,
+        'interval': args.iters,
+        'save_optimizer': False,
+    }
     cfg.log_processor = {'type': 'LogProcessor', 'by_epoch': False, 'window_size': 20}
     cfg.randomness = {'seed': args.seed}
     cfg.work_dir = str(args.work_dir / row)

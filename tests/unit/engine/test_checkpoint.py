@@ -25,7 +25,10 @@ def test_a_training_checkpoint_loads_in_a_fresh_process(tmp_path):
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '1.5'
 
 
-@pytest.mark.parametrize('call', [(getattr, (HistoryBuffer, '__init__')), (getattr, (torch.nn.Module, '__init__')), (print, ('code ran',)), (eval, ('1',))])
+@pytest.mark.parametrize(
+    'call',
+    [(getattr, (HistoryBuffer, '__init__')), (getattr, (torch.nn.Module, '__init__')), (print, ('code ran',)), (eval, ('1',))],
+)
 def test_nothing_else_in_a_checkpoint_is_called(call, tmp_path, capsys):
     torch.save(Attack(*call), tmp_path / 'attack.pth')
     with pytest.raises(pickle.UnpicklingError):

@@ -105,7 +105,13 @@ def test_copies_start_from_a_loaded_end_to_end_checkpoint(tmp_path):
     stock.init_weights()
     torch.save({'state_dict': stock.state_dict(), 'meta': {}}, tmp_path / 'e2e.pth')
     hook = Watch(0.9)
-    runner = runner_of(tmp_path, hook=hook, iters=1, load_from=str(tmp_path / 'e2e.pth'), optim_wrapper={'optimizer': {'type': 'SGD', 'lr': 0.0}})
+    runner = runner_of(
+        tmp_path,
+        hook=hook,
+        iters=1,
+        load_from=str(tmp_path / 'e2e.pth'),
+        optim_wrapper={'optimizer': {'type': 'SGD', 'lr': 0.0}},
+    )
     runner.train()
     assert hook.at_start == 0
     assert torch.equal(runner.model.backbone.layer2[0].conv.weight, stock.backbone.layer2[0].conv.weight)
@@ -115,7 +121,11 @@ def test_heads_of_the_same_cut_are_taken_over_from_another_k(tmp_path):
     runner_of(tmp_path, model_options={'num_blocks': 3, 'partition': 'stage'}).train()
     hook = Watch(0.9)
     runner = runner_of(
-        tmp_path, hook=hook, iters=1, load_from=str(tmp_path / 'iter_4.pth'), model_options={'partition': ['layer1.1', 'layer3.0'], 'num_blocks': 3}
+        tmp_path,
+        hook=hook,
+        iters=1,
+        load_from=str(tmp_path / 'iter_4.pth'),
+        model_options={'partition': ['layer1.1', 'layer3.0'], 'num_blocks': 3},
     )
     saved = torch.load(tmp_path / 'iter_4.pth')['state_dict']
     runner.load_or_resume()
@@ -127,7 +137,9 @@ def test_heads_of_the_same_cut_are_taken_over_from_another_k(tmp_path):
 def test_resume_with_other_cuts_is_refused(tmp_path):
     runner_of(tmp_path).train()
     options = {'num_blocks': 3, 'partition': 'stage'}
-    with pytest.raises(MisuseError, match=r'local heads on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'):
+    with pytest.raises(
+        MisuseError, match=r'local heads on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'
+    ):
         runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()
 
 

@@ -50,7 +50,7 @@ def test_local_losses_reach_every_visualizer_smoothed_as_the_stock_losses(tmp_pa
         experiment_name=tmp_path.name,
     )
     runner.train()
-    last = json.loads([*tmp_path.rglob('scalars.json')][0].read_text().splitlines()[-1])
+    last = json.loads(next(tmp_path.rglob('scalars.json')).read_text().splitlines()[-1])
     history = runner.message_hub.log_scalars['train/local/1/loss'].data[0]
     assert len(history) == 4 and last['local/1/loss'] == pytest.approx(history.mean())
     assert {'loss', 'local/1/loss_ce', 'local/1/s'} <= set(last)
@@ -135,7 +135,10 @@ def test_bfloat16_runs_local_heads_under_autocast_and_their_backward_outside():
     step(exact, plain, batch)
     for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
         if ours.grad is not None:
-            assert torch.nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.9 or ours.numel() < 9, name
+            assert (
+                torch.nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), dim=0) > 0.9
+                or ours.numel() < 9
+            ), name
 
 
 @pytest.mark.parametrize('loss_scale', ['dynamic', 1024.0, {'init_scale': 1024.0}])

@@ -25,9 +25,7 @@ def trained_alike(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize(
-    'clone', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=['deepcopy', 'pickle']
-)
+@pytest.mark.parametrize('clone', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=['deepcopy', 'pickle'])
 def test_a_clone_is_independent_and_trains_alike(clone):
     model = toy()
     step(model)
@@ -77,7 +75,10 @@ def test_ema_hook_of_mmengine_averages_the_model(tmp_path):
     runner.train()
     saved = torch.load(tmp_path / 'epoch_2.pth', weights_only=True)
     assert saved['ema_state_dict'].keys() >= {f'module.{key}' for key, _ in model.named_parameters()}
-    assert any(not torch.equal(saved['ema_state_dict'][f'module.{key}'], saved['state_dict'][key]) for key, _ in model.named_parameters())
+    assert any(
+        not torch.equal(saved['ema_state_dict'][f'module.{key}'], saved['state_dict'][key])
+        for key, _ in model.named_parameters()
+    )
 
 
 def test_sync_batchnorm_conversion_and_back():

@@ -57,7 +57,11 @@ def test_gradients_are_those_of_the_own_local_loss_alone(partition):
         names = [name for name, p in model.named_parameters() if id(p) in ids and p.requires_grad]
         assert names and all(torch.equal(alone[name], got[name]) and got[name].abs().sum() > 0 for name in names)
         assert all(alone[name].abs().sum() == 0 for name, p in model.named_parameters() if id(p) in others and name in alone)
-    task = [name for name, p in model.named_parameters() if all(id(p) not in {*map(id, b)} for b in local.block_parameters(model.backbone))]
+    task = [
+        name
+        for name, p in model.named_parameters()
+        if all(id(p) not in {*map(id, b)} for b in local.block_parameters(model.backbone))
+    ]
     model.zero_grad()
     alone = gradients(model)
     assert task and all(torch.equal(alone[name], got[name]) for name in task)
@@ -124,7 +128,7 @@ def test_without_a_session_nothing_changes_and_a_backward_is_refused():
     model = toy(num_blocks=3)
     batch = toy_batches(1)[0]
     losses = model(**batch, mode='loss')
-    with pytest.raises(MisuseError, match=r"crossed the boundary after layer2.0 .*LocalLearningOptimWrapper.*delocalize_"):
+    with pytest.raises(MisuseError, match=r'crossed the boundary after layer2.0 .*LocalLearningOptimWrapper.*delocalize_'):
         losses['loss_ce'].backward()
     assert all(p.grad is None for p in model.backbone.layer1.parameters())
 
@@ -175,7 +179,10 @@ def test_a_step_that_skips_the_boundaries_is_refused():
     with pytest.raises(MisuseError):
         step(model)
     del model.backbone.forward
-    with pytest.raises(MisuseError, match=r'without reaching the boundaries of blocks \[1, 2, 3\]'), wrapper(model).optim_context(model):
+    with (
+        pytest.raises(MisuseError, match=r'without reaching the boundaries of blocks \[1, 2, 3\]'),
+        wrapper(model).optim_context(model),
+    ):
         pass
     with pytest.raises(MisuseError, match='call the model, not its backbone'), wrapper(model).optim_context(model):
         model.backbone(toy_batches(1)[0]['inputs'])

@@ -1,4 +1,4 @@
-"""Off means off, for every family: class, keys and outputs of a localised backbone are the stock ones, and so it can be undone."""
+"""Off means off, for every family: class, keys and outputs of a localised backbone are the stock ones, and it can be undone."""
 
 import pytest
 import torch
