@@ -3,9 +3,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-DET = ['mmcv>=2.0.0', 'mmdet>=3.0.0', 'pycocotools']
-SEG = ['mmcv>=2.0.0', 'mmsegmentation>=1.0.0']
-CLS = ['mmcv>=2.0.0', 'mmpretrain>=1.0.0']
+DET = ['mmcv>=2.0.0,<2.2.0', 'mmdet>=3.0.0', 'pycocotools']
+SEG = ['mmcv>=2.0.0,<2.2.0', 'mmsegmentation>=1.0.0']
+CLS = ['mmcv>=2.0.0,<2.2.0', 'mmpretrain>=1.0.0']
 
 setup(
     name='mmman',

@@ -19,14 +19,15 @@ SPLITS = ('train', 'val')
 VERSION = 1  # of the drawing below: raise it when the same arguments give other files
 
 MAX_OBJECTS = 8
-DIAMETERS = (0.12, 0.35)  # smallest and largest circumscribed circle, as a share of the image's side
+DIAMETERS = (0.1, 0.45)  # smallest and largest circumscribed circle, as a share of the image's side
 MAX_HIDDEN = 0.2  # of the smaller one's area, where two objects overlap: none is ever mostly hidden
+INTENSITIES = (30, 225)  # of the mean colours, which leaves room for noise around them
 MIN_CONTRAST = 80.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
 SUBPIXEL_BITS = 4  # of cv2's fixed-point coordinates
 
 
 def write_shapes_dataset(
-    root: str | os.PathLike, train_images: int = 600, val_images: int = 64, size: int = 256, seed: int = 0
+    root: str | os.PathLike, train_images: int = 800, val_images: int = 64, size: int = 256, seed: int = 0
 ) -> Path:
     """Write ``train/``, ``val/`` and ``annotations/instances_{train,val}.json`` below ``root``, for mmdet's ``CocoDataset``.
 
@@ -122,7 +123,7 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[t
     Returns:
         The image (size, size, 3), uint8 BGR, and its objects in drawing order as (label, polygon), at least one, all inside it.
     """
-    image = _texture(rng, size, rng.uniform(30, 225, 3))
+    image, texture = rng.uniform(*INTENSITIES, 3) + _noise(rng, size), _noise(rng, size)
     objects: list[tuple[int, np.ndarray]] = []
     masks: list[np.ndarray] = []
     covered = np.zeros((size, size), bool)
@@ -134,12 +135,12 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[t
         mask = _fill(polygon, size)
         if any((mask & other).sum() > MAX_HIDDEN * min(mask.sum(), other.sum()) for other in masks):
             continue
-        image[mask] = _texture(rng, size, _contrasting(rng, image[mask].mean(0)))[mask]
+        image[mask] = _contrasting(rng, image[mask].mean(0)) + texture[mask]
         objects.append((label, polygon))
         masks.append(mask)
         if len(objects) == wanted:
             break
-    return image, objects
+    return image.clip(0, 255).astype(np.uint8), objects
 
 
 def _outline(rng: np.random.Generator, label: int, diameter: float) -> np.ndarray:
@@ -166,15 +167,15 @@ def _fill(polygon: np.ndarray, size: int) -> np.ndarray:
 def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
     """A random colour (3,) that can be told from ``background`` (3,)."""
     while True:
-        colour = rng.uniform(30, 225, 3)
+        colour = rng.uniform(*INTENSITIES, 3)
         if np.linalg.norm(colour - background) > MIN_CONTRAST:
             return colour
 
 
-def _texture(rng: np.random.Generator, size: int, colour: np.ndarray) -> np.ndarray:
-    """Noise of three octaves around a mean colour (3,): an image (size, size, 3), uint8."""
-    image = np.full((size, size, 3), colour, np.float32)
+def _noise(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Noise of three octaves around 0 (size, size, 3), float32, in units of 8-bit intensity."""
+    noise = np.zeros((size, size, 3), np.float32)
     for cells in (4, 16, 64):
         grid = rng.standard_normal((cells, cells, 3), np.float32) * np.float32(rng.uniform(0, 10))
-        image += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
-    return image.clip(0, 255).astype(np.uint8)
+        noise += cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
+    return noise

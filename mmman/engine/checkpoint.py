@@ -12,11 +12,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
 
 
 def allow_training_checkpoints() -> None:
-    """Allow-list what mmengine's message hub pickles. Does nothing on a torch that has no such list."""
-    if not hasattr(torch.serialization, 'add_safe_globals'):
+    """Allow-list what mmengine's message hub pickles. An older torch loads it without."""
+    if digit_version(TORCH_VERSION) < digit_version('2.6'):
         return
     array, scalar = np.empty(0).__reduce__()[0], np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(name)) for name in ('float64', 'float32', 'int64')}

@@ -28,8 +28,8 @@ def check_model(model: nn.Module) -> None:
         head.check_model(module)
         if not head.transfer.is_synced:
             raise MisuseError(
-                "the momentum copies were never set to the blocks' weights: add dict(type='mmman.EMABiasHook') to "
-                'custom_hooks, or, in a training loop of your own, call head.transfer.sync_ and update_ as that hook does'
+                "nothing has started the momentum copies: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
+                'training loop of your own, call sync_ and update_ of every head.transfer as that hook does'
             )
 
 

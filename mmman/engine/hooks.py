@@ -59,13 +59,14 @@ class EMABiasHook(Hook):
         self._loaded_checkpoint = True
         local = localized_backbone(_unwrap(runner.model)).local
         for head in local.values():
-            head.transfer.is_synced = not head.transfer.copies
+            head.transfer.is_loaded = False
         if runner._resume:
             ours = {key for key in _unwrap(runner.model).state_dict() if '.local.' in key}
             theirs = {key for key in checkpoint['state_dict'] if '.local.' in key}
             if ours != theirs:
                 raise MisuseError(
-                    f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}]. '
+                    f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}], '
+                    f'and they differ in {len(ours ^ theirs)} keys, the first is {min(ours ^ theirs)}. '
                     'Resume with the config that it was trained with, or start a new run from its weights: '
                     'load_from without resume'
                 )
@@ -79,8 +80,7 @@ class EMABiasHook(Hook):
             )
         backbone = localized_backbone(_unwrap(runner.model))
         for head in backbone.local.values():
-            if not (self._loaded_checkpoint and head.transfer.is_synced):
-                head.transfer.sync_(backbone.get_submodule(head.source))
+            head.transfer.sync_(backbone.get_submodule(head.source), keep_loaded=self._loaded_checkpoint)
         self._seen_steps = runner.optim_wrapper.steps
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:

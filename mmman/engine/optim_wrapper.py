@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from mmengine.device import get_device
@@ -193,11 +194,14 @@ def _loss_scaler(
         loss_scale = 'dynamic' if dtype is torch.float16 else None
     if loss_scale is None:
         return None, None
-    device = get_device()
+    if not hasattr(torch.amp, 'GradScaler'):  # torch < 2.3
+        scaler = torch.cuda.amp.GradScaler
+    else:
+        scaler = partial(torch.amp.GradScaler, get_device())
     if loss_scale == 'dynamic':
-        return torch.amp.GradScaler(device), None
+        return scaler(), None
     if isinstance(loss_scale, dict):
-        return torch.amp.GradScaler(device, **loss_scale), None
+        return scaler(**loss_scale), None
     if isinstance(loss_scale, (int, float)):
-        return torch.amp.GradScaler(device, init_scale=float(loss_scale)), float(loss_scale)
+        return scaler(init_scale=float(loss_scale)), float(loss_scale)
     raise MisuseError(f"loss_scale={loss_scale!r}: choose 'dynamic', a number or a dict of torch.amp.GradScaler options")

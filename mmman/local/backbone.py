@@ -89,7 +89,10 @@ def localize_(
     if count and local_head is None:
         raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
     if count:
-        head_class = local_head['type'] if isinstance(local_head['type'], type) else MODELS.get(local_head['type'])
+        head_class = local_head['type']
+        if isinstance(head_class, str):
+            with MODELS.switch_scope_and_registry(None) as registry:
+                head_class = registry.get(head_class)
         if not (isinstance(head_class, type) and issubclass(head_class, LocalHead)):
             raise MisuseError(f'local_head.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
@@ -175,7 +178,9 @@ def _measure(backbone: nn.Module, chain: Chain) -> dict[str, tuple[int, int]]:
 
         return hook
 
-    convolution = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
+    if convolution is None:
+        raise UnsupportedBackboneError(f'{type(backbone).__name__} has no convolution that tells its input channels')
     weight = convolution.weight
     handles = [backbone.get_submodule(unit.output).register_forward_hook(note(unit.name)) for unit in chain.units]
     modes = {module: module.training for module in backbone.modules()}
@@ -188,6 +193,7 @@ def _measure(backbone: nn.Module, chain: Chain) -> dict[str, tuple[int, int]]:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    if order != [unit.name for unit in chain.units] or len(outputs) != len(chain.taps):
+    has_outputs = isinstance(outputs, (tuple, list)) and len(outputs) == len(chain.taps)
+    if order != [unit.name for unit in chain.units] or not has_outputs:
         raise UnsupportedBackboneError(f'the units of {type(backbone).__name__} are not what its forward pass runs')
     return shapes

@@ -50,8 +50,8 @@ class MomentumTransfer(BaseModule):
         self.channel_bias = nn.Parameter(torch.zeros(channels, 1, 1)) if bias == 'channel' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
-        self.is_synced = not self.copies
-        """Whether the copies hold what training starts from: set by :meth:`sync_` and by loading a state dict that has them."""
+        self.is_loaded = False  # a state dict brought the copies along
+        self.is_synced = not self.copies  # the copies hold what training starts from
 
     @property
     def s(self) -> Tensor | None:
@@ -73,13 +73,20 @@ class MomentumTransfer(BaseModule):
 
     @property
     def copies(self) -> list[nn.Module]:
+        """E and B, as far as they are copies of the unit."""
         return [module for module in (self.momentum, self.bias) if module is not None]
 
     @torch.no_grad()
-    def sync_(self, source: nn.Module) -> None:
-        """Make E and B exact copies of ``source`` as it stands; called when training starts."""
-        for module in self.copies:
-            module.load_state_dict(source.state_dict())
+    def sync_(self, source: nn.Module, keep_loaded: bool = False) -> None:
+        """Make E and B exact copies of ``source`` as it stands. To be called once when training starts.
+
+        Args:
+            source: The first unit of the next block.
+            keep_loaded: Leave E and B as they are where the last state dict that was loaded had them all.
+        """
+        if not (keep_loaded and self.is_loaded):
+            for module in self.copies:
+                module.load_state_dict(source.state_dict())
         self.is_synced = True
 
     @torch.no_grad()
@@ -100,6 +107,5 @@ class MomentumTransfer(BaseModule):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         own = self.state_dict(keep_vars=True)
         given = [state_dict.get(prefix + name) for name in own]
-        if own and all(value is not None and value.shape == own[name].shape for name, value in zip(own, given, strict=True)):
-            self.is_synced = True
+        self.is_loaded = all(v is not None and v.shape == own[name].shape for name, v in zip(own, given, strict=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -68,4 +68,11 @@ def chain_of(backbone: nn.Module) -> Chain:
             + f'. Known are the classes that inherit it unchanged from {", ".join(sorted(_FAMILIES))}; '
             'docs/howto/new_backbone.md shows how to add another.'
         )
-    return enumerate_units(backbone)
+    chain = enumerate_units(backbone)
+    for unit in chain.units[1:]:
+        if unit.modules != (unit.output,):
+            raise UnsupportedBackboneError(
+                f'{type(backbone).__name__}: the unit {unit.name} is not one module; only the first may be several, because a '
+                'momentum transfer copies the first unit of the next block'
+            )
+    return chain

@@ -68,8 +68,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
 
 
-def overrides(dataset: dict, is_local: bool, **options) -> dict:
-    """A small, deterministic run of two epochs, from random weights, on ``dataset``.
+def overrides(dataset: dict, is_local: bool, expansion: int = 1, **options) -> dict:
+    """A deterministic run of two epochs on ``dataset``: a ResNet of a quarter of its width, from random weights.
 
     ``options`` has ``__`` for every dot of a key.
     """
@@ -80,6 +80,8 @@ def overrides(dataset: dict, is_local: bool, **options) -> dict:
     values = {
         **dataset,
         f'{backbone}.init_cfg': None,
+        f'{backbone}.base_channels': 16,
+        'model.neck.in_channels': [16 * expansion * 2**stage for stage in range(4)],
         'model.neck.out_channels': width,
         'model.test_cfg.score_thr': 0.0,
         'train_cfg.max_epochs': 2,
@@ -194,7 +196,7 @@ def end_to_end_run(dataset: dict, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_the_stock_train_script_runs_the_flagship(dataset: dict, tmp_path: Path) -> None:
     script = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
-    options = overrides(dataset, is_local=True, train_cfg__max_epochs=1, train_dataloader__dataset__indices=4)
+    options = overrides(dataset, is_local=True, expansion=4, train_cfg__max_epochs=1, train_dataloader__dataset__indices=4)
     run_script(script, ROOT / 'configs' / 'retinanet_r50_manpp_k4.py', '--work-dir', tmp_path, options=options)
 
     scalars = [line for line in logged(tmp_path) if 'epoch' in line]

@@ -3,7 +3,8 @@
     python tools/benchmarks/overfit.py --data-root COCO --rows e2e manpp
 
 Nothing is pre-trained or frozen, the data, iterations and optimizer are the same for all rows, and the metric is mmdet's
-CocoMetric on the training images. Each row is one Runner in ``WORK_DIR/<row>``; rows that are finished are read, not run again.
+CocoMetric on the training images. Each row is one Runner in ``WORK_DIR/<row>``. The last lines are a table of all rows in the
+folder, and their curves are drawn in ``WORK_DIR/overfit.png``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 import mmengine
 from mmengine.config import Config
 from mmengine.runner import Runner
+from rich.console import Console
+from rich.table import Table
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 ABLATION = {
@@ -88,15 +91,52 @@ def row_config(args: argparse.Namespace, row: str, annotations: Path) -> Config:
     return cfg
 
 
+def read_scalars(folder: Path) -> list[dict]:
+    """What mmengine's local backend logged in the last run of a row."""
+    files = sorted(folder.glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for line in files[-1].read_text().splitlines()] if files else []
+
+
+def summarize(work_dir: Path, val_interval: int) -> None:
+    """Print the table of all rows in ``work_dir`` and draw their curves."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    table = Table('row', 'iterations', 'AP50', 'to e2e', 'AP', 'task loss', 's', title='train AP of the overfitted images')
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    reference = None
+    for row in ('e2e', *ABLATION):
+        logged = read_scalars(work_dir / row)
+        metrics = [line for line in logged if 'coco/bbox_mAP_50' in line]
+        steps = [line for line in logged if 'loss' in line]
+        if not metrics:
+            continue
+        scores = [line['coco/bbox_mAP_50'] for line in metrics]
+        reference = scores[-1] if row == 'e2e' else reference
+        ratio = f'{scores[-1] / reference:.2f}' if reference else '-'
+        scales = ', '.join(f'{value:.3f}' for key, value in steps[-1].items() if key.endswith('/s'))
+        numbers = (str(steps[-1]['step']), f'{scores[-1]:.3f}', ratio, f'{metrics[-1]["coco/bbox_mAP"]:.3f}')
+        table.add_row(row, *numbers, f'{steps[-1]["loss"]:.3f}', scales or '-')
+        left.plot([0, *(val_interval * (i + 1) for i in range(len(scores)))], [0, *scores], marker='o', label=row)
+        right.plot([line['step'] for line in steps], [line['loss'] for line in steps], label=row)
+    left.set(xlabel='iteration', ylabel='train AP50', ylim=(0, 1))
+    right.set(xlabel='iteration', ylabel='task loss', yscale='log')
+    left.legend()
+    figure.savefig(work_dir / 'overfit.png', dpi=100)
+    Console(width=110).print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-root', type=Path, required=True, help='a COCO folder: train2017/, annotations/')
     parser.add_argument('--rows', nargs='+', choices=['e2e', *ABLATION], default=['e2e', 'manpp'])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/overfit'))
     parser.add_argument('--images', type=int, default=16)
-    parser.add_argument('--size', type=int, default=320, help='longer side of the images, pixels')
+    parser.add_argument('--size', type=int, default=256, help='longer side of the images, pixels')
     parser.add_argument('--batch', type=int, default=4)
-    parser.add_argument('--iters', type=int, default=600)
+    parser.add_argument('--iters', type=int, default=500)
     parser.add_argument('--val-interval', type=int, default=100)
     parser.add_argument('--optimizer', choices=[*OPTIMIZERS], default='adam')
     parser.add_argument('--lr', type=float, default=4e-4)
@@ -111,6 +151,7 @@ def main() -> None:
     write_subset(args.data_root, args.images, annotations)
     for row in args.rows:
         Runner.from_cfg(row_config(args, row, annotations)).train()
+    summarize(args.work_dir, args.val_interval)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +45,15 @@ class DetLocalHead(LocalHead):
         super().__init__(boundary, transfer, loss_weight)
         config = {**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None}
         with torch.device('cpu'):  # a throw-away head that knows the pyramid, values included, also when building on meta
-            whole = MODELS.build({**copy.deepcopy(config), 'stacked_convs': 1})
+            whole = MODELS.build(copy.deepcopy(config))
         priors = getattr(whole, 'prior_generator', None)
+        reason = _UNFIT.get(type(whole).__name__)
         if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
+            reason = 'it is no single-stage dense head with one in_channels, stacked_convs and a prior generator'
+        if reason:
             raise MisuseError(
-                f'{type(whole).__name__} cannot be a local detection head: a single-stage dense head with one in_channels, '
-                'stacked_convs and a prior generator is needed, e.g. RetinaHead, FCOSHead, ATSSHead, GFLHead; '
-                'set local_head.bbox_head to one'
+                f'{type(whole).__name__} cannot be a local detection head: {reason}; set local_head.bbox_head to another, '
+                'e.g. RetinaHead, FCOSHead, ATSSHead, GFLHead'
             )
         strides = [stride[0] for stride in priors.strides]
         levels = assign_levels(boundary.stride, boundary.strides, strides)
@@ -62,7 +65,12 @@ class DetLocalHead(LocalHead):
             self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
 
         self.projection = LevelProjection(boundary.channels, config['in_channels'], boundary.stride, self.level_strides)
-        self.bbox_head = MODELS.build({**_at_levels(config, whole, levels), 'stacked_convs': stacked_convs})
+        try:
+            self.bbox_head = MODELS.build({**_at_levels(config, whole, levels), 'stacked_convs': stacked_convs})
+        except (AssertionError, IndexError, ValueError) as error:
+            raise MisuseError(
+                f'{type(whole).__name__} cannot be built for the strides {self.level_strides}: {error}'
+            ) from error
 
     def loss(self, x: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
@@ -93,14 +101,28 @@ class DetLocalHead(LocalHead):
             )
 
 
+_UNFIT = {
+    'FSAFHead': "it chooses an object's level by comparing the losses of all levels",
+    'RepPointsHead': "its point assigner needs the levels' scales to start at the pyramid's",
+}
+
+
 def _at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
-    """The dense head's config with everything that is given a level cut down to ``levels``."""
+    """The dense head's config with every option that has a value a level, given or default, cut down to ``levels``."""
     config = copy.deepcopy(config)
     count = len(whole.prior_generator.strides)
+    options = {name for cls in type(whole).__mro__ for name in inspect.signature(cls.__init__).parameters}
+    config = {
+        **{name: value for name, value in vars(whole).items() if name in options and _is_per_level(value, count)},
+        **config,
+    }
     generator = next((config[key] for key in ('anchor_generator', 'prior_generator') if key in config), {})
-    for part in (config, generator):
-        for key in ('strides', 'base_sizes', 'centers', 'regress_ranges'):
-            values = part.get(key, getattr(whole, key, None) if part is config else None)
-            if isinstance(values, (list, tuple)) and len(values) == count:
-                part[key] = type(values)(values[i] for i in levels)
+    for part, names in ((config, options), (generator, {'strides', 'base_sizes', 'centers'})):
+        for name in names & part.keys():
+            if _is_per_level(part[name], count):
+                part[name] = [part[name][i] for i in levels]
     return config
+
+
+def _is_per_level(value: object, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count

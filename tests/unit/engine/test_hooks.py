@@ -131,15 +131,13 @@ def test_heads_of_the_same_cut_are_taken_over_from_another_k(tmp_path):
     runner.load_or_resume()
     kept, new = runner.model.backbone.local.values()
     assert torch.equal(kept.fc[3].weight, saved['backbone.local.layer1_1.fc.3.weight'])
-    assert kept.transfer.is_synced and not new.transfer.is_synced
+    assert kept.transfer.is_loaded and not new.transfer.is_loaded
 
 
 def test_resume_with_other_cuts_is_refused(tmp_path):
     runner_of(tmp_path).train()
     options = {'num_blocks': 3, 'partition': 'stage'}
-    with pytest.raises(
-        MisuseError, match=r'local heads on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'
-    ):
+    with pytest.raises(MisuseError, match=r'on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'):
         runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()
 
 
@@ -181,3 +179,13 @@ def test_runs_that_are_not_local_learning_are_refused(tmp_path):
 def test_a_forgotten_hook_is_refused(tmp_path):
     with pytest.raises(MisuseError, match='EMABiasHook'):
         runner_of(tmp_path, hook={'type': 'EmptyCacheHook'}).train()
+    runner_of(tmp_path).train()
+    with pytest.raises(MisuseError, match='EMABiasHook'):  # also where a checkpoint brought the copies
+        runner_of(tmp_path, hook={'type': 'EmptyCacheHook'}, load_from=str(tmp_path / 'iter_4.pth')).train()
+
+
+def test_resume_with_another_transfer_names_a_key(tmp_path):
+    runner_of(tmp_path).train()
+    options = {'transfer': {'scale': False}}
+    with pytest.raises(MisuseError, match=r'differ in 3 keys, the first is backbone.local.layer1_1.transfer.delta'):
+        runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()

@@ -98,13 +98,18 @@ def test_copies_follow_the_modes_of_their_source(source):
     assert not transfer.momentum.bn.training and not transfer.bias.bn.training and transfer.bias.conv.training
 
 
-def test_a_state_dict_with_the_copies_counts_as_synced(source):
+def test_copies_from_a_state_dict_are_kept_where_asked(source):
     transfer, other = MomentumTransfer(source, 8), MomentumTransfer(source, 8)
+    transfer.momentum.conv.weight.data += 1
     partial = {name: value for name, value in transfer.state_dict().items() if not name.startswith('bias')}
     other.load_state_dict(partial, strict=False)
-    assert not other.is_synced
+    assert not other.is_loaded
     other.load_state_dict(transfer.state_dict())
-    assert other.is_synced
+    assert other.is_loaded and not other.is_synced
+    other.sync_(source, keep_loaded=True)
+    assert other.is_synced and torch.equal(other.momentum.conv.weight, transfer.momentum.conv.weight)
+    other.sync_(source)
+    assert torch.equal(other.momentum.conv.weight, source.conv.weight)
     assert MomentumTransfer(source, 8, ema=False, bias=False, scale=False).is_synced
 
 

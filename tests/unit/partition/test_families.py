@@ -6,7 +6,7 @@ from torch import nn
 
 from mmman import delocalize_, localize_, register_chain
 from mmman.errors import UnsupportedBackboneError
-from mmman.partition import Chain, chain_of
+from mmman.partition import Chain, Unit, chain_of
 from tests.toy import ToyNet
 
 HEAD = {'type': 'mmman.ToyLocalHead'}
@@ -131,6 +131,28 @@ def test_a_row_that_names_the_wrong_units_is_refused():
         localize_(Wrong(), 2, HEAD)
     with pytest.raises(ValueError, match='registered already'):
         register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')
+
+
+def test_a_unit_of_several_modules_is_refused_but_for_the_first():
+    class Pairs(ToyNet):
+        def forward(self, x):
+            return super().forward(x)
+
+    units = (Unit('stem', ('stem',), 'stem', 0), Unit('both', ('layer1.0', 'layer1.1'), 'layer1.1', 0))
+    register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(units, (1,)))
+    with pytest.raises(UnsupportedBackboneError, match='unit both is not one module'):
+        chain_of(Pairs())
+
+
+def test_a_backbone_that_returns_a_bare_tensor_is_refused():
+    class Bare(ToyNet):
+        def forward(self, x):
+            return super().forward(x)[-1]
+
+    chain = chain_of(ToyNet(out_indices=(2,)))
+    register_chain(f'{Bare.__module__}.{Bare.__qualname__}')(lambda backbone: chain)
+    with pytest.raises(UnsupportedBackboneError, match='not what its forward pass runs'):
+        localize_(Bare(), 2, HEAD)
 
 
 def test_every_unit_is_in_one_block_and_owns_its_parameters():
