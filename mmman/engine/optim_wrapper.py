@@ -194,10 +194,8 @@ def _loss_scaler(
         loss_scale = 'dynamic' if dtype is torch.float16 else None
     if loss_scale is None:
         return None, None
-    if not hasattr(torch.amp, 'GradScaler'):  # torch < 2.3
-        scaler = torch.cuda.amp.GradScaler
-    else:
-        scaler = partial(torch.amp.GradScaler, get_device())
+    new = getattr(torch.amp, 'GradScaler', None)  # torch >= 2.3
+    scaler = partial(new, get_device()) if new else torch.cuda.amp.GradScaler
     if loss_scale == 'dynamic':
         return scaler(), None
     if isinstance(loss_scale, dict):
