@@ -4,7 +4,13 @@ _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 model = dict(
     backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None, base_channels=16),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, norm_cfg=dict(type='BN')),
-    bbox_head=dict(num_classes=3, in_channels=64, feat_channels=64, norm_cfg=dict(type='GN', num_groups=16), anchor_generator=dict(octave_base_scale=2)),
+    bbox_head=dict(
+        num_classes=3,
+        in_channels=64,
+        feat_channels=64,
+        norm_cfg=dict(type='GN', num_groups=16),
+        anchor_generator=dict(octave_base_scale=2),
+    ),
 )
 
 # The dataset that tools/demo.py writes.

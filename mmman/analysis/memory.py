@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 
 class LiveBytes(TorchDispatchMode):
@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
+        for leaf in tree_flatten(result)[0]:
             if isinstance(leaf, Tensor):
                 self._add(leaf)
         return result
@@ -74,7 +74,7 @@ def peak_live_bytes(step: Callable[[], object], *held: object) -> int:
 
 
 def _tensors(held: object) -> Iterator[Tensor]:
-    for leaf in tree_leaves(held, is_leaf=lambda x: isinstance(x, (nn.Module, Optimizer))):
+    for leaf in tree_flatten(held)[0]:
         if isinstance(leaf, nn.Module):
             yield from leaf.buffers()
             for parameter in leaf.parameters():

@@ -1,7 +1,8 @@
 """Shapes: a detection dataset in COCO format, drawn in seconds, hard enough that a detector has to learn something.
 
-Circles, rectangles and triangles of any colour, size and orientation lie on textured backgrounds, so that only the outline tells
-a class. Every image depends on ``(seed, split, index)`` alone: more images extend a split and change none of the others.
+Circles, rectangles and triangles of any colour, size and orientation lie on textured backgrounds, so that only the outline
+tells a class. An image depends on the seed, its split, its index and its size alone: more images extend a split and change none
+of the others.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def write_shapes_dataset(
 ) -> Path:
     """Write ``train/``, ``val/`` and ``annotations/instances_{train,val}.json`` below ``root``, for mmdet's ``CocoDataset``.
 
-    The folder appears under its name only when it is complete. If it is there already, with the same arguments, nothing is done.
+    The folder appears under its name only when it is complete. If it is there already, from the same arguments, nothing is
+    done.
 
     Args:
         root: The folder to make.
@@ -126,7 +128,6 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[t
     image, texture = rng.uniform(*INTENSITIES, 3) + _noise(rng, size), _noise(rng, size)
     objects: list[tuple[int, np.ndarray]] = []
     masks: list[np.ndarray] = []
-    covered = np.zeros((size, size), bool)
     wanted = rng.integers(1, MAX_OBJECTS + 1)
     for _ in range(10 * MAX_OBJECTS):
         label = int(rng.integers(len(CLASSES)))

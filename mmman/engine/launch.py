@@ -104,11 +104,9 @@ def _init_gloo(launcher: str, timeout: float | None) -> None:
     except KeyError as error:
         raise SystemExit(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
     if 'MASTER_ADDR' not in os.environ:
-        raise SystemExit(f'--launcher {launcher}: set MASTER_ADDR to the name of the first process\'s machine')
+        raise SystemExit(f"--launcher {launcher}: set MASTER_ADDR to the name of the first process's machine")
     os.environ.setdefault('MASTER_PORT', '29500')
-    dist.init_process_group(
-        'gloo', rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout) if timeout else None
-    )
+    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout) if timeout else None)
 
 
 def _set_mmpretrain_loaders(cfg: Config) -> None:
