@@ -48,7 +48,7 @@ def enable_amp(cfg: Config) -> None:
 
 def enable_auto_scale_lr(cfg: Config) -> None:
     """Switch on the scaling of the learning rate that the config describes."""
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise SystemExit(
             '--auto-scale-lr: the config does not say for which batch size its learning rate is meant; '
             'add auto_scale_lr = dict(base_batch_size=...)'

@@ -28,10 +28,16 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         current: Bytes alive now.
         peak: The most that were alive at once.
+
+    Raises:
+        RuntimeError: The torch is too old to tell when a storage is gone (2.1 is, 2.11 is not).
     """
 
     def __init__(self, *held: object) -> None:
         super().__init__()
+        probe = torch.empty(1)
+        if probe.untyped_storage() is not probe.untyped_storage():
+            raise RuntimeError(f'torch {torch.__version__} does not keep storage objects, so their lifetime cannot be seen')
         self.current = 0
         self.peak = 0
         self._sizes: dict[int, int] = {}
