@@ -8,9 +8,10 @@ import pytest
 import torch
 from mmengine.model import revert_sync_batchnorm
 from mmengine.model.utils import convert_sync_batchnorm
+from mmengine.registry import MODELS
 from torch import nn
 
-from tests.toy import toy_batches
+from tests.toy import toy_batches, toy_config
 from tests.unit.local.test_step import gradients, step, sync, toy, wrapper
 
 
@@ -112,3 +113,23 @@ def test_weights_change_between_localising_and_training():
     for head in model.backbone.local.values():
         source = model.backbone.get_submodule(head.source).state_dict()
         assert all(torch.equal(value, source[name]) for name, value in head.transfer.momentum.state_dict().items())
+
+
+def test_checkpointed_units_of_a_stock_backbone():
+    pytest.importorskip('mmdet')
+    got, state = [], None
+    for with_cp in (False, True):
+        net = {'type': 'mmdet.ResNet', 'depth': 18, 'norm_eval': False, 'out_indices': (2, 3), 'with_cp': with_cp}
+        config = toy_config(num_blocks=3)
+        config['backbone']['backbone'] = net
+        model = MODELS.build({**config, 'channels': (256, 512)}).double()
+        state = state or model.state_dict()
+        model.load_state_dict(state)
+        sync(model)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)  # stock ResNets start residual branches at zero
+        step(model, wrapper(model, accumulative_counts=10), toy_batches(1, pixels=64)[0])
+        got.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    for name, grad in got[0].items():
+        torch.testing.assert_close(got[1][name], grad, rtol=1e-10, atol=1e-14)
