@@ -10,7 +10,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -19,12 +18,10 @@ import numpy as np
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 
 import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
-from mmman.analysis import peak_live_bytes
 from mmman.datasets import write_shapes_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,17 +41,14 @@ class Result:
 
     mean_ap: float
     ap50: float
-    peak_mb: float
     seconds: float
+    peak_mb: float
 
 
-def train(config: Path) -> Path:
-    """Train a config in a process of its own, and return its work folder."""
-    folder = WORK / config.stem
-    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder)]
-    if subprocess.run(command).returncode:
-        raise SystemExit(f'the training of {config.name} failed; its messages are above')
-    return folder
+def run(script: Path, *args: object, **options) -> None:
+    """Run a script of this repository in a process of its own."""
+    if subprocess.run([sys.executable, script, *map(str, args)], **options).returncode:
+        raise SystemExit(f'{script.relative_to(ROOT)} failed; its messages are above')
 
 
 def read_scalars(folder: Path) -> tuple[float, float, float]:
@@ -66,32 +60,17 @@ def read_scalars(folder: Path) -> tuple[float, float, float]:
     return score['coco/bbox_mAP'], score['coco/bbox_mAP_50'], seconds
 
 
-def peak_of_a_step(config: Path) -> int:
-    """The most bytes alive during one training step of a config, parameters and optimizer state included."""
-    cfg = Config.fromfile(config)
-    cfg.log_level = 'ERROR'
-    cfg.train_dataloader.dataset.indices = 2 * cfg.train_dataloader.batch_size
-    cfg.train_cfg.max_epochs = 1
-    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = cfg.default_hooks.checkpoint = None
-    peaks = []
-    with tempfile.TemporaryDirectory() as folder:
-        cfg.work_dir = folder
-        runner = Runner.from_cfg(cfg)
-        model, train_step = runner.model, runner.model.train_step
-
-        def measured_step(data, optim_wrapper):
-            logs = {}
-            held = model, optim_wrapper.optimizer, data
-            peaks.append(peak_live_bytes(lambda: logs.update(train_step(data, optim_wrapper)), *held))
-            return logs
-
-        model.train_step = measured_step
-        runner.train()
-    return peaks[-1]  # the first step starts without optimizer state
+def peak_bytes() -> list[int]:
+    """The most bytes alive during one training step of each config, counted on the CPU, everything included."""
+    path = WORK / 'peak_memory.json'
+    cfg = Config.fromfile(CONFIGS['E2E'])
+    tool, batch = ROOT / 'tools' / 'analysis_tools' / 'peak_memory.py', cfg.train_dataloader.batch_size
+    run(tool, *CONFIGS.values(), '--shape', *cfg.scale, '--batch', batch, '--out', path, stdout=subprocess.DEVNULL)
+    return [row['peak'] for row in json.loads(path.read_text())]
 
 
 def draw_predictions(config: Path, checkpoint: str, path: Path) -> None:
-    """Draw the true boxes of a few validation images, and below them those that the trained detector finds."""
+    """Draw a few validation images: the true boxes, and below them those that the trained detector finds."""
     coco = json.loads((DATA / 'annotations' / 'instances_val.json').read_text())
     files = [str(DATA / 'val' / image['file_name']) for image in coco['images'][:PICTURES]]
     model = init_detector(str(config), checkpoint, device=get_device())
@@ -120,10 +99,10 @@ def draw_predictions(config: Path, checkpoint: str, path: Path) -> None:
 def compare(results: dict[str, Result]) -> Table:
     """A table of the results, the last line being the second method over the first."""
     table = Table(title='RetinaNet-R18 at a quarter of its width, from scratch, generated shapes')
-    for column in ('method', 'mAP', 'AP50', 'peak memory of a step', 'time per iteration'):
+    for column in ('method', 'mAP', 'AP50', 'time per iteration', 'peak memory of a step'):
         table.add_column(column, justify='left' if column == 'method' else 'right')
     for name, result in results.items():
-        row = f'{result.mean_ap:.3f}', f'{result.ap50:.3f}', f'{result.peak_mb:.0f} MB', f'{result.seconds:.3f} s'
+        row = f'{result.mean_ap:.3f}', f'{result.ap50:.3f}', f'{result.seconds:.3f} s', f'{result.peak_mb:.0f} MB'
         table.add_row(name, *row)
     (first, base), (second, other) = results.items()
     ratios = [f'{b / a:.2f}' if a else '-' for a, b in zip(astuple(base), astuple(other), strict=True)]
@@ -136,23 +115,19 @@ def main() -> None:
     os.chdir(ROOT)
     console = Console()
     console.print(
-        f'Images of shapes are written to {DATA.relative_to(ROOT)} (once). Then two trainings, about five minutes in all.'
+        f'Images of shapes are written to {DATA.relative_to(ROOT)} (once), then two trainings take about five minutes.'
     )
     write_shapes_dataset(DATA)
-    folders = {}
+    folders = {name: WORK / config.stem for name, config in CONFIGS.items()}
     for name, config in CONFIGS.items():
-        console.rule(f'training: {name}')
-        folders[name] = train(config)
+        console.rule(name)
+        run(ROOT / 'tools' / 'train.py', config, '--work-dir', folders[name])
     console.rule('results')
-    results = {}
-    for name, config in CONFIGS.items():
-        mean_ap, ap50, seconds = read_scalars(folders[name])
-        results[name] = Result(mean_ap, ap50, peak_of_a_step(config) / 1e6, seconds)
-    console.print(compare(results))
-    picture = WORK / 'predictions.png'
-    name = list(CONFIGS)[-1]
-    draw_predictions(CONFIGS[name], (folders[name] / 'last_checkpoint').read_text(), picture)
-    console.print(f'{picture.relative_to(ROOT)}: true boxes above, those found by {name} below.')
+    peaks = dict(zip(CONFIGS, peak_bytes(), strict=True))
+    console.print(compare({name: Result(*read_scalars(folders[name]), peaks[name] / 1e6) for name in CONFIGS}))
+    picture, (name, config) = WORK / 'predictions.png', [*CONFIGS.items()][-1]
+    draw_predictions(config, (folders[name] / 'last_checkpoint').read_text(), picture)
+    console.print(f'{picture.relative_to(ROOT)}: true boxes above, those that {name} finds below.')
 
 
 if __name__ == '__main__':
