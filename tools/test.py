@@ -13,7 +13,14 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
-from mmman.engine.launch import add_common_arguments, build_runner, check_checkpoint, load_config, type_name
+from mmman.engine.launch import (
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    leave_process_group,
+    load_config,
+    type_name,
+)
 
 # For each visualization hook: its switch, and its folder for pictures (mmseg's hook leaves that to the visualizer).
 VISUALIZATION_HOOKS = {
@@ -106,6 +113,7 @@ def main() -> None:
     if args.out:
         dump_predictions(runner, args.out)
     runner.test()
+    leave_process_group()
 
 
 if __name__ == '__main__':

@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import argparse
 
-import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 
 import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
-from mmman.engine.launch import LOCAL_LEARNING, add_common_arguments, build_runner, check_checkpoint, load_config, type_name
+from mmman.engine.launch import (
+    LOCAL_LEARNING,
+    add_common_arguments,
+    build_runner,
+    check_checkpoint,
+    leave_process_group,
+    load_config,
+    type_name,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -37,8 +45,10 @@ def enable_amp(cfg: Config) -> None:
     name = type_name(wrapper, 'OptimWrapper')
     if name == LOCAL_LEARNING:
         # autocast on CPU knows bfloat16 only, and bfloat16 needs no loss scale
-        if wrapper.setdefault('dtype', 'float16' if torch.cuda.is_available() else 'bfloat16') == 'float16':
+        if wrapper.setdefault('dtype', 'bfloat16' if get_device() == 'cpu' else 'float16') == 'float16':
             wrapper.setdefault('loss_scale', 'dynamic')
+    elif get_device() == 'cpu':
+        raise SystemExit(f'--amp: without a GPU only {LOCAL_LEARNING} trains in mixed precision; leave --amp out')
     elif name in ('OptimWrapper', 'AmpOptimWrapper'):
         wrapper.type = 'AmpOptimWrapper'
         wrapper.setdefault('loss_scale', 'dynamic')
@@ -67,6 +77,7 @@ def main() -> None:
         cfg.resume = True
         cfg.load_from = None if args.resume == 'auto' else check_checkpoint(args.resume, '--resume')
     build_runner(cfg).train()
+    leave_process_group()
 
 
 if __name__ == '__main__':

@@ -83,6 +83,12 @@ def build_runner(cfg: Config) -> Runner:
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
+def leave_process_group() -> None:
+    """End a distributed run in order; a process that just exits can take down those that are still busy."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def _set_model_wrapper(cfg: Config) -> None:
     """Choose the model wrapper where the config doesn't, and keep it off the GPU where there is none."""
     if not cfg.get('model_wrapper_cfg'):

@@ -78,7 +78,7 @@ def row_config(args: argparse.Namespace, row: str, annotations: Path) -> Config:
         {'type': 'LinearLR', 'start_factor': 0.01, 'by_epoch': False, 'begin': 0, 'end': 50},
         {'type': 'MultiStepLR', 'by_epoch': False, 'milestones': [int(args.iters * 0.8)], 'gamma': 0.1},
     ]
-    cfg.default_hooks.logger.interval = 10
+    cfg.default_hooks.logger.interval = min(10, args.val_interval)
     cfg.default_hooks.checkpoint = {
         'type': 'CheckpointHook',
         'by_epoch': False,
@@ -109,15 +109,15 @@ def summarize(work_dir: Path, val_interval: int) -> None:
     reference = None
     for row in ('e2e', *ABLATION):
         logged = read_scalars(work_dir / row)
-        metrics = [line for line in logged if 'coco/bbox_mAP_50' in line]
         steps = [line for line in logged if 'loss' in line]
-        if not metrics:
+        metrics = [line for line in logged if 'loss' not in line]
+        if not steps or not metrics:
             continue
-        scores = [line['coco/bbox_mAP_50'] for line in metrics]
+        scores = [line.get('coco/bbox_mAP_50', 0.0) for line in metrics]  # CocoMetric gives nothing where nothing is found
         reference = scores[-1] if row == 'e2e' else reference
         ratio = f'{scores[-1] / reference:.2f}' if reference else '-'
         scales = ', '.join(f'{value:.3f}' for key, value in steps[-1].items() if key.endswith('/s'))
-        numbers = (str(steps[-1]['step']), f'{scores[-1]:.3f}', ratio, f'{metrics[-1]["coco/bbox_mAP"]:.3f}')
+        numbers = (str(steps[-1]['step']), f'{scores[-1]:.3f}', ratio, f'{metrics[-1].get("coco/bbox_mAP", 0.0):.3f}')
         table.add_row(row, *numbers, f'{steps[-1]["loss"]:.3f}', scales or '-')
         left.plot([0, *(val_interval * (i + 1) for i in range(len(scores)))], [0, *scores], marker='o', label=row)
         right.plot([line['step'] for line in steps], [line['loss'] for line in steps], label=row)

@@ -82,6 +82,13 @@ def test_off_means_off(library, kind, options):
         assert torch.equal(ours, theirs)
 
 
+def test_weights_that_a_segmentor_names_reach_the_stock_backbone():
+    pytest.importorskip('mmseg')
+    stock = {'type': 'mmseg.ResNetV1c', 'depth': 18}
+    backbone = build('mmman', 'LocalBackbone', {'backbone': stock, 'num_blocks': 1, 'pretrained': 'a.pth'})
+    assert backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'a.pth'}
+
+
 def test_localising_changes_no_mode_statistics_or_random_state():
     backbone = ToyNet()
     backbone.layer1[0].bn.eval()

@@ -1,0 +1,37 @@
+"""The measuring tools run as their documentation says, at the smallest size."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytest.importorskip('mmdet')
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_peak_memory_of_the_demo_configs(tmp_path):
+    configs = [f'configs/demo/retinanet_r18_{kind}_shapes.py' for kind in ('e2e', 'manpp_k4')]
+    out = tmp_path / 'rows.json'
+    table = run('tools/analysis_tools/peak_memory.py', *configs, '--shape', 64, 64, '--batch', 2, '--out', out)
+    end_to_end, local = json.loads(out.read_text())
+    assert 'retinanet_r18_manpp_k4_shapes' in table
+    for row in (end_to_end, local):
+        assert row['parameters'] < row['floor'] < row['peak']
+    assert local['parameters'] > end_to_end['parameters']
+
+
+def test_overfitting_comparison(test_data, tmp_path):
+    coco = test_data / 'coco128'
+    if not coco.is_dir():
+        pytest.skip(f'no COCO images at {coco}')
+    sizes = ('--images', 2, '--batch', 2, '--size', 64, '--iters', 2, '--val-interval', 2)
+    command = ('tools/benchmarks/overfit.py', '--data-root', coco, '--work-dir', tmp_path, *sizes)
+    table = run(*command, '--rows', 'manpp').splitlines()
+    assert any('manpp' in line and '1.000, 1.000, 1.000' in line for line in table)
+    assert (tmp_path / 'overfit.png').stat().st_size > 0
