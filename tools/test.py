@@ -22,12 +22,12 @@ from mmman.engine.launch import (
     type_name,
 )
 
-# For each visualization hook: its switch, and its folder for pictures (mmseg's hook leaves that to the visualizer).
+# For each visualization hook: what makes it draw every image, and its folder for them (mmseg's leaves that to the visualizer).
 VISUALIZATION_HOOKS = {
-    'DetVisualizationHook': ('draw', 'test_out_dir'),
-    'TrackVisualizationHook': ('draw', 'test_out_dir'),
-    'SegVisualizationHook': ('draw', None),
-    'VisualizationHook': ('enable', 'out_dir'),
+    'DetVisualizationHook': (dict(draw=True), 'test_out_dir'),
+    'TrackVisualizationHook': (dict(draw=True, frame_interval=1), 'test_out_dir'),
+    'SegVisualizationHook': (dict(draw=True, interval=1), None),
+    'VisualizationHook': (dict(enable=True, interval=1), 'out_dir'),
 }
 
 # What averages over flips where the config has no test-time augmentation of its own; mmseg's configs all have one.
@@ -62,8 +62,8 @@ def enable_visualization(cfg: Config, show: bool, show_dir: str | None, wait_tim
             f'--show and --show-dir need default_hooks.visualization to be one of {", ".join(VISUALIZATION_HOOKS)}; '
             f'the config has {name or "none"}'
         )
-    switch, folder = VISUALIZATION_HOOKS[name]
-    hook.update({switch: True, 'show': show, 'wait_time': wait_time})
+    switch_on, folder = VISUALIZATION_HOOKS[name]
+    hook.update(switch_on, show=show, wait_time=wait_time)
     if show_dir and folder:
         hook[folder] = show_dir
     elif show_dir:
