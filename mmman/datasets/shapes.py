@@ -1,8 +1,7 @@
 """Shapes: a detection dataset in COCO format, drawn in seconds, hard enough that a detector has to learn something.
 
-Circles, rectangles and triangles of any colour, size and orientation lie on textured backgrounds, so that only the outline
-tells a class. An image depends on the seed, its split, its index and its size alone: more images extend a split and change none
-of the others.
+Circles, rectangles and triangles of any colour and size lie on textured backgrounds, so that only the outline tells a class.
+An image depends on the seed, its split, its index and its size alone: more images extend a split and change none of the others.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ VERSION = 1  # of the drawing below: raise it when the same arguments give other
 
 MAX_OBJECTS = 8
 DIAMETERS = (0.1, 0.45)  # smallest and largest circumscribed circle, as a share of the image's side
+MAX_TURN = np.pi / 12  # of rectangles and triangles, either way
 MAX_HIDDEN = 0.2  # of the smaller one's area, where two objects overlap: none is ever mostly hidden
 INTENSITIES = (30, 225)  # of the mean colours, which leaves room for noise around them
 MIN_CONTRAST = 80.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
@@ -145,16 +145,16 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[t
 
 
 def _outline(rng: np.random.Generator, label: int, diameter: float) -> np.ndarray:
-    """A randomly turned shape around the origin, inscribed in a circle: its corners (N, 2) in pixels."""
-    turn = rng.uniform(0, 2 * np.pi)
+    """A slightly turned shape around the origin, inscribed in a circle: its corners (N, 2) in pixels."""
     if CLASSES[label] == 'circle':
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     elif CLASSES[label] == 'rectangle':
-        half = rng.uniform(0.45, np.pi / 4)  # between a diagonal and the longer side: from 1:2 to a square
+        half = rng.uniform(0.45, np.pi / 2 - 0.45)  # between a diagonal and the horizontal: sides from 2:1 to 1:2
         angles = np.array([half, np.pi - half, np.pi + half, -half])
     else:
-        angles = np.pi * np.array([0, 2 / 3, 4 / 3]) + rng.uniform(-0.3, 0.3, 3)
-    return diameter / 2 * np.stack([np.cos(angles + turn), np.sin(angles + turn)], 1)
+        angles = np.pi * np.array([-1 / 2, 1 / 6, 5 / 6]) + rng.uniform(-0.2, 0.2, 3)  # y points down, the triangle up
+    angles += rng.uniform(-MAX_TURN, MAX_TURN)
+    return diameter / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
 def _fill(polygon: np.ndarray, size: int) -> np.ndarray:
