@@ -32,7 +32,7 @@ CONFIGS = {
     'MAN++ K=4': ROOT / 'configs' / 'demo' / 'retinanet_r18_manpp_k4_shapes.py',
 }
 PICTURES = 6
-MIN_SCORE = 0.4
+MIN_SCORE = 0.5
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Test any mmdet, mmseg or mmpretrain config on a checkpoint, locally trained or not.
 
-python tools/test.py CONFIG CHECKPOINT --out results.pkl
-tools/dist_test.sh CONFIG CHECKPOINT 8
+Examples:
+
+    python tools/test.py CONFIG CHECKPOINT --out results.pkl
+    tools/dist_test.sh CONFIG CHECKPOINT 8
 """
 
 from __future__ import annotations

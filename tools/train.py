@@ -1,7 +1,9 @@
 """Train any mmdet, mmseg or mmpretrain config, with local learning or without.
 
-python tools/train.py configs/demo/retinanet_r18_manpp_k4_shapes.py
-tools/dist_train.sh configs/retinanet_r50_manpp_k4.py 8 --amp
+Examples:
+
+    python tools/train.py configs/demo/retinanet_r18_manpp_k4_shapes.py
+    tools/dist_train.sh configs/retinanet_r50_manpp_k4.py 8 --amp
 """
 
 from __future__ import annotations
