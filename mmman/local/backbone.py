@@ -110,7 +110,6 @@ def localize_(
     for j, (unit, (channels, stride), weight) in enumerate(zip(first_units, seen, weights, strict=True), start=1):
         boundary = Boundary(
             block=j,
-            num_blocks=count + 1,
             unit=plan.blocks[j - 1][-1].name,
             source=unit.output,
             channels=channels,

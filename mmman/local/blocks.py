@@ -29,10 +29,6 @@ class LocalBlocks(ModuleDict):
         last = {unit.name for unit in plan.blocks[-1]}
         self._inner_taps = [i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last]
 
-    @property
-    def num_blocks(self) -> int:
-        return len(self.plan.blocks)
-
     def open(self, session: Session) -> None:
         """Attach a session to every boundary."""
         for head in self.values():

@@ -19,7 +19,6 @@ class Boundary:
 
     Attributes:
         block: The block it trains, 1 to K-1.
-        num_blocks: K.
         unit: Name of the block's last unit.
         source: Path below the backbone of the first unit of the next block.
         channels: Channels of what the task head sees (the transfer's output).
@@ -28,7 +27,6 @@ class Boundary:
     """
 
     block: int
-    num_blocks: int
     unit: str
     source: str
     channels: int

@@ -117,6 +117,17 @@ def test_copies_start_from_a_loaded_end_to_end_checkpoint(tmp_path):
     assert torch.equal(runner.model.backbone.layer2[0].conv.weight, stock.backbone.layer2[0].conv.weight)
 
 
+def test_copies_that_weight_initialisation_brings_are_not_kept(tmp_path):
+    runner_of(tmp_path).train()
+    model = MODELS.build(toy_config()).double()
+    saved = str(tmp_path / 'iter_4.pth')
+    model.backbone.init_cfg = {'type': 'Pretrained', 'checkpoint': saved, 'prefix': 'backbone.'}
+    hook = Watch(0.9)
+    runner_of(tmp_path, model=model, hook=hook, iters=1, optim_wrapper={'optimizer': {'type': 'SGD', 'lr': 0.0}}).train()
+    assert hook.at_start == 0
+    assert torch.equal(model.backbone.stem.weight, torch.load(saved)['state_dict']['backbone.stem.weight'])
+
+
 def test_heads_of_the_same_cut_are_taken_over_from_another_k(tmp_path):
     runner_of(tmp_path, model_options={'num_blocks': 3, 'partition': 'stage'}).train()
     hook = Watch(0.9)

@@ -156,9 +156,11 @@ def test_a_loss_scale_leaves_the_update_as_it_is(loss_scale):
 
 
 @pytest.mark.parametrize('loss_scale', ['dynamic', 1024.0])
-def test_an_overflow_skips_the_step_and_the_count(loss_scale):
+@pytest.mark.parametrize('fused', [False, True])  # a fused optimizer is called all the same and skips by itself
+def test_an_overflow_skips_the_step_and_the_count(loss_scale, fused):
     model, batch = single_precision()
-    optim_wrapper = wrapper(model, dtype='bfloat16', loss_scale=loss_scale)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    optim_wrapper = LocalLearningOptimWrapper(optimizer, dtype='bfloat16', loss_scale=loss_scale)
     step(model, optim_wrapper, batch)
     before = copy.deepcopy(model.state_dict())
     head = [*model.backbone.local.values()][1]
