@@ -8,6 +8,6 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmman', locations=['mmman.local'])
+MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmman', locations=['mmman.local', 'mmman.backbones'])
 OPTIM_WRAPPERS = Registry('optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmman', locations=['mmman.engine'])
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman.engine'])

@@ -80,7 +80,7 @@ class EMABiasHook(Hook):
             )
         backbone = localized_backbone(_unwrap(runner.model))
         for head in backbone.local.values():
-            head.transfer.sync_(backbone.get_submodule(head.source), keep_loaded=self._loaded_checkpoint)
+            head.transfer.sync_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
         self._seen_steps = runner.optim_wrapper.steps
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
@@ -89,7 +89,7 @@ class EMABiasHook(Hook):
         steps = runner.optim_wrapper.steps
         if steps != self._seen_steps and steps % self.interval == 0:
             for head in backbone.local.values():
-                head.transfer.update_(backbone.get_submodule(head.source), self.momentum)
+                head.transfer.update_(head.source.of(backbone), self.momentum)
         self._seen_steps = steps
         scales = {
             f'train/local/{head.block}/s': head.transfer.s for head in backbone.local.values() if head.transfer.s is not None

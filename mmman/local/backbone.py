@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmman.errors import LocalLearningError, MisuseError, UnsupportedBackboneError
+from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import Boundary, LocalHead
 from mmman.local.transfer import MomentumTransfer
-from mmman.partition import Chain, chain_of, plan_blocks
+from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
-
-PROBE_SIZE = 64
-"""Height and width in pixels of the input on which channels and strides are measured."""
 
 
 @MODELS.register_module()
@@ -78,7 +76,7 @@ def localize_(
 
     Raises:
         UnsupportedBackboneError: Its family is not known.
-        PartitionError: The cuts don't fit.
+        PartitionError: The cuts don't fit, or leave a last block that makes no output.
         MisuseError: It is localised already, or options contradict each other.
     """
     if hasattr(backbone, 'local'):
@@ -99,29 +97,36 @@ def localize_(
     if len(weights) != count:
         raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
 
+    if count and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.taps):
+        raise PartitionError(
+            f'the last block ({plan}) makes none of the outputs of {type(backbone).__name__}, so no loss would train it: cut '
+            'earlier, or drop the stages behind the last of out_indices (num_stages)'
+        )
+
     keys = set(backbone.state_dict())
-    shapes = _measure(backbone, chain)
+    features = _measure(backbone, chain)
+    modules = [unit.of(backbone) for unit in chain.units]
     options = dict(transfer or {})
     has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'
-    first_units = [block[0] for block in plan.blocks[1:]]
-    seen_units = first_units if has_unit else [block[-1] for block in plan.blocks[:-1]]
-    seen = [shapes[unit.name] for unit in seen_units]
+    cuts = [chain.units.index(block[-1]) for block in plan.blocks[:-1]]
+    seen = [features[cut + has_unit] for cut in cuts]
     heads = []
-    for j, (unit, (channels, stride), weight) in enumerate(zip(first_units, seen, weights, strict=True), start=1):
+    for j, (cut, feature, weight) in enumerate(zip(cuts, seen, weights, strict=True), start=1):
         boundary = Boundary(
             block=j,
-            unit=plan.blocks[j - 1][-1].name,
-            source=unit.output,
-            channels=channels,
-            stride=stride,
-            strides=tuple(stride for _, stride in seen),
+            num_blocks=len(plan.blocks),
+            unit=chain.units[cut].name,
+            source=chain.units[cut + 1],
+            feature=feature,
+            strides=tuple(other.stride for other in seen),
+            following=tuple(modules[cut + 1 + has_unit :]),
+            following_features=tuple(features[cut + 1 + has_unit :]),
         )
-        source = backbone.get_submodule(unit.output)
         head = MODELS.build(
             local_head,
             default_args={
                 'boundary': boundary,
-                'transfer': MomentumTransfer(source, channels, **options),
+                'transfer': MomentumTransfer(modules[cut + 1], features[cut + 1], **options),
                 'loss_weight': weight,
             },
         )
@@ -129,8 +134,10 @@ def localize_(
 
     # The copies are made: from here on units may carry hooks.
     backbone.local = LocalBlocks(chain, plan, heads)
-    for block, head in zip(plan.blocks[:-1], heads, strict=True):
-        backbone.get_submodule(block[-1].output).register_forward_hook(head.at_boundary)
+    for cut, head in zip(cuts, heads, strict=True):
+        backbone.get_submodule(chain.units[cut].output).register_forward_hook(head.at_boundary)
+    for path in backbone.local.inner_norms:
+        backbone.get_submodule(path).register_forward_pre_hook(backbone.local.detach_norm_input)
     backbone.register_forward_hook(backbone.local.detach_taps)
     moved = keys.symmetric_difference(key for key in backbone.state_dict() if not key.startswith('local.'))
     if moved:
@@ -153,46 +160,55 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
         raise MisuseError(f'{type(backbone).__name__} is not localised')
     ours = {id(local), *(id(head) for head in local.values())}
     for module in backbone.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if id(getattr(hook, '__self__', None)) in ours:
-                del module._forward_hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if id(getattr(hook, '__self__', None)) in ours:
+                    del hooks[key]
     del backbone.local
     return backbone
 
 
 @torch.no_grad()
-def _measure(backbone: nn.Module, chain: Chain) -> dict[str, tuple[int, int]]:
-    """Channels and stride of every unit's output, from one forward pass in eval mode that leaves no trace."""
-    shapes: dict[str, tuple[int, int]] = {}
+def _measure(backbone: nn.Module, chain: Chain) -> list[Feature]:
+    """The shape of every unit's output, from one forward pass in eval mode that leaves no trace."""
+    shapes: list[torch.Size] = []
     order: list[str] = []
 
     def note(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if not isinstance(output, Tensor) or output.dim() != 4:
+            if not isinstance(output, Tensor) or output.dim() not in (3, 4):
                 raise UnsupportedBackboneError(
-                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} gives no single (B, C, H, W) tensor'
+                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} gives no single (B, C, H, W) or '
+                    '(B, L, C) tensor'
                 )
             order.append(name)
-            shapes[name] = (output.shape[1], round(PROBE_SIZE / output.shape[-1]))
+            shapes.append(output.shape)
 
         return hook
 
     convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
     if convolution is None:
         raise UnsupportedBackboneError(f'{type(backbone).__name__} has no convolution that tells its input channels')
-    weight = convolution.weight
     handles = [backbone.get_submodule(unit.output).register_forward_hook(note(unit.name)) for unit in chain.units]
     modes = {module: module.training for module in backbone.modules()}
     for module in modes:
         module.training = False
     try:
-        outputs = backbone(weight.new_zeros(1, convolution.in_channels, PROBE_SIZE, PROBE_SIZE))
+        outputs = backbone(convolution.weight.new_zeros(1, convolution.in_channels, *chain.input_size))
     finally:
         for handle in handles:
             handle.remove()
         for module, mode in modes.items():
             module.training = mode
-    has_outputs = isinstance(outputs, (tuple, list)) and len(outputs) == len(chain.taps)
-    if order != [unit.name for unit in chain.units] or not has_outputs:
+    count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
+    if order != [unit.name for unit in chain.units] or count != len(chain.taps):
         raise UnsupportedBackboneError(f'the units of {type(backbone).__name__} are not what its forward pass runs')
-    return shapes
+    return [_feature(shape, chain) for shape in shapes]
+
+
+def _feature(shape: torch.Size, chain: Chain) -> Feature:
+    height, width = chain.input_size
+    if len(shape) == 4:
+        return Feature(shape[1], round(width / shape[3]))
+    patches = shape[1] - chain.extra_tokens
+    return Feature(shape[2], round(math.sqrt(height * width / patches)), chain.extra_tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from mmengine.model import ModuleDict
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import LocalHead
@@ -26,15 +27,20 @@ class LocalBlocks(ModuleDict):
     def __init__(self, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
+        self.session: Session | None = None
         last = {unit.name for unit in plan.blocks[-1]}
-        self._inner_taps = [i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last]
+        inner = {i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last}
+        self._plain_inner_taps = inner - chain.norms.keys()
+        self.inner_norms = tuple(dict.fromkeys(path for i, path in chain.norms.items() if i in inner))
 
     def open(self, session: Session) -> None:
         """Attach a session to every boundary."""
+        self.session = session
         for head in self.values():
             head.session = session
 
     def close(self) -> None:
+        self.session = None
         for head in self.values():
             head.session = None
 
@@ -42,7 +48,7 @@ class LocalBlocks(ModuleDict):
         """Bring every local head into the mode it trains in; ``norm_eval`` of the backbone reaches into heads as well."""
         for head in self.values():
             head.train(backbone.training)
-            head.transfer.follow_(backbone.get_submodule(head.source))
+            head.transfer.follow_(head.source.of(backbone))
 
     def block_parameters(self, backbone: nn.Module) -> list[list[nn.Parameter]]:
         """For each of the first K-1 blocks, the parameters that its local loss trains: the block's and its head's."""
@@ -51,11 +57,22 @@ class LocalBlocks(ModuleDict):
             for block, head in zip(self.plan.blocks[:-1], self.values(), strict=True)
         ]
 
-    def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple) -> tuple | None:
+    def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple | list) -> tuple | list | None:
         """Forward hook of the backbone: in a session, outputs from inside a non-final block carry no gradient."""
-        if not any(head.session for head in self.values()):
+        if self.session is None or not self._plain_inner_taps:
             return None
-        return tuple(out.detach() if i in self._inner_taps else out for i, out in enumerate(outputs))
+        return type(outputs)(
+            tree_map_only(Tensor, Tensor.detach, out) if i in self._plain_inner_taps else out for i, out in enumerate(outputs)
+        )
+
+    def detach_norm_input(self, norm: nn.Module, args: tuple) -> tuple | None:
+        """Forward pre-hook of a norm on outputs: in a session it trains with the neck, the block in front of it doesn't.
+
+        A norm may serve outputs of non-final blocks and of the final one: the latter come after the last boundary.
+        """
+        if self.session is None or not self.session.is_pending:
+            return None
+        return (args[0].detach(), *args[1:])
 
 
 def localized_backbone(model: nn.Module) -> nn.Module:

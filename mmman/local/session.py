@@ -56,12 +56,17 @@ class Session:
                 "got no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
             )
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether the forward pass is still in front of the last boundary."""
+        return bool(self._pending)
+
     def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs, data_samples = (*args, None, None)[:2]
         self._batch = (kwargs.get('inputs', inputs), kwargs.get('data_samples', data_samples))
 
     def at_boundary(self, head: LocalHead, x: Tensor) -> Tensor:
-        """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W)."""
+        """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W) or (B, L, C)."""
         if self._batch is None:
             raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
         if head.block not in self._pending:

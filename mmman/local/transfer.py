@@ -9,6 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.partition import Feature, run_unit
 
 
 class MomentumTransfer(BaseModule):
@@ -22,19 +23,22 @@ class MomentumTransfer(BaseModule):
 
     Args:
         source: The first unit of block j+1. It is copied, never held.
-        channels: Channels of the unit's output, for ``bias='channel'``.
+        feature: The shape of the unit's output, for ``bias='channel'``.
         ema: Whether there is an E.
         bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'channel'``: B(x) is one learnable
             value an output channel (the paper's cost model). ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho starting at 1, as the authors' code
             stores it, so that weight decay pulls towards s = 2, E alone. ``False``: s = 1.
 
+    Attributes:
+        state: What the backbone passes to the unit beside the features (Swin's ``hw_shape``); set at the boundary.
+
     Raises:
         MisuseError: A combination that has no meaning.
     """
 
     def __init__(
-        self, source: nn.Module, channels: int, ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True
+        self, source: nn.Module, feature: Feature, ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True
     ) -> None:
         super().__init__()
         if bias not in ('unit', 'channel', False):
@@ -47,11 +51,13 @@ class MomentumTransfer(BaseModule):
             raise MisuseError("transfer.bias='channel' is added to the momentum copy's output: it needs ema=True")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
-        self.channel_bias = nn.Parameter(torch.zeros(channels, 1, 1)) if bias == 'channel' else None
+        sides = (1, 1) if feature.extra_tokens is None else ()
+        self.channel_bias = nn.Parameter(torch.zeros(feature.channels, *sides)) if bias == 'channel' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
         self.is_loaded = False  # a state dict brought the copies along
         self.is_synced = not self.copies  # the copies hold what training starts from
+        self.state: tuple = ()
 
     @property
     def s(self) -> Tensor | None:
@@ -61,8 +67,8 @@ class MomentumTransfer(BaseModule):
         return None if self.rho is None else 2 - self.rho
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transfer the output x of block j, (B, C, H, W), to what the local head sees, shaped as the unit's output."""
-        terms = [copied(x) for copied in self.copies]
+        """Transfer the output x of block j, (B, C, H, W) or (B, L, C), to what the local head sees, the unit's output shape."""
+        terms = [run_unit(copied, x, *self.state)[0] for copied in self.copies]
         if self.channel_bias is not None:
             terms.append(self.channel_bias)
         if not terms:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
+
+STEM = 'stem'
+"""Name of a first unit that is no layer of its own: where a stage is split evenly it goes with the unit that follows."""
 
 
 @dataclass(frozen=True)
@@ -16,24 +19,39 @@ class Unit:
 
     Attributes:
         name: What a user writes to cut after this unit, e.g. ``layer2.3`` or ``stem``.
-        modules: Paths below the backbone of all its modules that own parameters or state, in order.
-        output: Path of the module whose output is the unit's output.
+        modules: Paths below the backbone of all its modules that own parameters or state, in the order in which they run, each
+            on what the one before returns. (A first unit, which is never copied, may put more than that between them.)
+        output: Path of the module whose output is the unit's output; the last of ``modules``.
         stage: Zero-based stage. A stem belongs to the first.
+        tensors: Names of parameters of the backbone itself that the unit uses, e.g. ``cls_token``.
     """
 
     name: str
     modules: tuple[str, ...]
     output: str
     stage: int
+    tensors: tuple[str, ...] = ()
 
     @classmethod
     def single(cls, path: str, stage: int) -> Unit:
         """A unit that is one module, named by its path."""
         return cls(path, (path,), path, stage)
 
+    @classmethod
+    def sequence(cls, paths: tuple[str, ...], stage: int) -> Unit:
+        """A unit of several modules, named by the path of the last."""
+        return cls(paths[-1], paths, paths[-1], stage)
+
+    def of(self, backbone: nn.Module) -> nn.Module:
+        """The unit of ``backbone`` as one module: the module itself, or its modules in a :class:`UnitSequence`."""
+        modules = [backbone.get_submodule(path) for path in self.modules]
+        return modules[0] if len(modules) == 1 else UnitSequence(modules)
+
     def parameters(self, backbone: nn.Module) -> Iterator[nn.Parameter]:
         for path in self.modules:
             yield from backbone.get_submodule(path).parameters()
+        for name in self.tensors:
+            yield getattr(backbone, name)
 
     def is_trainable(self, backbone: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters(backbone))
@@ -46,7 +64,52 @@ class Chain:
     Attributes:
         units: The units.
         taps: For every element of the tuple that the backbone returns, the index of the unit that makes it.
+        norms: For elements that pass a module of their own on the way out (Swin's ``norm0``, a ViT's final norm), element to
+            path. It belongs to the neck: an output from inside a non-final block is detached in front of it.
+        extra_tokens: Tokens in front of the patch tokens where features are (B, L, C): class and distillation tokens.
+        input_size: Height and width in pixels of an input that the backbone accepts, for the dry run.
     """
 
     units: tuple[Unit, ...]
     taps: tuple[int, ...]
+    norms: Mapping[int, str] = field(default_factory=dict)
+    extra_tokens: int = 0
+    input_size: tuple[int, int] = (64, 64)
+
+
+@dataclass(frozen=True)
+class Feature:
+    """The shape of a unit's output.
+
+    Attributes:
+        channels: Channels C.
+        stride: Input pixels a feature pixel, or a patch token, along a side.
+        extra_tokens: None for a map (B, C, H, W). For tokens (B, L, C) how many of the L come before the H * W patch tokens.
+    """
+
+    channels: int
+    stride: int
+    extra_tokens: int | None = None
+
+
+class UnitSequence(nn.ModuleList):
+    """A unit of several modules as one module."""
+
+    def forward(self, x: Tensor, *state: object) -> Tensor:
+        """Run one module after the other; see :func:`run_unit`."""
+        return self.run(x, *state)[0]
+
+    def run(self, x: Tensor, *state: object) -> tuple[Tensor, ...]:
+        for module in self:
+            x, *state = run_unit(module, x, *state)
+        return (x, *state)
+
+
+def run_unit(unit: nn.Module, x: Tensor, *state: object) -> tuple[Tensor, ...]:
+    """Run a unit, or a module of one, on features and on what its backbone passes along beside them (Swin's ``hw_shape``).
+
+    Returns:
+        The features and the state after it: as the unit returns it (Swin's patch merging does), else what went in.
+    """
+    out = unit.run(x, *state) if isinstance(unit, UnitSequence) else unit(x, *state)
+    return out if isinstance(out, tuple) else (out, *state)

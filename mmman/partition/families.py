@@ -6,30 +6,133 @@ a user's subclass) is served by the row; a subclass with a forward of its own (D
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from mmman.errors import UnsupportedBackboneError
-from mmman.partition.chain import Chain, Unit
+from mmman.partition.chain import STEM, Chain, Unit
 
 
 def resnet(backbone: nn.Module) -> Chain:
     """Stem (7x7 or deep), then residual blocks in ``layer1`` to ``layer4``; one output a stage of ``out_indices``."""
     stem = ('stem',) if backbone.deep_stem else ('conv1', backbone.norm1_name)
-    units = [Unit('stem', (*stem, 'maxpool'), output='maxpool', stage=0)]
-    taps = []
-    for stage, layer in enumerate(backbone.res_layers):
-        units += [Unit.single(f'{layer}.{name}', stage) for name, _ in backbone.get_submodule(layer).named_children()]
+    return _staged(backbone, Unit(STEM, (*stem, 'maxpool'), 'maxpool', 0), backbone.res_layers)
+
+
+def cifar_resnet(backbone: nn.Module) -> Chain:
+    """mmman's ResNet of depth 6n+2: a 3x3 stem, then three stages of n residual blocks."""
+    return _staged(backbone, Unit(STEM, ('stem',), 'stem', 0), backbone.res_layers)
+
+
+def regnet(backbone: nn.Module) -> Chain:
+    """A 3x3 stem without pooling, then four stages of residual blocks; mmpretrain's ResNet_CIFAR is built like that too."""
+    return _staged(backbone, Unit(STEM, ('conv1', backbone.norm1_name, 'relu'), 'relu', 0), backbone.res_layers)
+
+
+def mobilenet_v2(backbone: nn.Module) -> Chain:
+    """A 3x3 stem, seven stages of inverted residuals, and, where it has one, a 1x1 convolution as the last stage."""
+    return _staged(backbone, Unit(STEM, ('conv1',), 'conv1', 0), backbone.layers)
+
+
+def vgg(backbone: nn.Module) -> Chain:
+    """One unit a convolution with its norm and activation; a max pooling goes with the convolution before it.
+
+    The fully connected layers of a VGG with ``num_classes`` only make an output: they belong to the model's head.
+    """
+    units, taps = [], []
+    for stage, (first, end) in enumerate(backbone.range_sub_modules):
+        layers = [f'{backbone.module_name}.{i}' for i in range(first, end)]
+        pools = [path for path in layers if isinstance(backbone.get_submodule(path), nn.MaxPool2d)]
+        convolutions = [path for path in layers if path not in pools]
+        units += [Unit.single(path, stage) for path in convolutions[:-1]]
+        last = (convolutions[-1], *pools)
+        units.append(Unit(convolutions[-1], last, last[-1], stage))
+        if stage in backbone.out_indices:
+            taps.append(len(units) - 1)
+    if backbone.num_classes > 0:
+        taps.append(len(units) - 1)
+        return Chain(tuple(units), tuple(taps), input_size=(224, 224))
+    return Chain(tuple(units), tuple(taps))
+
+
+def vision_transformer(backbone: nn.Module) -> Chain:
+    """Patch, class and position embedding, then the layers; the final norm belongs to the model's head."""
+    own = ('pos_embed', 'cls_token', 'dist_token')
+    tensors = tuple(name for name in own if isinstance(getattr(backbone, name, None), nn.Parameter))
+    is_distilled = 'dist_token' in tensors  # its forward has no pre_norm
+    stem = ('patch_embed', 'drop_after_pos') if is_distilled else ('patch_embed', 'drop_after_pos', 'pre_norm')
+    units = [Unit(STEM, stem, stem[-1], 0, tensors), *(Unit.single(f'layers.{i}', 0) for i in range(len(backbone.layers)))]
+    taps = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
+    norms = dict.fromkeys(range(len(taps)), 'ln2') if backbone.out_type == 'avg_featmap' else {}
+    return Chain(tuple(units), taps, norms, backbone.num_extra_tokens, tuple(backbone.patch_embed.init_input_size))
+
+
+def swin(backbone: nn.Module) -> Chain:
+    """Patch embedding, then window-attention blocks; a patch merging is one unit with the block that follows it.
+
+    Blocks are called as ``block(x, hw_shape)``.
+    """
+    tensors = ('absolute_pos_embed',) if backbone.use_abs_pos_embed else ()
+    units = [Unit(STEM, ('patch_embed', 'drop_after_pos'), 'drop_after_pos', 0, tensors)]
+    last, taps = [], []
+    after = getattr(backbone, 'out_after_downsample', False)
+    for i, stage in enumerate(backbone.stages):
+        merging = (f'stages.{i - 1}.downsample',) if i else ()
+        units.append(Unit.sequence((*merging, f'stages.{i}.blocks.0'), i))
+        units += [Unit.single(f'stages.{i}.blocks.{j}', i) for j in range(1, len(stage.blocks))]
+        last.append(len(units) - 1)
+    for i in backbone.out_indices:
+        # an output after the patch merging comes from inside the next stage's first unit
+        taps.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
+    norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
+    size = backbone.patch_embed.init_input_size or (224, 224)
+    return Chain(tuple(units), tuple(sorted(taps)), norms, input_size=tuple(size))
+
+
+def convnext(backbone: nn.Module) -> Chain:
+    """A patch stem, then ConvNeXt blocks; a downsampling layer is one unit with the block that follows it."""
+    units, taps = [Unit(STEM, ('downsample_layers.0',), 'downsample_layers.0', 0)], []
+    for i, stage in enumerate(backbone.stages):
+        downsampling = (f'downsample_layers.{i}',) if i else ()
+        units.append(Unit.sequence((*downsampling, f'stages.{i}.0'), i))
+        units += [Unit.single(f'stages.{i}.{j}', i) for j in range(1, len(stage))]
+        if i in backbone.out_indices:
+            taps.append(len(units) - 1)
+    norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
+    return Chain(tuple(units), tuple(taps), norms)
+
+
+def _staged(backbone: nn.Module, stem: Unit, layers: Sequence[str]) -> Chain:
+    """A stem, then stages that are sequences of units, or single convolutions; one output a stage of ``out_indices``."""
+    units, taps = [stem], []
+    for stage, layer in enumerate(layers):
+        module = backbone.get_submodule(layer)
+        names = [f'{layer}.{name}' for name, _ in module.named_children()] if isinstance(module, nn.Sequential) else [layer]
+        units += [Unit.single(name, stage) for name in names]
         if stage in backbone.out_indices:
             taps.append(len(units) - 1)
     return Chain(tuple(units), tuple(taps))
 
 
 _FAMILIES: dict[str, Callable[[nn.Module], Chain]] = {
+    'mmdet.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
+    'mmdet.models.backbones.regnet.RegNet': regnet,
     'mmdet.models.backbones.resnet.ResNet': resnet,
-    'mmseg.models.backbones.resnet.ResNet': resnet,
+    'mmdet.models.backbones.swin.SwinTransformer': swin,
+    'mmman.backbones.cifar_resnet.CIFARResNet': cifar_resnet,
+    'mmpretrain.models.backbones.convnext.ConvNeXt': convnext,
+    'mmpretrain.models.backbones.deit.DistilledVisionTransformer': vision_transformer,
+    'mmpretrain.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
+    'mmpretrain.models.backbones.regnet.RegNet': regnet,
     'mmpretrain.models.backbones.resnet.ResNet': resnet,
+    'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': regnet,
+    'mmpretrain.models.backbones.swin_transformer.SwinTransformer': swin,
+    'mmpretrain.models.backbones.vgg.VGG': vgg,
+    'mmpretrain.models.backbones.vision_transformer.VisionTransformer': vision_transformer,
+    'mmseg.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
+    'mmseg.models.backbones.resnet.ResNet': resnet,
+    'mmseg.models.backbones.swin.SwinTransformer': swin,
 }
 
 
@@ -70,9 +173,10 @@ def chain_of(backbone: nn.Module) -> Chain:
         )
     chain = enumerate_units(backbone)
     for unit in chain.units[1:]:
-        if unit.modules != (unit.output,):
+        if unit.modules[-1] != unit.output:
             raise UnsupportedBackboneError(
-                f'{type(backbone).__name__}: the unit {unit.name} is not one module; only the first may be several, because a '
+                f'{type(backbone).__name__}: the output of the unit {unit.name} is not that of its last module, '
+                f'{unit.modules[-1]}; only the first unit may be more than its modules one after the other, because a '
                 'momentum transfer copies the first unit of the next block'
             )
     return chain

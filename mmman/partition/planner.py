@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from mmman.errors import PartitionError
-from mmman.partition.chain import Chain, Unit
+from mmman.partition.chain import STEM, Chain, Unit
 
 Block = tuple[Unit, ...]
 
@@ -40,9 +40,9 @@ def plan_blocks(
         trainable: For every unit, whether any of its parameters is trained. Leading frozen units are set aside.
         num_blocks: K, counted over trainable blocks. May be left out where ``partition`` names the cuts.
         partition: ``'stage'`` cuts at stage ends; with fewer blocks than stages neighbours are merged so that the largest
-            block has as few units as possible, with more the longest stages are split evenly. ``'uniform'`` gives every block
-            the same number of units, give or take one, the stem counting as one. A list names the last unit of every block
-            but the last, e.g. ``['layer2.2', 'layer3.8']``.
+            block has as few units as possible, with more the longest stages are split evenly, a stem not counted.
+            ``'uniform'`` gives every block the same number of units, give or take one, the stem counting as one. A list names
+            the last unit of every block but the last, e.g. ``['layer2.2', 'layer3.8']``.
 
     Raises:
         PartitionError: K is below 1 or above the number of trainable units, or a cut names no unit, a frozen one, or the last.
@@ -92,7 +92,15 @@ def _by_stage(units: Block, count: int) -> tuple[Block, ...]:
     for _ in range(count - len(stages)):
         longest = max(range(len(stages)), key=lambda i: len(stages[i]) / pieces[i])
         pieces[longest] += 1
-    return tuple(block for stage, n in zip(stages, pieces, strict=True) for block in _evenly(stage, n))
+    return tuple(block for stage, n in zip(stages, pieces, strict=True) for block in _split(stage, n))
+
+
+def _split(stage: Block, count: int) -> tuple[Block, ...]:
+    """Pieces of a stage with the same number of units, give or take one; a stem goes with the first and doesn't count."""
+    if stage[0].name != STEM or count >= len(stage):
+        return _evenly(stage, count)
+    first, *rest = _evenly(stage[1:], count)
+    return ((stage[0], *first), *rest)
 
 
 def _merge(stages: list[Block], count: int) -> tuple[Block, ...]:

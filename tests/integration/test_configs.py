@@ -183,7 +183,7 @@ def build_for_training(cfg: Config) -> BaseModel:
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
-        head.transfer.sync_(model.backbone.get_submodule(head.source))
+        head.transfer.sync_(head.source.of(model.backbone))
         for parameter in head.transfer.bias.parameters():
             parameter.data *= 0.9
     return model.train()

@@ -88,7 +88,7 @@ def momentum_before_the_step(patch):
 
     def early(self, **kwargs):
         for head in self._backbone.local.values():
-            head.transfer.update_(self._backbone.get_submodule(head.source), 0.9)
+            head.transfer.update_(head.source.of(self._backbone), 0.9)
         step(self, **kwargs)
 
     def late(self, runner, *args, **kwargs):

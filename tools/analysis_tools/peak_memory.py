@@ -61,7 +61,7 @@ def measure(path: str, batch: int, height: int, width: int) -> dict:
     local = getattr(model.backbone, 'local', None)
     if isinstance(local, LocalBlocks):
         for head in local.values():
-            head.transfer.sync_(model.backbone.get_submodule(head.source))
+            head.transfer.sync_(head.source.of(model.backbone))
     wrapper_cfg = cfg.optim_wrapper
     wrapper_cfg.optimizer.lr = 0.0
     optim_wrapper = build_optim_wrapper(model, wrapper_cfg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from mmengine.model import BaseModule
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mmman.errors import MisuseError
 from mmman.local.session import Session
 from mmman.local.transfer import MomentumTransfer
+from mmman.partition import Feature, Unit
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,33 @@ class Boundary:
 
     Attributes:
         block: The block it trains, 1 to K-1.
+        num_blocks: K.
         unit: Name of the block's last unit.
-        source: Path below the backbone of the first unit of the next block.
-        channels: Channels of what the task head sees (the transfer's output).
-        stride: Its stride: input pixels a feature pixel, along a side.
+        source: The first unit of the next block.
+        feature: The shape of what the task head sees (the transfer's output).
         strides: The strides that the heads of all boundaries see, in order.
+        following: The units that come after what the task head sees, first to last: to be copied, never to be held.
+        following_features: The shapes of their outputs.
     """
 
     block: int
+    num_blocks: int
     unit: str
-    source: str
-    channels: int
-    stride: int
+    source: Unit
+    feature: Feature
     strides: tuple[int, ...]
+    following: tuple[nn.Module, ...] = field(default=(), repr=False)
+    following_features: tuple[Feature, ...] = field(default=(), repr=False)
+
+    @property
+    def channels(self) -> int:
+        """Channels of what the task head sees."""
+        return self.feature.channels
+
+    @property
+    def stride(self) -> int:
+        """Its stride: input pixels a feature pixel, along a side."""
+        return self.feature.stride
 
 
 class LocalHead(BaseModule):
@@ -53,6 +68,7 @@ class LocalHead(BaseModule):
         self.block = boundary.block
         self.unit = boundary.unit
         self.source = boundary.source
+        self.feature = boundary.feature
         self.loss_weight = loss_weight
         self.transfer = transfer
 
@@ -60,7 +76,7 @@ class LocalHead(BaseModule):
         """The local losses of a block.
 
         Args:
-            x: The block's output, (B, C, H, W), with the block's graph behind it.
+            x: The block's output, (B, C, H, W) or (B, L, C), with the block's graph behind it.
             inputs: The model's input batch, (B, 3, H0, W0), normalised.
             data_samples: The batch's data samples, as the model's own head gets them.
 
@@ -72,12 +88,32 @@ class LocalHead(BaseModule):
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""
 
+    def as_map(self, y: Tensor, inputs: Tensor) -> Tensor:
+        """The transfer's output as a map, for task heads that are convolutions.
+
+        Args:
+            y: (B, C, H, W), returned as it is, or tokens (B, L, C), whose extra tokens are left out.
+            inputs: The model's input batch, (B, 3, H0, W0).
+
+        Returns:
+            (B, C, H, W).
+        """
+        if self.feature.extra_tokens is None:
+            return y
+        patches = y[:, self.feature.extra_tokens :]
+        return patches.transpose(1, 2).unflatten(2, self.grid(inputs))
+
+    def grid(self, inputs: Tensor) -> tuple[int, int]:
+        """Height and width in patches of what the task head sees; patch embedding and merging round up."""
+        return tuple(-(-size // self.feature.stride) for size in inputs.shape[-2:])
+
     @torch.compiler.disable
     def at_boundary(self, unit: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """Forward hook of the block's last unit. A bound method, so that deepcopy and pickle take it along."""
         if not torch.is_grad_enabled():
             return None
         if self.session is not None:
+            self.transfer.state = args[1:]
             return self.session.at_boundary(self, output)
         if output.requires_grad:
             output.register_hook(self._refuse_backward)

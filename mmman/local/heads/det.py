@@ -74,7 +74,8 @@ class DetLocalHead(LocalHead):
 
     def loss(self, x: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
-        return self.bbox_head.loss(self.projection(self.transfer(x)), [self._in_range(sample) for sample in data_samples])
+        levels = self.projection(self.as_map(self.transfer(x), inputs))
+        return self.bbox_head.loss(levels, [self._in_range(sample) for sample in data_samples])
 
     def _in_range(self, sample):
         """A view of a DetDataSample with the objects of this head's sizes; the sample itself stays whole."""

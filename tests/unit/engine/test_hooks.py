@@ -29,7 +29,7 @@ def runner_of(tmp_path, model=None, hook=None, iters=4, optim_wrapper=None, mode
 
 def copies(model):
     return [
-        (head.transfer.momentum.state_dict(), model.backbone.get_submodule(head.source).state_dict())
+        (head.transfer.momentum.state_dict(), head.source.of(model.backbone).state_dict())
         for head in model.backbone.local.values()
     ]
 

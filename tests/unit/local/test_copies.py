@@ -22,7 +22,7 @@ def trained_alike(model, other):
         for batch in toy_batches(3):
             step(m, optim_wrapper, batch)
             for head in m.backbone.local.values():
-                head.transfer.update_(m.backbone.get_submodule(head.source), 0.9)
+                head.transfer.update_(head.source.of(m.backbone), 0.9)
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
@@ -111,7 +111,7 @@ def test_weights_change_between_localising_and_training():
         parameter.data += 1
     sync(model)
     for head in model.backbone.local.values():
-        source = model.backbone.get_submodule(head.source).state_dict()
+        source = head.source.of(model.backbone).state_dict()
         assert all(torch.equal(value, source[name]) for name, value in head.transfer.momentum.state_dict().items())
 
 

@@ -23,7 +23,7 @@ def toy(**options):
 
 def sync(model):
     for head in model.backbone.local.values():
-        head.transfer.sync_(model.backbone.get_submodule(head.source))
+        head.transfer.sync_(head.source.of(model.backbone))
 
 
 def wrapper(model, lr=0.1, **options):

@@ -3,6 +3,7 @@ import torch
 
 from mmman import MomentumTransfer
 from mmman.errors import MisuseError
+from mmman.partition import Feature
 from tests.toy import ToyUnit
 
 
@@ -17,10 +18,10 @@ X = torch.randn(2, 4, 6, 6, dtype=torch.float64)
 
 def test_the_rows_of_the_ablation(source):
     y = source(X)
-    assert MomentumTransfer(source, 8, ema=False, bias=False, scale=False)(X) is X
-    assert torch.equal(MomentumTransfer(source, 8, bias=False, scale=False)(X), y)
-    assert torch.equal(MomentumTransfer(source, 8, scale=False)(X), y + y)
-    transfer = MomentumTransfer(source, 8)
+    assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False)(X) is X
+    assert torch.equal(MomentumTransfer(source, Feature(8, 2), bias=False, scale=False)(X), y)
+    assert torch.equal(MomentumTransfer(source, Feature(8, 2), scale=False)(X), y + y)
+    transfer = MomentumTransfer(source, Feature(8, 2))
     assert torch.equal(transfer(X), y + y)
     torch.nn.init.constant_(transfer.delta, 0.25)
     transfer.bias.bn.bias.data += 1
@@ -28,7 +29,7 @@ def test_the_rows_of_the_ablation(source):
 
 
 def test_gradients_flow_through_the_copy_but_not_into_it(source):
-    transfer = MomentumTransfer(source, 8).double()
+    transfer = MomentumTransfer(source, Feature(8, 2)).double()
     x = X.clone().requires_grad_()
     transfer(x).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -39,7 +40,7 @@ def test_gradients_flow_through_the_copy_but_not_into_it(source):
 
 def test_the_scale_follows_the_paper_and_decays_to_neutral(source):
     """dy/ds = E - B, and (2 - s) is the factor of the bias's gradient (Eq. 6)."""
-    transfer = MomentumTransfer(source, 8).double()
+    transfer = MomentumTransfer(source, Feature(8, 2)).double()
     transfer.bias.conv.weight.data *= 2
     torch.nn.init.constant_(transfer.delta, 0.5)
     transfer(X).sum().backward()
@@ -53,7 +54,7 @@ def test_the_scale_follows_the_paper_and_decays_to_neutral(source):
 
 
 def test_the_releases_scale(source):
-    transfer = MomentumTransfer(source, 8, scale='release')
+    transfer = MomentumTransfer(source, Feature(8, 2), scale='release')
     assert transfer.s == 1
     transfer.rho.data.fill_(0.25)  # what decay does: towards the momentum copy alone
     assert transfer.s == 1.75
@@ -61,7 +62,7 @@ def test_the_releases_scale(source):
 
 
 def test_channel_bias(source):
-    transfer = MomentumTransfer(source, 8, bias='channel').double()
+    transfer = MomentumTransfer(source, Feature(8, 2), bias='channel').double()
     assert torch.equal(transfer(X), source(X))
     transfer.channel_bias.data += 3
     transfer.delta.data += 0.5
@@ -70,7 +71,7 @@ def test_channel_bias(source):
 
 
 def test_sync_copies_and_update_is_lerp(source):
-    transfer = MomentumTransfer(source, 8).double()
+    transfer = MomentumTransfer(source, Feature(8, 2)).double()
     assert not transfer.is_synced
     source.conv.weight.data += 1
     source.bn.running_mean += 2
@@ -92,14 +93,14 @@ def test_sync_copies_and_update_is_lerp(source):
 
 
 def test_copies_follow_the_modes_of_their_source(source):
-    transfer = MomentumTransfer(source, 8)
+    transfer = MomentumTransfer(source, Feature(8, 2))
     source.bn.eval()
     transfer.follow_(source)
     assert not transfer.momentum.bn.training and not transfer.bias.bn.training and transfer.bias.conv.training
 
 
 def test_copies_from_a_state_dict_are_kept_where_asked(source):
-    transfer, other = MomentumTransfer(source, 8), MomentumTransfer(source, 8)
+    transfer, other = MomentumTransfer(source, Feature(8, 2)), MomentumTransfer(source, Feature(8, 2))
     transfer.momentum.conv.weight.data += 1
     partial = {name: value for name, value in transfer.state_dict().items() if not name.startswith('bias')}
     other.load_state_dict(partial, strict=False)
@@ -110,7 +111,7 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
     assert other.is_synced and torch.equal(other.momentum.conv.weight, transfer.momentum.conv.weight)
     other.sync_(source)
     assert torch.equal(other.momentum.conv.weight, source.conv.weight)
-    assert MomentumTransfer(source, 8, ema=False, bias=False, scale=False).is_synced
+    assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False).is_synced
 
 
 @pytest.mark.parametrize(
@@ -125,4 +126,4 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
 )
 def test_meaningless_combinations(source, options, message):
     with pytest.raises(MisuseError, match=message):
-        MomentumTransfer(source, 8, **options)
+        MomentumTransfer(source, Feature(8, 2), **options)

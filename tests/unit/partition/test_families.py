@@ -3,13 +3,16 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from mmman import delocalize_, localize_, register_chain
-from mmman.errors import UnsupportedBackboneError
+from mmman.errors import PartitionError, UnsupportedBackboneError
 from mmman.partition import Chain, Unit, chain_of
 from tests.toy import ToyNet
 
 HEAD = {'type': 'mmman.ToyLocalHead'}
+VIT = {'embed_dims': 24, 'num_layers': 6, 'num_heads': 3, 'feedforward_channels': 48}
+SWIN = {'embed_dims': 24, 'depths': [2, 2, 2, 2], 'num_heads': [1, 2, 4, 8]}
 FAMILIES = {
     'mmdet': [
         ('ResNet', {'depth': 18}),
@@ -23,12 +26,19 @@ FAMILIES = {
         ('ResNeXt', {'depth': 50, 'groups': 32, 'base_width': 4}),
         ('Res2Net', {'depth': 50, 'scales': 4, 'base_width': 26, 'norm_eval': False}),
         ('ResNeSt', {'depth': 50, 'stem_channels': 64, 'norm_eval': False}),
+        ('RegNet', {'arch': 'regnetx_800mf', 'norm_eval': False}),
+        ('MobileNetV2', {'out_indices': (1, 2, 4, 7)}),
+        ('SwinTransformer', {'embed_dims': 24, 'depths': (2, 2, 2, 2), 'frozen_stages': 1}),
+        ('SwinTransformer', {'embed_dims': 24, 'depths': (1, 2, 3, 2), 'use_abs_pos_embed': True, 'with_cp': True}),
     ],
     'mmseg': [
         ('ResNet', {'depth': 18, 'norm_eval': False}),
         ('ResNetV1c', {'depth': 50, 'strides': (1, 2, 1, 1), 'dilations': (1, 1, 2, 4), 'contract_dilation': True}),
         ('ResNetV1d', {'depth': 101, 'multi_grid': (1, 2, 4), 'norm_eval': True}),
         ('ResNeXt', {'depth': 50, 'groups': 32, 'base_width': 4, 'with_cp': True}),
+        ('MobileNetV2', {'out_indices': (1, 2, 4, 6), 'strides': (1, 2, 2, 1, 1, 1, 1), 'dilations': (1, 1, 1, 2, 2, 4, 4)}),
+        ('MobileNetV2', {'out_indices': (6,)}),
+        ('SwinTransformer', {'embed_dims': 24, 'depths': (2, 2, 2, 2), 'out_indices': (1, 3)}),
     ],
     'mmpretrain': [
         ('ResNet', {'depth': 18}),
@@ -37,6 +47,30 @@ FAMILIES = {
         ('ResNetV1d', {'depth': 50, 'with_cp': True}),
         ('ResNeXt', {'depth': 50}),
         ('SEResNet', {'depth': 50}),
+        ('ResNet_CIFAR', {'depth': 18}),
+        ('RegNet', {'arch': 'regnetx_400mf', 'out_indices': (0, 1, 2, 3)}),
+        ('MobileNetV2', {'frozen_stages': 2}),
+        ('VGG', {'depth': 11, 'num_classes': 10}),
+        ('VGG', {'depth': 13, 'norm_cfg': {'type': 'BN'}, 'out_indices': (0, 2, 4), 'frozen_stages': 1}),
+        ('VGG', {'depth': 16, 'with_last_pool': False}),
+        ('VisionTransformer', {'arch': VIT, 'img_size': 64}),
+        ('VisionTransformer', {'arch': VIT, 'out_type': 'avg_featmap', 'out_indices': [1, 4, 5], 'drop_path_rate': 0.1}),
+        (
+            'VisionTransformer',
+            {'arch': VIT, 'out_type': 'featmap', 'out_indices': [0, 5], 'pre_norm': True, 'final_norm': False},
+        ),
+        ('VisionTransformer', {'arch': VIT, 'out_type': 'raw', 'with_cls_token': False, 'frozen_stages': 2}),
+        ('DistilledVisionTransformer', {'arch': VIT, 'out_indices': [2, 5]}),
+        ('SwinTransformer', {'arch': SWIN, 'use_abs_pos_embed': True, 'frozen_stages': 0}),
+        ('SwinTransformer', {'arch': SWIN, 'out_indices': (0, 1, 2, 3), 'pad_small_map': True, 'with_cp': True}),
+        ('SwinTransformer', {'arch': SWIN, 'out_indices': (1, 3), 'pad_small_map': True, 'out_after_downsample': True}),
+        ('ConvNeXt', {'arch': 'atto', 'drop_path_rate': 0.1}),
+        ('ConvNeXt', {'arch': 'atto', 'out_indices': [0, 1, 2, 3], 'gap_before_final_norm': False, 'with_cp': True}),
+        ('ConvNeXt', {'arch': 'atto', 'use_grn': True, 'layer_scale_init_value': 0.0, 'frozen_stages': 1}),
+    ],
+    'mmman': [
+        ('CIFARResNet', {'depth': 32}),
+        ('CIFARResNet', {'depth': 20, 'out_indices': (0, 2)}),
     ],
 }
 CASES = [(library, kind, options) for library, rows in FAMILIES.items() for kind, options in rows]
@@ -54,7 +88,7 @@ def build(library, kind, options):
 def outputs(backbone, train):
     backbone.train(train)
     torch.manual_seed(1)  # drop path
-    return backbone(torch.randn(2, 3, 64, 64))
+    return pytree.tree_leaves(backbone(torch.randn(2, 3, *chain_of(backbone).input_size)))
 
 
 @pytest.mark.parametrize(('library', 'kind', 'options'), CASES)
@@ -76,7 +110,7 @@ def test_off_means_off(library, kind, options):
     assert delocalize_(local) is local
     assert list(local.state_dict()) == keys
     assert [*dict(local.named_modules())] == [*dict(stock.named_modules())]
-    assert not any(module._forward_hooks for module in local.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in local.modules())
     assert len(modes) == len([*local.modules()])
     for ours, theirs in zip(outputs(local, True), outputs(stock, True), strict=True):
         assert torch.equal(ours, theirs)
@@ -105,7 +139,8 @@ def test_localising_changes_no_mode_statistics_or_random_state():
     [
         ('mmdet', 'DetectoRS_ResNet', {'depth': 50}),
         ('mmseg', 'UNet', {}),
-        ('mmpretrain', 'ResNet_CIFAR', {'depth': 18}),
+        ('mmpretrain', 'HRNet', {'arch': 'w18'}),
+        ('mmpretrain', 'SwinTransformerV2', {}),
     ],
 )
 def test_another_forward_is_refused_by_name(library, kind, options):
@@ -133,33 +168,43 @@ def test_a_row_that_names_the_wrong_units_is_refused():
             return super().forward(x)
 
     units = chain_of(ToyNet()).units
-    register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')(lambda backbone: Chain(units[::-1], (0, 1)))
+    register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')(lambda backbone: Chain(units[::-1], (0, 6)))
     with pytest.raises(UnsupportedBackboneError, match='not what its forward pass runs'):
         localize_(Wrong(), 2, HEAD)
     with pytest.raises(ValueError, match='registered already'):
         register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')
 
 
-def test_a_unit_of_several_modules_is_refused_but_for_the_first():
+def test_a_unit_may_be_several_modules_one_after_the_other():
     class Pairs(ToyNet):
         def forward(self, x):
             return super().forward(x)
 
-    units = (Unit('stem', ('stem',), 'stem', 0), Unit('both', ('layer1.0', 'layer1.1'), 'layer1.1', 0))
-    register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(units, (1,)))
-    with pytest.raises(UnsupportedBackboneError, match='unit both is not one module'):
-        chain_of(Pairs())
+    units = [Unit('stem', ('stem', 'layer1.0', 'layer1.1'), 'layer1.1', 0)]
+    units += [Unit.sequence((f'{layer}.0', f'{layer}.1'), i) for i, layer in ((1, 'layer2'), (2, 'layer3'))]
+    register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(tuple(units), (1, 2)))
+    backbone = localize_(Pairs(), 3, HEAD)
+    head = backbone.local['layer1_1']
+    head.transfer.sync_(head.source.of(backbone))
+    x = torch.randn(2, 4, 8, 8)
+    expected = backbone.layer2(x)
+    assert torch.equal(head.transfer(x), expected + expected)
 
 
-def test_a_backbone_that_returns_a_bare_tensor_is_refused():
-    class Bare(ToyNet):
+def test_a_unit_whose_output_is_not_its_last_module_is_refused():
+    class Inner(ToyNet):
         def forward(self, x):
-            return super().forward(x)[-1]
+            return super().forward(x)
 
-    chain = chain_of(ToyNet(out_indices=(2,)))
-    register_chain(f'{Bare.__module__}.{Bare.__qualname__}')(lambda backbone: chain)
-    with pytest.raises(UnsupportedBackboneError, match='not what its forward pass runs'):
-        localize_(Bare(), 2, HEAD)
+    units = (Unit.single('stem', 0), Unit('both', ('layer1.0', 'layer1.1'), 'layer1.0', 0))
+    register_chain(f'{Inner.__module__}.{Inner.__qualname__}')(lambda backbone: Chain(units, (1,)))
+    with pytest.raises(UnsupportedBackboneError, match='the output of the unit both is not that of its last module'):
+        chain_of(Inner())
+
+
+def test_a_last_block_without_an_output_is_refused():
+    with pytest.raises(PartitionError, match='makes none of the outputs of ToyNet'):
+        localize_(ToyNet(out_indices=(0, 1)), 3, HEAD)
 
 
 def test_every_unit_is_in_one_block_and_owns_its_parameters():

@@ -1,0 +1,3 @@
+from mmman.backbones.cifar_resnet import CIFARResNet
+
+__all__ = ['CIFARResNet']
