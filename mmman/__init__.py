@@ -3,18 +3,37 @@
 from mmman.engine import EMABiasHook, LocalLearningOptimWrapper
 from mmman.engine.checkpoint import allow_training_checkpoints
 from mmman.errors import LocalLearningError
-from mmman.local import DetLocalHead, LocalBackbone, LocalHead, MomentumTransfer, delocalize_, localize_
+from mmman.local import (
+    AugLocalHead,
+    ClsLocalHead,
+    DetLocalHead,
+    DGLLocalHead,
+    InfoProLocalHead,
+    LocalBackbone,
+    LocalHead,
+    MomentumTransfer,
+    PredSimLocalHead,
+    ViTLocalHead,
+    delocalize_,
+    localize_,
+)
 from mmman.partition import register_chain
 
 __version__ = '0.1.0'
 __all__ = [
+    'AugLocalHead',
+    'ClsLocalHead',
+    'DGLLocalHead',
     'DetLocalHead',
     'EMABiasHook',
+    'InfoProLocalHead',
     'LocalBackbone',
     'LocalHead',
     'LocalLearningError',
     'LocalLearningOptimWrapper',
     'MomentumTransfer',
+    'PredSimLocalHead',
+    'ViTLocalHead',
     'delocalize_',
     'localize_',
     'register_chain',

@@ -69,8 +69,8 @@ class ToyLocalHead(LocalHead):
         super().__init__(boundary, transfer, loss_weight)
         self.fc = nn.Sequential(nn.Conv2d(boundary.channels, 6, 1), nn.BatchNorm2d(6), nn.Flatten(), nn.Linear(24, CLASSES))
 
-    def loss(self, x, inputs, data_samples):
-        return classify(self.fc(F.adaptive_avg_pool2d(self.transfer(x), 2)), data_samples)
+    def loss(self, y, inputs, data_samples):
+        return classify(self.fc(F.adaptive_avg_pool2d(y, 2)), data_samples)
 
 
 @MODELS.register_module()

@@ -1,5 +1,27 @@
 from mmman.local.backbone import LocalBackbone, delocalize_, localize_
-from mmman.local.heads import DetLocalHead, LocalHead
+from mmman.local.heads import (
+    AugLocalHead,
+    ClsLocalHead,
+    DetLocalHead,
+    DGLLocalHead,
+    InfoProLocalHead,
+    LocalHead,
+    PredSimLocalHead,
+    ViTLocalHead,
+)
 from mmman.local.transfer import MomentumTransfer
 
-__all__ = ['DetLocalHead', 'LocalBackbone', 'LocalHead', 'MomentumTransfer', 'delocalize_', 'localize_']
+__all__ = [
+    'AugLocalHead',
+    'ClsLocalHead',
+    'DGLLocalHead',
+    'DetLocalHead',
+    'InfoProLocalHead',
+    'LocalBackbone',
+    'LocalHead',
+    'MomentumTransfer',
+    'PredSimLocalHead',
+    'ViTLocalHead',
+    'delocalize_',
+    'localize_',
+]

@@ -75,7 +75,7 @@ class Session:
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
-        loss, log = self.model.parse_losses(head.loss(x, *self._batch))
+        loss, log = self.model.parse_losses(head.loss(head.transferred(x, self._batch[0]), *self._batch))
         self.backward(loss * head.loss_weight)
         self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
         return x.detach()

@@ -9,7 +9,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.partition import Feature, run_unit
+from mmman.partition import Feature
 
 
 class MomentumTransfer(BaseModule):
@@ -29,9 +29,6 @@ class MomentumTransfer(BaseModule):
             value an output channel (the paper's cost model). ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho starting at 1, as the authors' code
             stores it, so that weight decay pulls towards s = 2, E alone. ``False``: s = 1.
-
-    Attributes:
-        state: What the backbone passes to the unit beside the features (Swin's ``hw_shape``); set at the boundary.
 
     Raises:
         MisuseError: A combination that has no meaning.
@@ -57,7 +54,6 @@ class MomentumTransfer(BaseModule):
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
         self.is_loaded = False  # a state dict brought the copies along
         self.is_synced = not self.copies  # the copies hold what training starts from
-        self.state: tuple = ()
 
     @property
     def s(self) -> Tensor | None:
@@ -66,9 +62,17 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Transfer the output x of block j, (B, C, H, W) or (B, L, C), to what the local head sees, the unit's output shape."""
-        terms = [run_unit(copied, x, *self.state)[0] for copied in self.copies]
+    def forward(self, x: Tensor, *grid: tuple[int, int]) -> Tensor:
+        """Transfer the output x of block j to what the local head sees.
+
+        Args:
+            x: (B, C, H, W) or (B, L, C).
+            grid: Height and width of x in patches, where the backbone's units take them.
+
+        Returns:
+            Shaped as the unit's output.
+        """
+        terms = [copied(x, *grid) for copied in self.copies]
         if self.channel_bias is not None:
             terms.append(self.channel_bias)
         if not terms:

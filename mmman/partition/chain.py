@@ -67,6 +67,7 @@ class Chain:
         norms: For elements that pass a module of their own on the way out (Swin's ``norm0``, a ViT's final norm), element to
             path. It belongs to the neck: an output from inside a non-final block is detached in front of it.
         extra_tokens: Tokens in front of the patch tokens where features are (B, L, C): class and distillation tokens.
+        takes_grid: Whether units are called as ``unit(x, (h, w))``, the height and width of x in patches (Swin).
         input_size: Height and width in pixels of an input that the backbone accepts, for the dry run.
     """
 
@@ -74,6 +75,7 @@ class Chain:
     taps: tuple[int, ...]
     norms: Mapping[int, str] = field(default_factory=dict)
     extra_tokens: int = 0
+    takes_grid: bool = False
     input_size: tuple[int, int] = (64, 64)
 
 
@@ -91,25 +93,29 @@ class Feature:
     stride: int
     extra_tokens: int | None = None
 
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the map, or of the patches, for images of ``size``; patch embedding and merging round up."""
+        return -(-size[0] // self.stride), -(-size[1] // self.stride)
+
+    def as_map(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Features of this shape from images of ``size`` as a map (B, C, H, W), without the extra tokens."""
+        if self.extra_tokens is None:
+            return x
+        return x[:, self.extra_tokens :].transpose(1, 2).unflatten(2, self.grid(size))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """The vector (B, C) that stands for an image: its class token, else the mean over the map or the tokens."""
+        if self.extra_tokens is None:
+            return x.mean((2, 3))
+        return x[:, 0] if self.extra_tokens else x.mean(1)
+
 
 class UnitSequence(nn.ModuleList):
     """A unit of several modules as one module."""
 
-    def forward(self, x: Tensor, *state: object) -> Tensor:
-        """Run one module after the other; see :func:`run_unit`."""
-        return self.run(x, *state)[0]
-
-    def run(self, x: Tensor, *state: object) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor, *grid: tuple[int, int]) -> Tensor:
+        """Run one module after the other. One that changes the grid (Swin's patch merging) returns it beside the features."""
         for module in self:
-            x, *state = run_unit(module, x, *state)
-        return (x, *state)
-
-
-def run_unit(unit: nn.Module, x: Tensor, *state: object) -> tuple[Tensor, ...]:
-    """Run a unit, or a module of one, on features and on what its backbone passes along beside them (Swin's ``hw_shape``).
-
-    Returns:
-        The features and the state after it: as the unit returns it (Swin's patch merging does), else what went in.
-    """
-    out = unit.run(x, *state) if isinstance(unit, UnitSequence) else unit(x, *state)
-    return out if isinstance(out, tuple) else (out, *state)
+            out = module(x, *grid)
+            x, *grid = out if isinstance(out, tuple) else (out, *grid)
+        return x

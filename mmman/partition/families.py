@@ -65,14 +65,12 @@ def vision_transformer(backbone: nn.Module) -> Chain:
     units = [Unit(STEM, stem, stem[-1], 0, tensors), *(Unit.single(f'layers.{i}', 0) for i in range(len(backbone.layers)))]
     taps = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
     norms = dict.fromkeys(range(len(taps)), 'ln2') if backbone.out_type == 'avg_featmap' else {}
-    return Chain(tuple(units), taps, norms, backbone.num_extra_tokens, tuple(backbone.patch_embed.init_input_size))
+    size = tuple(backbone.patch_embed.init_input_size)
+    return Chain(tuple(units), taps, norms, extra_tokens=backbone.num_extra_tokens, input_size=size)
 
 
 def swin(backbone: nn.Module) -> Chain:
-    """Patch embedding, then window-attention blocks; a patch merging is one unit with the block that follows it.
-
-    Blocks are called as ``block(x, hw_shape)``.
-    """
+    """Patch embedding, then window-attention blocks; a patch merging is one unit with the block that follows it."""
     tensors = ('absolute_pos_embed',) if backbone.use_abs_pos_embed else ()
     units = [Unit(STEM, ('patch_embed', 'drop_after_pos'), 'drop_after_pos', 0, tensors)]
     last, taps = [], []
@@ -87,7 +85,7 @@ def swin(backbone: nn.Module) -> Chain:
         taps.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
     norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
     size = backbone.patch_embed.init_input_size or (224, 224)
-    return Chain(tuple(units), tuple(sorted(taps)), norms, input_size=tuple(size))
+    return Chain(tuple(units), tuple(sorted(taps)), norms, takes_grid=True, input_size=tuple(size))
 
 
 def convnext(backbone: nn.Module) -> Chain:

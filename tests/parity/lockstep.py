@@ -9,6 +9,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
 from mmman.partition import chain_of
+from mmman.partition.chain import UnitSequence
 from tests.parity.reference import Head, Reference
 
 ROWS = {
@@ -19,7 +20,14 @@ ROWS = {
 }
 
 
-def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss, **options):
+def with_relu(stem):
+    """A ResNet's stem with the activation that its forward puts in front of the pooling."""
+    if isinstance(stem[-1], torch.nn.MaxPool2d):
+        stem.insert(len(stem) - 1, torch.nn.ReLU())
+    return stem
+
+
+def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss, stem=None, wrap=lambda unit: unit, **options):
     """The reference for a localised backbone: deep copies of its modules, cut where its plan says, without its machinery.
 
     Args:
@@ -29,6 +37,8 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
         local_task: From a local head to the modules of its task head.
         local_loss: (j, task head, y, batch) to the local loss.
         task_loss: (task modules, features, batch) to the task loss.
+        stem: (backbone, its modules in a Sequential) to the module that does what the backbone does in front of its units.
+        wrap: From a unit's modules in a Sequential to a module that runs them, where it takes more than one after the other.
     """
     hooks_free = copy.deepcopy(backbone)
     del hooks_free.local
@@ -37,12 +47,11 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
     chain = chain_of(hooks_free)
     names = [unit.name for unit in chain.units]
     units = [torch.nn.Sequential(*(hooks_free.get_submodule(path) for path in unit.modules)) for unit in chain.units]
-    if 'maxpool' in chain.units[0].modules:
-        units[0].insert(len(units[0]) - 1, torch.nn.ReLU())
+    units = [stem(hooks_free, units[0]) if stem else with_relu(units[0]), *map(wrap, units[1:])]
     cuts = [names.index(block[-1].name) for block in backbone.local.plan.blocks[:-1]]
     heads = []
     for j, (cut, head) in enumerate(zip(cuts, backbone.local.values(), strict=True)):
-        source = hooks_free.get_submodule(chain.units[cut + 1].output)
+        source = units[cut + 1]
         heads.append(
             Head(
                 source=source,
@@ -91,13 +100,18 @@ def pairs(model, reference, local_task, task_modules):
     """(name, ours, theirs) for every parameter and buffer of the units, copies, local heads and the model's own modules."""
     backbone = model.backbone
     for unit, theirs in zip(chain_of(backbone).units, reference.units, strict=True):
-        stated = [module for module in theirs if not isinstance(module, torch.nn.ReLU)]
-        for path, module in zip(unit.modules, stated, strict=True):
+        modules = [module for module in theirs.children() if [*module.state_dict()]]
+        paths = [path for path in unit.modules if [*backbone.get_submodule(path).state_dict()]]
+        for path, module in zip(paths, modules, strict=True):
             yield from _zip(path, backbone.get_submodule(path), module)
+        for name in unit.tensors:
+            yield name, getattr(backbone, name), getattr(theirs, name)
     for j, (head, other) in enumerate(zip(backbone.local.values(), reference.heads, strict=True), start=1):
         for name in ('momentum', 'bias'):
             if getattr(other, name) is not None:
-                yield from _zip(f'head {j} {name}', getattr(head.transfer, name), getattr(other, name))
+                copied = getattr(head.transfer, name)
+                copied = copied if isinstance(copied, UnitSequence) else torch.nn.ModuleList([copied])
+                yield from _zip(f'head {j} {name}', copied, getattr(other, name))
         if other.delta is not None:
             yield f'head {j} delta', head.transfer.delta, other.delta
         yield from _zip(f'head {j} task', local_task(head), other.task)

@@ -23,7 +23,9 @@ class Boundary:
         num_blocks: K.
         unit: Name of the block's last unit.
         source: The first unit of the next block.
+        output: The shape of the block's output.
         feature: The shape of what the task head sees (the transfer's output).
+        takes_grid: Whether units are called with the grid of their input beside it (:class:`mmman.partition.Chain`).
         strides: The strides that the heads of all boundaries see, in order.
         following: The units that come after what the task head sees, first to last: to be copied, never to be held.
         following_features: The shapes of their outputs.
@@ -33,7 +35,9 @@ class Boundary:
     num_blocks: int
     unit: str
     source: Unit
+    output: Feature
     feature: Feature
+    takes_grid: bool
     strides: tuple[int, ...]
     following: tuple[nn.Module, ...] = field(default=(), repr=False)
     following_features: tuple[Feature, ...] = field(default=(), repr=False)
@@ -68,15 +72,17 @@ class LocalHead(BaseModule):
         self.block = boundary.block
         self.unit = boundary.unit
         self.source = boundary.source
+        self.output = boundary.output
         self.feature = boundary.feature
+        self.takes_grid = boundary.takes_grid
         self.loss_weight = loss_weight
         self.transfer = transfer
 
-    def loss(self, x: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The local losses of a block.
 
         Args:
-            x: The block's output, (B, C, H, W) or (B, L, C), with the block's graph behind it.
+            y: What the transfer makes of the block's output, (B, C, H, W) or (B, L, C), with the block's graph behind it.
             inputs: The model's input batch, (B, 3, H0, W0), normalised.
             data_samples: The batch's data samples, as the model's own head gets them.
 
@@ -88,24 +94,17 @@ class LocalHead(BaseModule):
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""
 
+    def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
+        """What the task head sees of the block's output x, for the model's input batch."""
+        return self.transfer(x, *self.grid_of(self.output, inputs))
+
+    def grid_of(self, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
+        """What a unit is called with beside features of that shape: their grid, or nothing."""
+        return [feature.grid(inputs.shape[-2:])] if self.takes_grid else []
+
     def as_map(self, y: Tensor, inputs: Tensor) -> Tensor:
-        """The transfer's output as a map, for task heads that are convolutions.
-
-        Args:
-            y: (B, C, H, W), returned as it is, or tokens (B, L, C), whose extra tokens are left out.
-            inputs: The model's input batch, (B, 3, H0, W0).
-
-        Returns:
-            (B, C, H, W).
-        """
-        if self.feature.extra_tokens is None:
-            return y
-        patches = y[:, self.feature.extra_tokens :]
-        return patches.transpose(1, 2).unflatten(2, self.grid(inputs))
-
-    def grid(self, inputs: Tensor) -> tuple[int, int]:
-        """Height and width in patches of what the task head sees; patch embedding and merging round up."""
-        return tuple(-(-size // self.feature.stride) for size in inputs.shape[-2:])
+        """The transfer's output y as a map (B, C, H, W), for task heads that are convolutions; class tokens are left out."""
+        return self.feature.as_map(y, inputs.shape[-2:])
 
     @torch.compiler.disable
     def at_boundary(self, unit: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -113,7 +112,6 @@ class LocalHead(BaseModule):
         if not torch.is_grad_enabled():
             return None
         if self.session is not None:
-            self.transfer.state = args[1:]
             return self.session.at_boundary(self, output)
         if output.requires_grad:
             output.register_hook(self._refuse_backward)

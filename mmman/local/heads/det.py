@@ -72,9 +72,9 @@ class DetLocalHead(LocalHead):
                 f'{type(whole).__name__} cannot be built for the strides {self.level_strides}: {error}'
             ) from error
 
-    def loss(self, x: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
-        levels = self.projection(self.as_map(self.transfer(x), inputs))
+        levels = self.projection(self.as_map(y, inputs))
         return self.bbox_head.loss(levels, [self._in_range(sample) for sample in data_samples])
 
     def _in_range(self, sample):

@@ -184,7 +184,7 @@ def test_a_unit_may_be_several_modules_one_after_the_other():
     units += [Unit.sequence((f'{layer}.0', f'{layer}.1'), i) for i, layer in ((1, 'layer2'), (2, 'layer3'))]
     register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(tuple(units), (1, 2)))
     backbone = localize_(Pairs(), 3, HEAD)
-    head = backbone.local['layer1_1']
+    head = backbone.local['stem']
     head.transfer.sync_(head.source.of(backbone))
     x = torch.randn(2, 4, 8, 8)
     expected = backbone.layer2(x)

@@ -1,0 +1,61 @@
+"""PredSim: a linear prediction beside similarity matching."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmman.local.heads.base import Boundary
+from mmman.local.heads.cls import ClsLocalHead
+from mmman.local.transfer import MomentumTransfer
+from mmman.registry import MODELS
+
+MAX_FEATURES = 2048
+"""The linear classifier sees the map pooled to at most that many values."""
+
+
+@MODELS.register_module()
+class PredSimLocalHead(ClsLocalHead):
+    """The local head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019), its ``predsim``.
+
+    ``(1 - beta) * cross entropy of a linear classifier + beta * mean (S(conv(y)) - S(labels))^2``, where S is the matrix of
+    cosine similarities between the batch's images: of the spatial standard deviations of their channels, or of their labels.
+
+    Args:
+        beta: Share of the similarity matching, from 0 to 1.
+        boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+    """
+
+    def __init__(
+        self, boundary: Boundary, transfer: MomentumTransfer, head: dict, beta: float = 0.99, loss_weight: float = 1.0
+    ) -> None:
+        pool_size = max(1, math.isqrt(MAX_FEATURES // boundary.channels))
+        super().__init__(boundary, transfer, head, boundary.channels * pool_size**2, loss_weight)
+        self.pool_size = pool_size
+        self.beta = beta
+        self.similarity = nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False)
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.as_map(y, inputs), self.pool_size).flatten(1)
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """``loss_pred`` and ``loss_sim``, weighted; arguments as in :meth:`LocalHead.loss`."""
+        prediction = self.head.loss((self.embed(y, inputs),), data_samples)['loss']
+        deviations = self.similarity(self.as_map(y, inputs)).flatten(2).float().std(dim=2)
+        matching = F.mse_loss(similarity_matrix(deviations), similarity_matrix(self._targets(data_samples)))
+        return {'loss_pred': (1 - self.beta) * prediction, 'loss_sim': self.beta * matching}
+
+    def _targets(self, data_samples: list) -> Tensor:
+        """Class scores, (B, num_classes): one-hot labels, or what Mixup made of them."""
+        if 'gt_score' in data_samples[0]:
+            return torch.stack([sample.gt_score for sample in data_samples]).float()
+        return F.one_hot(torch.cat([sample.gt_label for sample in data_samples]), self.num_classes).float()
+
+
+def similarity_matrix(features: Tensor) -> Tensor:
+    """Cosine similarities (B, B) between centred rows of (B, D)."""
+    centred = F.normalize(features - features.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return centred @ centred.T
