@@ -10,13 +10,19 @@ def run(code):
 
 def test_public_names():
     assert mmman.__all__ == [
+        'AugLocalHead',
+        'ClsLocalHead',
+        'DGLLocalHead',
         'DetLocalHead',
         'EMABiasHook',
+        'InfoProLocalHead',
         'LocalBackbone',
         'LocalHead',
         'LocalLearningError',
         'LocalLearningOptimWrapper',
         'MomentumTransfer',
+        'PredSimLocalHead',
+        'ViTLocalHead',
         'delocalize_',
         'localize_',
         'register_chain',
@@ -26,7 +32,12 @@ def test_public_names():
 
 def test_import_needs_torch_and_mmengine_only():
     block = 'import sys\nfor name in ("mmcv", "mmdet", "mmseg", "mmpretrain", "pycocotools"): sys.modules[name] = None\n'
-    assert run(f'{block}import mmman.registry, mmman.local, mmman.engine, mmman.analysis; print("imported")') == 'imported'
+    assert (
+        run(
+            f'{block}import mmman.registry, mmman.local, mmman.backbones, mmman.engine, mmman.analysis, mmman.datasets; print("imported")'
+        )
+        == 'imported'
+    )
 
 
 def test_config_types_resolve_without_an_import_of_mmman():
