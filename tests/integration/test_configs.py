@@ -1,10 +1,14 @@
 """Every shipped config builds, and every kind of model that they can be made into takes a training step."""
 
+import ast
 import copy
 import functools
 import re
+from itertools import pairwise
 from pathlib import Path
+from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -12,51 +16,87 @@ from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, init_default_scope
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.local.heads import DGLLocalHead, InfoProLocalHead, ViTLocalHead
 from tests.conftest import ROOT
 
 pytest.importorskip('mmdet')
+pytest.importorskip('mmpretrain')
+pytestmark = pytest.mark.filterwarnings('ignore:Unnecessary conv bias:UserWarning')  # mmpretrain's VGG with BN
 
 CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
 SHIPPED = [str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_']
-LOCAL = [name for name in SHIPPED if 'manpp' in name]
+DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
+CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS]
+PAPER = [name for name in CLASSIFIERS if name.startswith('paper')]
+FLAGSHIPS = [name for name in CLASSIFIERS if not name.startswith('paper')]
+END_TO_END = [name for name in SHIPPED if '_e2e' in name]
+
+
+@functools.cache
+def base_path(base: str, name: str) -> tuple:
+    """mmengine searches the libraries' metafiles for every ``mmpretrain::`` anew."""
+    return find_base_path(base, name)
+
+
+find_base_path = Config._get_cfg_path
 
 
 @functools.cache
 def config(name: str) -> Config:
-    return Config.fromfile(CONFIGS / name)
+    with patch.object(Config, '_get_cfg_path', base_path):
+        return Config.fromfile(CONFIGS / name)
 
 
-@functools.cache
+def build_model(cfg: Config) -> BaseModel:
+    """As the runner does: in mmpretrain's configs the data preprocessor stands beside the model."""
+    init_default_scope(cfg.default_scope)
+    outside = {key: copy.deepcopy(cfg[key]) for key in ('data_preprocessor',) if key in cfg}
+    return MODELS.build({**outside, **cfg.model})
+
+
+models = {}
+
+
 def meta_model(name: str) -> BaseModel:
-    init_default_scope(config(name).default_scope)
-    with torch.device('meta'):
-        return MODELS.build(config(name).model)
+    """The model of a config on the meta device; rows that differ in nothing else share it."""
+    cfg = config(name)
+    key = str((cfg.model, cfg.get('data_preprocessor')))
+    if key not in models:
+        # mmpretrain reads its drop path rates off a tensor
+        with torch.device('meta'), patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):
+            models[key] = build_model(cfg)
+    return models[key]
 
 
 def end_to_end_twin(name: str) -> str:
-    return re.sub(r'manpp_k\d+', 'e2e', name)
+    """The config of the same model and recipe, trained end to end."""
+    name = name.replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
+    return re.sub(r'manpp_k\d+', 'e2e', name) if name in DETECTORS else re.sub(r'_k\d+_\w+', '_e2e', name)
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_inherits_by_scope_or_relative_path(path: Path) -> None:
-    bases = re.search(r'^_base_ = (.*?)$', path.read_text(), re.M)[1]
-    for base in re.findall(r"'(.*?)'", bases):
+    assigned = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Assign)]
+    bases = next((ast.literal_eval(node.value) for node in assigned if node.targets[0].id == '_base_'), [])
+    for base in [bases] if isinstance(bases, str) else bases:
         assert base.startswith(('mmdet::', 'mmseg::', 'mmpretrain::', './', '../'))
 
 
-@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in LOCAL])
+@pytest.mark.parametrize('name', END_TO_END)
 def test_end_to_end_config(name: str) -> None:
-    assert all(parameter.requires_grad for parameter in meta_model(name).backbone.parameters())
+    model = meta_model(name)
+    assert not hasattr(model.backbone, 'local')
+    assert all(parameter.requires_grad for parameter in model.backbone.parameters())
 
 
-@pytest.mark.parametrize('name', LOCAL)
-def test_local_config(name: str) -> None:
+@pytest.mark.parametrize('name', [name for name in DETECTORS if name not in END_TO_END])
+def test_local_detector(name: str) -> None:
     model = meta_model(name)
     backbone = model.backbone
     stage_ends = [getattr(backbone, stage)[-1] for stage in backbone.res_layers]
@@ -69,7 +109,7 @@ def test_local_config(name: str) -> None:
         head.check_model(model)
 
 
-@pytest.mark.parametrize('name', LOCAL)
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END and name not in FLAGSHIPS])
 def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     local, twin = copy.deepcopy(config(name)), copy.deepcopy(config(end_to_end_twin(name)))
     keys = {key for key in meta_model(name).state_dict() if not key.startswith('backbone.local.')}
@@ -79,8 +119,141 @@ def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     assert [hook.type for hook in local.custom_hooks[len(twin.get('custom_hooks', [])) :]] == ['mmman.EMABiasHook']
     local.model.backbone = local.model.backbone.backbone
     for cfg in (local, twin):
-        cfg.merge_from_dict({'optim_wrapper.type': None, 'custom_hooks': None})
+        cfg.merge_from_dict({'optim_wrapper.type': None, 'custom_hooks': None, 'paper': None})
     assert local.to_dict() == twin.to_dict()
+
+
+# The last units of the first K-1 blocks, by network and K.
+CUTS = {
+    ('resnet32', 8): ['layer1.0', 'layer1.2', 'layer1.4', 'layer2.1', 'layer2.3', 'layer3.0', 'layer3.2'],
+    ('resnet32', 16): ['stem', *(f'layer{i}.{j}' for i in (1, 2, 3) for j in range(5))][:-1],
+    ('resnet110', 55): ['stem', *(f'layer{i}.{j}' for i in (1, 2, 3) for j in range(18))][:-1],
+    ('resnet101', 2): ['layer2.0'],
+    ('resnet101', 4): ['layer2.2', 'layer3.8', 'layer3.16'],
+    ('resnext101', 2): ['layer2.0'],
+    ('resnext101', 4): ['layer2.2', 'layer3.8', 'layer3.16'],
+    ('resnet152', 2): ['layer2.5'],
+    ('resnet152', 4): ['layer2.6', 'layer3.13', 'layer3.25'],
+    ('vgg13', 10): [f'features.{i}' for i in (0, 1, 3, 4, 6, 7, 9, 10, 12)],
+    ('vit', 4): ['layers.2', 'layers.5', 'layers.8'],
+    ('vit', 6): [f'layers.{i}' for i in (1, 3, 5, 7, 9)],
+}
+TRANSFERS = {'manpp': (True, True, True), 'man': (True, True, False), 'ema': (True, False, False)}
+
+
+@pytest.mark.parametrize('name', [name for name in CLASSIFIERS if name not in END_TO_END])
+def test_local_classifier_is_what_its_name_says(name: str) -> None:
+    words = re.split(r'[_/.-]', name)
+    net = next(word for word in words if word.startswith(('resn', 'vgg', 'vit')))
+    num_blocks = int(re.search(r'_k(\d+)', name)[1])
+    model = meta_model(name)
+    local = model.backbone.local
+    heads = [*local.values()]
+    cuts = [block[-1].name for block in local.plan.blocks[:-1]]
+
+    assert [head.block for head in heads] == [*range(1, num_blocks)]
+    if net == 'resnet110' and num_blocks == 32:
+        assert {len(block) for block in local.plan.blocks} == {1, 2}
+    else:
+        assert cuts == CUTS[net, num_blocks]
+    expected = next((TRANSFERS[word] for word in words if word in TRANSFERS), (False, False, False))
+    for head in heads:
+        transfer = head.transfer
+        assert tuple(part is not None for part in (transfer.momentum, transfer.bias, transfer.delta)) == expected
+        assert transfer.channel_bias is None and transfer.rho is None
+        head.check_model(model)
+
+    is_infopro = 'infopro' in words or (net == 'resnet101' and num_blocks == 4)
+    kind = InfoProLocalHead if is_infopro else ViTLocalHead if net == 'vit' else DGLLocalHead
+    assert {type(head) for head in heads} == {kind}
+    if is_infopro:
+        at_ends = [(head.lambda_rec, head.lambda_task) for head in (heads[0], heads[-1])]
+        if net in ('resnet32', 'resnet110'):
+            assert at_ends == [(5, 0.5), (0, 0)]
+        else:
+            assert at_ends == [(5, 1.0 if net == 'resnet152' else 0.75)] * 2
+
+
+SGD = {'type': 'SGD', 'momentum': 0.9, 'nesterov': True, 'weight_decay': 1e-4}
+# Optimizer, batch, GPUs and epochs, by the first word of a row that is in them.
+RECIPES = {
+    'cifar10': (SGD | {'lr': 0.8}, 1024, 1, 400),
+    'svhn': (SGD | {'lr': 0.8}, 1024, 1, 400),
+    'stl10': (SGD | {'lr': 0.1}, 128, 1, 400),
+    'vit': ({'type': 'Adam', 'lr': 1e-3}, 1024, 8, 100),
+    'vgg13': (SGD | {'lr': 0.2}, 512, 8, 90),
+    'resnext101': (SGD | {'lr': 0.2}, 512, 8, 90),
+    'resnet101': (SGD | {'lr': 0.4}, 1024, 8, 90),
+    'resnet152': (SGD | {'lr': 0.4}, 1024, 8, 90),
+}
+
+
+@pytest.mark.parametrize('name', [name for name in CLASSIFIERS if name in END_TO_END or name in FLAGSHIPS])
+def test_recipe_of_the_classifiers(name: str) -> None:
+    cfg = config(name)
+    optimizer, batch, gpus, epochs = next(recipe for word, recipe in RECIPES.items() if word in name)
+    schedule = [cfg.param_scheduler] if isinstance(cfg.param_scheduler, dict) else cfg.param_scheduler
+
+    assert {key: cfg.optim_wrapper.optimizer.get(key) for key in optimizer} == optimizer
+    assert bool(cfg.optim_wrapper.optimizer.get('weight_decay')) == ('weight_decay' in optimizer)
+    assert cfg.train_dataloader.batch_size * gpus == cfg.auto_scale_lr.base_batch_size == batch
+    assert cfg.train_cfg.max_epochs == schedule[-1].get('end', epochs) == epochs
+    assert schedule[-1].type == 'CosineAnnealingLR'
+    if name in FLAGSHIPS:
+        return  # the rest is the stock config's
+    assert [step.type for step in schedule] == ['LinearLR', 'CosineAnnealingLR'][len(schedule) == 1 :]
+    assert schedule[-1].T_max == schedule[-1].end - schedule[-1].begin
+    assert 'eta_min' not in schedule[-1]
+    assert epochs % cfg.train_cfg.val_interval == 0
+
+
+# Side, padding, flips and class of the images.
+IMAGES = {'cifar10': (32, 4, True, 'CIFAR10'), 'svhn': (32, 2, False, 'SVHN'), 'stl10': (96, 4, True, 'STL10')}
+
+
+@pytest.mark.parametrize('name', [name for name in END_TO_END if 'table1' in name])
+def test_images_of_table_1(name: str) -> None:
+    size, padding, flips, kind = next(images for word, images in IMAGES.items() if word in name)
+    cfg = config(name)
+    init_default_scope(cfg.default_scope)
+    for split in ('train', 'val', 'test'):
+        dataset = DATASETS.build({**cfg[f'{split}_dataloader'].dataset, 'lazy_init': True})
+        image = np.zeros((size, size, 3), dtype=np.uint8)
+        assert dataset.pipeline({'img': image, 'gt_label': 3})['inputs'].shape == (3, size, size)
+        assert dataset.split == ('train' if split == 'train' else 'test')
+        assert kind in (type(dataset).__name__, cfg[f'{split}_dataloader'].dataset.get('dataset'))
+        assert cfg[f'{split}_dataloader'].batch_size == cfg.train_dataloader.batch_size
+    crop, *rest = cfg.train_dataloader.dataset.pipeline
+    assert (crop.crop_size, crop.padding) == (size, padding)
+    assert [step.type for step in rest] == ['RandomFlip', 'PackInputs'][not flips :]
+    assert not cfg.data_preprocessor.get('to_rgb')
+
+
+@pytest.mark.parametrize('name', [name for name in END_TO_END if name in CLASSIFIERS])
+def test_classifier_runs_at_its_image_size(name: str) -> None:
+    size = next((images[0] for word, images in IMAGES.items() if word in name), 224)
+    classes = 1000 if 'table2' in name else 10
+    model = meta_model(name)
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, size, size, device='meta')).shape == (2, classes)
+    assert config(name).data_preprocessor.num_classes == classes
+
+
+def test_rows_of_the_paper() -> None:
+    tables = {'paper/table1': ('I', 78), 'paper/table2': ('II', 34), 'paper/table7': ('VII', 8)}
+    for folder, (table, count) in tables.items():
+        rows = {name: config(name).paper for name in PAPER if name.startswith(f'{folder}/')}
+        assert len(rows) == count
+        for name, paper in rows.items():
+            on_imagenet = 'table2' in name or 'imagenet' in name
+            assert paper.keys() == {'table', 'error', *(['error_top5'] if on_imagenet else [])}
+            assert paper.table == (table if table != 'VII' else f'VII {"b" if on_imagenet else "a"}')
+        for name in [name for name in rows if '_manpp' in name and 'vit' not in name]:
+            others = [name.replace('_manpp', other) for other in ('_manpp', '_man', '_ema', '', '_dgl', '_infopro')]
+            errors = [rows[other] for other in others if other in rows]
+            assert len(errors) == (4 if table == 'VII' else 3)
+            for less, more in pairwise(errors):
+                assert all(less[key] < more[key] for key in more if key != 'table'), name
 
 
 @pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('paper/table4')])
@@ -174,13 +347,12 @@ def localise(base: str, backbone: dict, **options) -> Config:
 
 
 def build_for_training(cfg: Config) -> BaseModel:
-    """A model in which no gradient is zero by construction: no norm starts at zero, no bias equals its momentum copy."""
+    """A model in which no gradient is zero by construction: no layer starts at zero, no bias equals its momentum copy."""
     torch.manual_seed(0)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
+    model = build_model(cfg)
     model.init_weights()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+        if isinstance(module, (nn.BatchNorm2d, nn.Linear)) and not module.weight.any():
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
@@ -226,6 +398,43 @@ def test_step_reaches_every_parameter(name: str) -> None:
     reached = {key for key, gradient in gradients.items() if gradient.isfinite().all() and gradient.any()}
     assert [key for key in gradients.keys() - reached if '.scales.' not in key] == []
     assert {f'train/local/{j}/loss' for j in range(1, len(levels) + 1)} <= hub.log_scalars.keys()
+
+
+# Smaller models and images of the same kind, and how many local heads they have.
+CLASSIFIER_STEPS = {
+    'resnet32_manpp_k16_cifar10.py': ({}, 32, 15),
+    'resnet101_manpp_k4_imagenet.py': ({}, 64, 3),
+    'vit-base_manpp_k4_imagenet.py': (
+        {
+            'model.backbone.backbone.arch': 'deit-tiny',
+            'model.backbone.backbone.img_size': 64,
+            'model.head.in_channels': 192,
+        },
+        64,
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', FLAGSHIPS)
+def test_step_of_a_classifier_reaches_every_parameter(name: str) -> None:
+    from mmpretrain.structures import DataSample
+
+    smaller, size, heads = CLASSIFIER_STEPS[name]
+    cfg = copy.deepcopy(config(name))
+    cfg.merge_from_dict(smaller)
+    model = build_for_training(cfg)
+    batch = {
+        'inputs': torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),
+        'data_samples': [DataSample().set_gt_label(label) for label in (3, 1, 4, 1)],
+    }
+    hub = MessageHub.get_instance(name)
+    gradients = step(model, cfg.optim_wrapper, batch)
+
+    assert gradients.keys() == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any('.momentum.' in key for key in gradients)
+    assert [key for key, gradient in gradients.items() if not (gradient.isfinite().all() and gradient.any())] == []
+    assert {f'train/local/{j}/loss' for j in range(1, heads + 1)} <= hub.log_scalars.keys()
 
 
 @pytest.mark.parametrize(('base', 'own_head'), [(R18, 'bbox_head'), (FASTER_RCNN, 'roi_head.bbox_head')])

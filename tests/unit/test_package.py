@@ -32,12 +32,8 @@ def test_public_names():
 
 def test_import_needs_torch_and_mmengine_only():
     block = 'import sys\nfor name in ("mmcv", "mmdet", "mmseg", "mmpretrain", "pycocotools"): sys.modules[name] = None\n'
-    assert (
-        run(
-            f'{block}import mmman.registry, mmman.local, mmman.backbones, mmman.engine, mmman.analysis, mmman.datasets; print("imported")'
-        )
-        == 'imported'
-    )
+    modules = ', '.join(f'mmman.{name}' for name in ('analysis', 'backbones', 'datasets', 'engine', 'local', 'registry'))
+    assert run(f'{block}import {modules}; print("imported")') == 'imported'
 
 
 def test_config_types_resolve_without_an_import_of_mmman():
