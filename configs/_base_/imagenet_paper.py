@@ -1,0 +1,15 @@
+_base_ = ['mmpretrain::_base_/datasets/imagenet_bs32_pil_resize.py', 'mmpretrain::_base_/default_runtime.py']
+
+# The paper's recipe for ResNets: 8 GPUs, 90 epochs, batch 1024, learning rate 0.4, the rest as on CIFAR-10.
+# Not given in the paper: that the cosine's steps are epochs; crop, flip and normalisation (mmpretrain's).
+max_epochs = 90
+train_dataloader = dict(batch_size=128)
+val_dataloader = dict(batch_size=128)
+test_dataloader = val_dataloader
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.4, momentum=0.9, nesterov=True, weight_decay=1e-4))
+auto_scale_lr = dict(base_batch_size=1024)
+param_scheduler = dict(type='CosineAnnealingLR', T_max=max_epochs, by_epoch=True, begin=0, end=max_epochs)
+train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=1)
+val_cfg = dict()
+test_cfg = dict()
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=3))

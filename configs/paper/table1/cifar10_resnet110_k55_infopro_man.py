@@ -1,0 +1,4 @@
+_base_ = './cifar10_resnet110_k55_infopro_manpp.py'
+
+model = dict(backbone=dict(transfer=dict(scale=False)))
+paper = dict(error=9.77)

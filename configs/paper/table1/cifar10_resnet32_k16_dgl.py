@@ -1,0 +1,4 @@
+_base_ = './cifar10_resnet32_k16_dgl_manpp.py'
+
+model = dict(backbone=dict(transfer=dict(ema=False, bias=False, scale=False)))
+paper = dict(error=14.08)

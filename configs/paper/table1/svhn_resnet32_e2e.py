@@ -1,0 +1,3 @@
+_base_ = ['../../_base_/svhn_paper.py', '../../_base_/resnet32_cifar.py']
+
+paper = dict(table='I', error=2.99)

@@ -1,0 +1,4 @@
+_base_ = './svhn_resnet32_k16_infopro_manpp.py'
+
+model = dict(backbone=dict(transfer=dict(ema=False, bias=False, scale=False)))
+paper = dict(error=5.97)

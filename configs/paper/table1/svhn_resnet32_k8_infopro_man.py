@@ -1,0 +1,4 @@
+_base_ = './svhn_resnet32_k8_infopro_manpp.py'
+
+model = dict(backbone=dict(transfer=dict(scale=False)))
+paper = dict(error=4.49)

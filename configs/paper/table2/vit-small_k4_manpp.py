@@ -1,0 +1,14 @@
+_base_ = './vit-small_e2e.py'
+
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmman.LocalBackbone',
+        backbone=_base_.model.backbone,
+        num_blocks=4,
+        local_head=dict(type='mmman.ViTLocalHead', head=_base_.model.head),
+    )
+)
+optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper')
+custom_hooks = [*_base_.get('custom_hooks', []), dict(type='mmman.EMABiasHook', momentum=0.995)]
+paper = dict(error=36.93, error_top5=16.95)
