@@ -19,3 +19,7 @@ class MisuseError(LocalLearningError, RuntimeError):
 
 class NonFiniteLossError(LocalLearningError, FloatingPointError):
     """A local loss is NaN or infinite."""
+
+
+class CheckpointError(LocalLearningError, ValueError):
+    """A checkpoint can't be published as asked."""

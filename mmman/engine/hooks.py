@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
+from mmman.engine.pretrained import check_prefix, report_pretrained
 from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
 from mmman.registry import HOOKS
@@ -27,7 +28,8 @@ class EMABiasHook(Hook):
         interval: Update every that many optimizer steps.
 
     Raises:
-        MisuseError: The run isn't set up for local learning, or the checkpoint to resume has other local heads.
+        MisuseError: The run isn't set up for local learning, the checkpoint to resume has other local heads, or pretrained
+            weights (``init_cfg`` of the backbone) don't fit it.
     """
 
     priority = 'NORMAL'
@@ -52,7 +54,9 @@ class EMABiasHook(Hook):
             raise MisuseError(
                 'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
             )
-        localized_backbone(_unwrap(runner.model))
+        backbone = localized_backbone(_unwrap(runner.model))
+        if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises nothing
+            check_prefix(backbone)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Forget what weight initialisation loaded: only this checkpoint may bring the copies along."""
@@ -72,13 +76,15 @@ class EMABiasHook(Hook):
                 )
 
     def before_train(self, runner: Runner) -> None:
-        """Make the copies exact where the checkpoint brought none."""
+        """Say what pretrained weights brought; make the copies exact where the checkpoint brought none."""
         if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
             raise MisuseError(
                 f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
                 f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
             )
         backbone = localized_backbone(_unwrap(runner.model))
+        if not self._loaded_checkpoint:
+            report_pretrained(backbone)
         for head in backbone.local.values():
             head.transfer.sync_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
         self._seen_steps = runner.optim_wrapper.steps

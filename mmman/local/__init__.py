@@ -7,6 +7,7 @@ from mmman.local.heads import (
     InfoProLocalHead,
     LocalHead,
     PredSimLocalHead,
+    SegLocalHead,
     ViTLocalHead,
 )
 from mmman.local.transfer import MomentumTransfer
@@ -21,6 +22,7 @@ __all__ = [
     'LocalHead',
     'MomentumTransfer',
     'PredSimLocalHead',
+    'SegLocalHead',
     'ViTLocalHead',
     'delocalize_',
     'localize_',

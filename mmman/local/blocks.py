@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from mmengine.model import ModuleDict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -28,6 +30,7 @@ class LocalBlocks(ModuleDict):
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
         self.session: Session | None = None
+        self.unfilled: list[str] | None = None  # stock tensors that pretrained weights didn't bring, once some were loaded
         last = {unit.name for unit in plan.blocks[-1]}
         inner = {i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last}
         self._plain_inner_taps = inner - chain.norms.keys()
@@ -73,6 +76,19 @@ class LocalBlocks(ModuleDict):
         if self.session is None or not self.session.is_pending:
             return None
         return (args[0].detach(), *args[1:])
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """Weight initialisation (``init_cfg``) loads the stock backbone alone: heads in its file were trained for another task.
+
+        ``local`` is the backbone's last child, so what the stock tensors missed is known here.
+        """
+        if prefix == 'local.' and hasattr(self, '_params_init_info'):  # which mmengine sets while it initialises weights
+            state_dict.clear()
+            state_dict.update(self.state_dict(prefix=prefix))
+            self.unfilled = [*missing_keys, *re.findall(r'size mismatch for (\S+):', ' '.join(error_msgs))]
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
 def localized_backbone(model: nn.Module) -> nn.Module:

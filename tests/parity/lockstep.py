@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
@@ -57,7 +58,7 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
                 source=source,
                 momentum=copy.deepcopy(source).requires_grad_(False) if row['ema'] else None,
                 bias=copy.deepcopy(source) if row['bias'] else None,
-                delta=torch.nn.Parameter(torch.zeros((), dtype=torch.float64)) if row['scale'] else None,
+                delta=torch.nn.Parameter(torch.zeros_like(head.transfer.delta)) if row['scale'] else None,
                 task=copy.deepcopy(local_task(head)),
                 loss=lambda y, batch, j=j: local_loss(j, heads[j].task, y, batch),
             )
@@ -141,3 +142,47 @@ def run_lockstep(model, hook, loader, tmp_path, iters, optim_wrapper, momentum=0
     )
     runner.train()
     assert hook.compared > 0
+
+
+def task_of(head):
+    """A local head without its transfer, sharing its parameters."""
+    bare = copy.copy(head)
+    modules = {name: module for name, module in head._modules.items() if name != 'transfer'}
+    bare._modules = modules
+    return bare
+
+
+def total(losses):
+    return sum(value for name, value in losses.items() if 'loss' in name)
+
+
+def compare_steps(model, other, batches, task_modules):
+    """Train ``model`` and the reference on ``batches`` without a Runner, comparing every number and gradient bit by bit.
+
+    Both with SGD of learning rate 0.05 and momentum 0.9, and copies of momentum 0.9.
+
+    Returns:
+        The gradients of the last step by name.
+    """
+    seen = []  # what the data preprocessor, which may be random, made of the batches
+    model.data_preprocessor.register_forward_hook(lambda module, args, out: seen.append(copy.deepcopy(out)))
+    optimizer = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
+    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': optimizer})
+    wrapper.initialize_count_status(model, 0, len(batches))
+    wrapper.zero_grad = other.optim.zero_grad = lambda: None  # to compare the gradients after the step
+    for i, batch in enumerate(batches):
+        for parameter in (*model.parameters(), *other.optim.param_groups[0]['params']):
+            parameter.grad = None
+        outputs = model.train_step(batch, wrapper)
+        losses = other.step(seen[-1])
+        for head in model.backbone.local.values():
+            head.transfer.update_(head.source.of(model.backbone), 0.9)
+        assert outputs['loss'].item() == losses[-1]
+        compared = 0
+        for name, ours, theirs in pairs(model, other, task_of, task_modules):
+            assert torch.equal(ours, theirs), f'{name} differs after iteration {i + 1}'
+            if theirs.grad is not None:
+                assert torch.equal(ours.grad, theirs.grad), f'gradient of {name} differs after iteration {i + 1}'
+            compared += 1
+    assert compared >= len([*model.state_dict()])
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}

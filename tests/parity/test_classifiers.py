@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmman.partition import chain_of
-from tests.parity.lockstep import ROWS, pairs, reference_of
+from tests.parity.lockstep import ROWS, compare_steps, reference_of, task_of, total
 
 pytest.importorskip('mmpretrain')
 
@@ -209,18 +209,6 @@ def images(count=6, seed=0):
     return {'inputs': [*pixels], 'data_samples': [DataSample().set_gt_label(i % 3) for i in range(count)]}
 
 
-def task_of(head):
-    """A local head without its transfer, sharing its parameters."""
-    bare = copy.copy(head)
-    modules = {name: module for name, module in head._modules.items() if name != 'transfer'}
-    bare._modules = modules
-    return bare
-
-
-def total(losses):
-    return sum(value for name, value in losses.items() if 'loss' in name)
-
-
 def reference(model, family, row):
     about = FAMILIES[family]
 
@@ -253,30 +241,8 @@ def task_modules(model, family):
 
 
 def lockstep(model, family, row, iters=2):
-    """Train ``model`` and the reference, compare everything bit by bit, and return the last gradients by name."""
-    other = reference(model, family, row)
-    seen = []
-    model.data_preprocessor.register_forward_hook(lambda module, args, out: seen.append(copy.deepcopy(out)))
-    optimizer = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
-    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': optimizer})
-    wrapper.initialize_count_status(model, 0, iters)
-    wrapper.zero_grad = other.optim.zero_grad = lambda: None  # to compare the gradients after the step
-    for i in range(iters):
-        for parameter in (*model.parameters(), *other.optim.param_groups[0]['params']):
-            parameter.grad = None
-        outputs = model.train_step(images(seed=i), wrapper)
-        losses = other.step(seen[-1])
-        for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), 0.9)
-        assert outputs['loss'].item() == losses[-1]
-        compared = 0
-        for name, ours, theirs in pairs(model, other, task_of, lambda m: task_modules(m, family)):
-            assert torch.equal(ours, theirs), f'{name} differs after iteration {i + 1}'
-            if theirs.grad is not None:
-                assert torch.equal(ours.grad, theirs.grad), f'gradient of {name} differs after iteration {i + 1}'
-            compared += 1
-    assert compared >= len([*model.state_dict()])
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    batches = [images(seed=i) for i in range(iters)]
+    return compare_steps(model, reference(model, family, row), batches, lambda model: task_modules(model, family))
 
 
 CASES = [

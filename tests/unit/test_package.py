@@ -22,6 +22,7 @@ def test_public_names():
         'LocalLearningOptimWrapper',
         'MomentumTransfer',
         'PredSimLocalHead',
+        'SegLocalHead',
         'ViTLocalHead',
         'delocalize_',
         'localize_',

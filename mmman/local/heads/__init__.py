@@ -4,6 +4,7 @@ from mmman.local.heads.cls import ClsLocalHead, DGLLocalHead
 from mmman.local.heads.det import DetLocalHead
 from mmman.local.heads.infopro import InfoProLocalHead
 from mmman.local.heads.predsim import PredSimLocalHead
+from mmman.local.heads.seg import SegLocalHead
 from mmman.local.heads.vit import ViTLocalHead
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     'InfoProLocalHead',
     'LocalHead',
     'PredSimLocalHead',
+    'SegLocalHead',
     'ViTLocalHead',
 ]

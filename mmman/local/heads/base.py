@@ -52,6 +52,12 @@ class Boundary:
         """Its stride: input pixels a feature pixel, along a side."""
         return self.feature.stride
 
+    def at_block(self, value: float | tuple[float, float]) -> float:
+        """A weight at this block: a number, or one that is linear in the block's index, given for the first and last head."""
+        first, last = (value, value) if isinstance(value, (int, float)) else value
+        steps = self.num_blocks - 2
+        return float(first + (last - first) * (self.block - 1) / steps) if steps else float(first)
+
 
 class LocalHead(BaseModule):
     """Base of the local heads. A subclass builds its task head from ``boundary`` and implements :meth:`loss`.

@@ -63,8 +63,8 @@ class InfoProLocalHead(ClsLocalHead):
             )
             self.fc = nn.Identity()
         self.decoder = ReconstructionDecoder(channels, boundary.stride, stepwise=not is_small)
-        self.lambda_rec = _at_block(lambda_rec, boundary)
-        self.lambda_task = _at_block(lambda_task, boundary)
+        self.lambda_rec = boundary.at_block(lambda_rec)
+        self.lambda_task = boundary.at_block(lambda_task)
         if not (self.lambda_rec or self.lambda_task):
             print_log(f'lambda_rec and lambda_task are 0 at block {self.block}: no loss trains it', logger='current', level=30)
         self.temperature = temperature
@@ -115,12 +115,6 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
     counts = positives.sum(1)
     per_image = -log_prob.masked_fill(~positives, 0).sum(1) / counts.clamp(min=1)
     return per_image.sum() / (counts > 0).sum().clamp(min=1)
-
-
-def _at_block(value: float | tuple[float, float], boundary: Boundary) -> float:
-    first, last = (value, value) if isinstance(value, (int, float)) else value
-    steps = boundary.num_blocks - 2
-    return float(first + (last - first) * (boundary.block - 1) / steps) if steps else float(first)
 
 
 def _hard_labels(data_samples: list) -> Tensor:

@@ -1,0 +1,106 @@
+"""What ``init_cfg=dict(type='Pretrained', ...)`` brings into a localised backbone: said in one line, or refused.
+
+mmengine loads what fits by name and shape. Where nothing fits, for want of a ``prefix``, it trains on from random weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+from mmengine.logging import print_log
+from mmengine.model import PretrainedInit
+from mmengine.runner import CheckpointLoader
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+
+
+def check_prefix(backbone: nn.Module) -> None:
+    """Before weights are initialised: refuse a prefix that no tensor of the file has.
+
+    Raises:
+        MisuseError: It names the file, the prefix that is in it, and what to change.
+    """
+    config = _config(backbone)
+    if config and config.get('prefix'):
+        tensors = _read(config)
+        if not any(name.startswith(_prefix(config)) for name in tensors):
+            raise MisuseError(
+                f'{config["checkpoint"]} has nothing below {_prefix(config)!r}; {_hint(backbone, config, tensors)}'
+            )
+
+
+def report_pretrained(backbone: nn.Module) -> None:
+    """After weights are initialised: log in one line what was taken and what was left.
+
+    Raises:
+        MisuseError: Nothing was taken.
+    """
+    config, unfilled = _config(backbone), backbone.local.unfilled
+    if config is None or unfilled is None:
+        return
+    own, tensors = _stock(backbone), _read(config)
+    taken = len(own) - len(unfilled)
+    if not taken:
+        raise MisuseError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')
+    prefix = _prefix(config) or _prefix_of(tensors, own) or ''
+    theirs = {prefix + name for name in own}
+    left = Counter(_group(name, prefix) for name in tensors if name not in theirs)
+    parts = [f'taken {taken} of {len(own)} backbone tensors from {config["checkpoint"]}']
+    if unfilled:
+        parts.append(f'not there, or of another shape: {", ".join(unfilled[:3])}{", ..." if len(unfilled) > 3 else ""}')
+    if len(theirs & tensors.keys()) < taken:
+        parts.append(f'{type(backbone).__name__} converts names, so what was left is not known')
+    else:
+        parts.append(f'left: {", ".join(f"{count} of {name}" for name, count in left.items()) or "nothing"}')
+    print_log('; '.join(parts), logger='current', level=logging.WARNING if unfilled else logging.INFO)
+
+
+def _config(backbone: nn.Module) -> dict | None:
+    configs = getattr(backbone, 'init_cfg', None) or []
+    configs = [configs] if isinstance(configs, dict) else configs
+    return next((config for config in reversed(configs) if config['type'] in ('Pretrained', PretrainedInit)), None)
+
+
+def _prefix(config: dict) -> str:
+    prefix = config.get('prefix') or ''
+    return f'{prefix}.' if prefix and not prefix.endswith('.') else prefix
+
+
+def _read(config: dict) -> dict[str, Tensor]:
+    checkpoint = CheckpointLoader.load_checkpoint(config['checkpoint'], map_location='cpu', logger='silent')
+    return checkpoint.get('state_dict', checkpoint)
+
+
+def _stock(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith('local.')}
+
+
+def _prefix_of(names: Iterable[str], own: dict[str, Tensor]) -> str | None:
+    """Below which prefix at least half of the backbone's names are found; None where they are not."""
+    counts = Counter()
+    for name in names:
+        parts = name.split('.')
+        counts.update('.'.join([*parts[:i], '']) for i in range(len(parts)) if '.'.join(parts[i:]) in own)
+    prefix, count = counts.most_common(1)[0] if counts else ('', 0)
+    return prefix if 2 * count >= len(own) else None
+
+
+def _group(name: str, prefix: str) -> str:
+    inner = prefix if name.startswith(prefix) else ''
+    return f'{inner}{name.removeprefix(inner).split(".")[0]}.*'
+
+
+def _hint(backbone: nn.Module, config: dict, tensors: dict[str, Tensor]) -> str:
+    """What to change so that the file fits."""
+    own, kind = _stock(backbone), type(backbone).__name__
+    prefix = _prefix_of(tensors, own)
+    if prefix is None:
+        return f'{kind} has {next(iter(own))}, ..., the file {next(iter(tensors), None)}, ...: take a file of this backbone'
+    if prefix != _prefix(config):
+        return f'the tensors of {kind} are there below {prefix!r}: set prefix={prefix or None!r} in its init_cfg'
+    name = next(name for name in own if prefix + name in tensors)
+    shapes = [tuple(tensor.shape) for tensor in (own[name], tensors[prefix + name])]
+    return f'{name} of {kind} has the shape {shapes[0]}, there {shapes[1]}: take a file of this depth and width'

@@ -1,0 +1,107 @@
+"""The local head of segmentors: any single-level decode head of mmseg, and, for InfoPro, a reconstruction of the image."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.reconstruction import ReconstructionDecoder, check_preprocessor, pixels, reconstruction_loss
+from mmman.local.transfer import MomentumTransfer
+from mmman.registry import MODELS
+
+SHARED = ('num_classes', 'out_channels', 'threshold', 'ignore_index', 'align_corners', 'sampler', 'loss_decode', 'norm_cfg')
+"""What a local head takes from the model's own decode head."""
+
+FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input': False}
+"""A 3x3 convolution with norm and ReLU, dropout, a 1x1 convolution."""
+
+
+@MODELS.register_module()
+class SegLocalHead(LocalHead):
+    """Transfer, then a decode head, and beside it a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
+
+    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``, both lambdas linear in the block's
+    index. Classes, ignored index, ``align_corners``, pixel sampler (OHEM), losses with their class weights, and the norm layers
+    are those of the model's own head.
+
+    Args:
+        decode_head: Config of the model's decode head, ``_base_.model.decode_head``; of a cascade the last counts.
+        network: Config of the local decode head, without what it shares with the model's: a single-level head of mmseg.
+            Default: an FCN head with one 3x3 convolution to 256 channels.
+        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 leaves it
+            out. InfoPro on Cityscapes: 1.5.
+        lambda_task: Weight of the decode head's losses, likewise.
+        boundary, transfer, loss_weight: See :class:`LocalHead`.
+
+    Raises:
+        MisuseError: ``network`` needs several feature levels or another head's prediction, by name.
+    """
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        decode_head: dict | list,
+        network: dict | None = None,
+        lambda_rec: float | tuple[float, float] = 0.0,
+        lambda_task: float | tuple[float, float] = 1.0,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(boundary, transfer, loss_weight)
+        own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
+        shared = {name: copy.deepcopy(own[name]) for name in SHARED if name in own}
+        config = {**shared, **copy.deepcopy(network or FCN), 'in_channels': boundary.channels, 'in_index': 0}
+        self.decode_head = _single_level(config)
+        self.lambda_task = boundary.at_block(lambda_task)
+        self.lambda_rec = boundary.at_block(lambda_rec)
+        self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, stepwise=True) if self.lambda_rec else None
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""
+        y = self.as_map(y, inputs)
+        losses = self.decode_head.loss((y,), data_samples, {})
+        losses = {name: self.lambda_task * value if 'loss' in name else value for name, value in losses.items()}
+        if self.decoder is not None:
+            images = pixels(inputs, self.session.model.data_preprocessor)
+            logits = self.decoder(y, inputs.shape[-2:])
+            losses['loss_rec'] = self.lambda_rec * reconstruction_loss(logits, images, data_samples)
+        return losses
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the classes differ, or the images can't be restored."""
+        theirs = getattr(model, 'num_classes', None)
+        if theirs not in (None, self.decode_head.num_classes):
+            raise MisuseError(
+                f'the local head has num_classes={self.decode_head.num_classes}, the model {theirs}: '
+                f'set model.backbone.local_head.decode_head.num_classes={theirs} as well'
+            )
+        if self.decoder is not None:
+            check_preprocessor(model)
+
+
+def _single_level(config: dict) -> nn.Module:
+    from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    name = config['type'] if isinstance(config['type'], str) else config['type'].__name__
+    reason = None
+    try:
+        head = MODELS.build(config)
+    except (AssertionError, TypeError) as error:
+        reason = f'it cannot be built for one feature map ({str(error) or "an assertion fails"})'
+    else:
+        if not isinstance(head, BaseDecodeHead) or isinstance(head, BaseCascadeDecodeHead):
+            reason = 'it is no decode head that predicts from features alone'
+        elif head.input_transform is not None:
+            reason = 'it takes several feature levels'
+        elif getattr(head, 'c1_bottleneck', None) is not None:
+            reason = 'it takes low-level features: set c1_in_channels=0, c1_channels=0'
+    if reason:
+        raise MisuseError(
+            f'{name} cannot be a local segmentation head: {reason}; set local_head.network to another, '
+            'e.g. FCNHead, ASPPHead, PSPHead'
+        )
+    return head
