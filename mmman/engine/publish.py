@@ -96,9 +96,7 @@ def select_weights(checkpoint: dict, ema: bool) -> tuple[dict[str, Tensor], str]
     state, swapped = checkpoint['state_dict'], checkpoint.get('ema_state_dict')
     if swapped is None:
         if ema:
-            raise CheckpointError(
-                "--ema: the checkpoint has no averaged weights; leave --ema out, or train with dict(type='EMAHook') in custom_hooks"
-            )
+            raise CheckpointError('--ema: the checkpoint has no averaged weights; leave --ema out, or train with an EMAHook')
         return state, 'the trained weights'
     if ema:
         return state, "EMAHook's averaged weights"
