@@ -132,4 +132,12 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
             f'local_head.head of type {name} does not say num_classes: set it, e.g. '
             "head=dict(type='LinearClsHead', num_classes=1000, loss=...)"
         )
-    return MODELS.build({**config, 'in_channels': in_channels})
+    try:
+        built = MODELS.build({**config, 'in_channels': in_channels})
+        built((next(built.parameters()).new_zeros(2, in_channels),))
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise MisuseError(
+            f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
+            f'({error}); set local_head.head to another, e.g. LinearClsHead, VisionTransformerClsHead'
+        ) from error
+    return built

@@ -22,7 +22,8 @@ class PredSimLocalHead(ClsLocalHead):
     """The local head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019), its ``predsim``.
 
     ``(1 - beta) * cross entropy of a linear classifier + beta * mean (S(conv(y)) - S(labels))^2``, where S is the matrix of
-    cosine similarities between the batch's images: of the spatial standard deviations of their channels, or of their labels.
+    cosine similarities between the batch's images: of the spatial standard deviations of their channels (of their values, on a
+    map of one pixel), or of their labels.
 
     Args:
         beta: Share of the similarity matching, from 0 to 1.
@@ -44,8 +45,9 @@ class PredSimLocalHead(ClsLocalHead):
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """``loss_pred`` and ``loss_sim``, weighted; arguments as in :meth:`LocalHead.loss`."""
         prediction = self.head.loss((self.embed(y, inputs),), data_samples)['loss']
-        deviations = self.similarity(self.as_map(y, inputs)).flatten(2).float().std(dim=2)
-        matching = F.mse_loss(similarity_matrix(deviations), similarity_matrix(self._targets(data_samples)))
+        pixels = self.similarity(self.as_map(y, inputs)).flatten(2).float()
+        features = pixels.std(dim=2) if pixels.shape[2] > 1 else pixels[:, :, 0]
+        matching = F.mse_loss(similarity_matrix(features), similarity_matrix(self._targets(data_samples)))
         return {'loss_pred': (1 - self.beta) * prediction, 'loss_sim': self.beta * matching}
 
     def _targets(self, data_samples: list) -> Tensor:

@@ -114,6 +114,11 @@ def test_the_models_head_gives_the_classifier(head, kind):
     ('head', 'message'),
     [
         ({'type': 'ClsHead'}, 'does not say num_classes'),
+        (
+            {'type': 'ConformerHead', 'num_classes': 3, 'in_channels': [4, 5]},
+            'ConformerHead cannot be .* does not classify one',
+        ),
+        ({'type': 'CSRAClsHead', 'num_classes': 3, 'in_channels': 4, 'num_heads': 1, 'lam': 0.1}, 'CSRAClsHead cannot be'),
         ({'type': 'MultiTaskHead', 'task_heads': {}}, 'MultiTaskHead cannot be a local classification head'),
     ],
 )
@@ -262,6 +267,14 @@ def test_predsim_is_the_weighted_sum_of_its_losses():
     same = similarity_matrix(F.one_hot(labels, 3).float())
     assert torch.allclose(losses['loss_pred'], 0.1 * prediction, rtol=1e-4)
     assert torch.allclose(losses['loss_sim'], 0.9 * (ours - same).square().mean(), rtol=1e-4)
+
+
+def test_predsim_on_a_map_of_one_pixel():
+    head = local_head('PredSimLocalHead', beta=1.0)
+    pixel = Y[:, :, :1, :1]
+    ours = similarity_matrix(head.similarity(pixel).flatten(1))
+    same = similarity_matrix(F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float())
+    assert torch.allclose(head.loss(pixel, IMAGES, samples())['loss_sim'], (ours - same).square().mean())
 
 
 def test_the_linear_classifier_of_predsim_has_bounded_input():
