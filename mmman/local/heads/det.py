@@ -24,25 +24,33 @@ class DetLocalHead(LocalHead):
 
     Args:
         bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
-            ATSSHead, GFLHead. A two-stage detector gives one explicitly.
+            ATSSHead, GFLHead.
         train_cfg: Its training config, which mmdet injects at model level: ``_base_.model.train_cfg``.
+        num_classes: In place of ``bbox_head`` and ``train_cfg``, for two-stage detectors: RetinaNet's head for so many classes.
         stacked_convs: Convolutions a tower; the model's own head usually has 4.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``bbox_head`` is no dense head of that kind, by name.
+        MisuseError: ``bbox_head`` is no dense head of that kind, by name; or both or none of it and ``num_classes`` are given.
     """
 
     def __init__(
         self,
         boundary: Boundary,
         transfer: MomentumTransfer,
-        bbox_head: dict,
+        bbox_head: dict | None = None,
         train_cfg: dict | None = None,
+        num_classes: int | None = None,
         stacked_convs: int = 2,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
+        if (bbox_head is None) == (num_classes is None):
+            raise MisuseError(
+                'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
+            )
+        if bbox_head is None:
+            bbox_head, train_cfg = {**_RETINANET, 'num_classes': num_classes}, train_cfg or _RETINANET_TRAINING
         config = {**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None}
         with torch.device('cpu'):  # a throw-away head that knows the pyramid, values included, also when building on meta
             whole = MODELS.build(copy.deepcopy(config))
@@ -98,9 +106,38 @@ class DetLocalHead(LocalHead):
         if theirs not in (None, ours):
             raise MisuseError(
                 f'the local head has num_classes={ours}, the model {theirs}: '
-                f'set model.backbone.local_head.bbox_head.num_classes={theirs} as well'
+                f'set num_classes={theirs} in model.backbone.local_head (below bbox_head, where one is given) as well'
             )
 
+
+_RETINANET = {
+    'type': 'mmdet.RetinaHead',
+    'in_channels': 256,
+    'feat_channels': 256,
+    'anchor_generator': {
+        'type': 'mmdet.AnchorGenerator',
+        'octave_base_scale': 4,
+        'scales_per_octave': 3,
+        'ratios': [0.5, 1.0, 2.0],
+        'strides': [8, 16, 32, 64, 128],
+    },
+    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True, 'gamma': 2.0, 'alpha': 0.25},
+    'loss_bbox': {'type': 'mmdet.L1Loss'},
+}
+_RETINANET_TRAINING = {
+    'assigner': {
+        'type': 'mmdet.MaxIoUAssigner',
+        'pos_iou_thr': 0.5,
+        'neg_iou_thr': 0.4,
+        'min_pos_iou': 0,
+        'ignore_iof_thr': -1,
+    },
+    'sampler': {'type': 'mmdet.PseudoSampler'},
+    'allowed_border': -1,
+    'pos_weight': -1,
+    'debug': False,
+}
 
 _UNFIT = {
     'FSAFHead': "it chooses an object's level by comparing the losses of all levels",

@@ -116,7 +116,7 @@ def test_the_models_head_gives_the_classifier(head, kind):
         ({'type': 'ClsHead'}, 'does not say num_classes'),
         (
             {'type': 'ConformerHead', 'num_classes': 3, 'in_channels': [4, 5]},
-            'ConformerHead cannot be .* does not classify one',
+            'ConformerHead cannot .* does not classify a vector',
         ),
         ({'type': 'CSRAClsHead', 'num_classes': 3, 'in_channels': 4, 'num_heads': 1, 'lam': 0.1}, 'CSRAClsHead cannot be'),
         ({'type': 'MultiTaskHead', 'task_heads': {}}, 'MultiTaskHead cannot be a local classification head'),
