@@ -1,0 +1,152 @@
+"""Pretrained weights of a localised backbone: what arrives, what is said about it, what is refused."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from mmengine.model import PretrainedInit
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from mmman.errors import MisuseError
+from tests.toy import toy_batches, toy_config
+
+
+def runner_of(work_dir, model, **options):
+    return Runner(
+        model,
+        work_dir=str(work_dir),
+        train_dataloader=torch.utils.data.DataLoader(toy_batches(1), collate_fn=lambda batch: batch[0]),
+        train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': 1, 'val_interval': 9},
+        optim_wrapper={'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.0}},
+        custom_hooks=[{'type': 'mmman.EMABiasHook'}],
+        default_hooks={'logger': None, 'checkpoint': None},
+        experiment_name=f'{work_dir.name}-{len([*work_dir.iterdir()])}',
+        **options,
+    )
+
+
+def model_of(init_cfg=None, **options):
+    model = MODELS.build(toy_config(**options)).double()
+    model.backbone.init_cfg = init_cfg
+    return model
+
+
+def pretrained(file, **options):
+    return {'type': 'Pretrained', 'checkpoint': str(file), **options}
+
+
+def log_of(work_dir):
+    return max(work_dir.glob('*/*.log'), key=lambda path: path.stat().st_mtime).read_text()
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """The checkpoint of a locally trained model: every tensor, of the heads too, is like no initialisation."""
+    model = model_of()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.copy_(torch.rand(tensor.shape) + 1)
+    torch.save({'state_dict': model.state_dict(), 'meta': {}}, tmp_path / 'raw.pth')
+    return tmp_path / 'raw.pth'
+
+
+def stock(state):
+    return {name: value for name, value in state.items() if '.local.' not in name and name.startswith('backbone.')}
+
+
+def counted(state):
+    """What is counted: not the batches that a BatchNorm saw."""
+    return [name for name in state if '.local.' not in name and 'head.' not in name and 'num_batches_tracked' not in name]
+
+
+def test_the_backbone_is_taken_and_the_heads_of_the_file_are_not(tmp_path, raw):
+    model = model_of([{'type': 'Kaiming', 'layer': 'Conv2d'}, pretrained(raw, prefix='backbone.')])
+    runner_of(tmp_path, model).train()
+    loaded, state = torch.load(raw)['state_dict'], model.state_dict()
+    statistics = ('running_mean', 'running_var', 'num_batches_tracked')  # which move in the one iteration
+    assert all(torch.equal(state[name], loaded[name]) for name in stock(state) if not name.endswith(statistics))
+    for head in model.backbone.local.values():
+        assert head.transfer.s == 1  # the file has the same cuts, names and shapes
+        assert not torch.equal(head.fc[3].weight, loaded[f'backbone.local.{head.unit.replace(".", "_")}.fc.3.weight'])
+        source = dict(head.source.of(model.backbone).named_parameters())
+        for copied in head.transfer.copies:
+            assert all(torch.equal(value, source[name]) for name, value in copied.named_parameters())
+
+
+def test_what_was_taken_and_left_is_one_line(tmp_path, raw):
+    model = model_of(pretrained(raw, prefix='backbone'))  # mmengine adds the dot
+    runner_of(tmp_path, model).train()
+    state = torch.load(raw)['state_dict']
+    count, local = len(counted(state)), sum('.local.' in name for name in state)
+    said = [line for line in log_of(tmp_path).splitlines() if 'backbone tensors' in line]
+    assert len(said) == 1 and said[0].endswith(
+        f'INFO - taken {count} of {count} backbone tensors from {raw}; left: {local} of backbone.local.*, 4 of head.*'
+    )
+    assert 'missing keys' not in log_of(tmp_path)
+
+
+def test_a_file_with_more_and_fewer_tensors(tmp_path, raw):
+    state = {name.removeprefix('backbone.'): value for name, value in stock(torch.load(raw)['state_dict']).items()}
+    del state['stem.weight']
+    state['layer3.0.conv.weight'] = torch.zeros(1)
+    torch.save({**state, 'fc.weight': torch.zeros(1)}, tmp_path / 'stock.pth')
+    runner_of(tmp_path, model_of({**pretrained(tmp_path / 'stock.pth'), 'type': PretrainedInit})).train()
+    (said,) = [line for line in log_of(tmp_path).splitlines() if 'backbone tensors' in line]
+    assert said.endswith(
+        f'WARNING - taken {len(counted(state)) - 1} of {len(counted(state)) + 1} backbone tensors from {tmp_path / "stock.pth"}; '
+        'not there, or of another shape: stem.weight, layer3.0.conv.weight; left: 1 of fc.*'
+    )
+
+
+@pytest.mark.parametrize(
+    ('prefix', 'net', 'message'),
+    [
+        ('bacbone.', {}, "has nothing below 'bacbone.'; the tensors of ToyNet are there below 'backbone.': set prefix='backbone.'"),
+        (None, {}, "brought nothing; the tensors of ToyNet are there below 'backbone.': set prefix='backbone.'"),
+        ('head.', {}, "brought nothing; the tensors of ToyNet are there below 'backbone.': set prefix='backbone.'"),
+        ('backbone.', {'width': 2}, r'brought nothing; stem.weight .* shape \(2, 3, 3, 3\), there \(4, 3, 3, 3\): take a file'),
+    ],
+)
+def test_weights_that_do_not_arrive_are_refused(tmp_path, raw, prefix, net, message):
+    with pytest.raises(MisuseError, match=f'{raw} {message}') as error:
+        runner_of(tmp_path, model_of(pretrained(raw, prefix=prefix), num_blocks=2, net=net)).train()
+    assert '\n' not in str(error.value)
+
+
+def test_a_file_of_another_architecture(tmp_path):
+    torch.save({'state_dict': {'encoder.weight': torch.zeros(1)}}, tmp_path / 'other.pth')
+    with pytest.raises(MisuseError, match='brought nothing; ToyNet has stem.weight, .*file encoder.weight, .*: take a file of'):
+        runner_of(tmp_path, model_of(pretrained(tmp_path / 'other.pth'))).train()
+
+
+def test_names_without_a_prefix(tmp_path, raw):
+    state = {name.removeprefix('backbone.'): value for name, value in stock(torch.load(raw)['state_dict']).items()}
+    torch.save(state, raw)
+    with pytest.raises(MisuseError, match="has nothing below 'backbone.'; .* set prefix=None in its init_cfg"):
+        runner_of(tmp_path, model_of(pretrained(raw, prefix='backbone.'))).train()
+
+
+def test_a_checkpoint_to_load_or_to_test_makes_pretrained_weights_moot(tmp_path, raw):
+    model = model_of(pretrained(tmp_path / 'gone.pth', prefix='backbone.'))
+    loop = {'dataloader': torch.utils.data.DataLoader([], collate_fn=list), 'evaluator': []}
+    test = runner_of(
+        tmp_path, model, load_from=str(raw), test_dataloader=loop['dataloader'], test_cfg={}, test_evaluator=loop['evaluator']
+    )
+    test.call_hook('before_run')  # a test run initialises nothing: the file may be gone
+    model = model_of(pretrained(raw))
+    runner_of(tmp_path, model, load_from=str(raw)).train()
+    assert 'backbone tensors' not in log_of(tmp_path)
+    assert all(head.transfer.s == 1 + torch.load(raw)['state_dict'][f'backbone.local.{name}.transfer.delta']
+               for name, head in model.backbone.local.items())  # fmt: skip
+
+
+def test_a_state_dict_of_the_backbone_itself_has_its_heads(raw):
+    state = torch.load(raw)['state_dict']
+    own = {name.removeprefix('backbone.'): value for name, value in state.items() if name.startswith('backbone.')}
+    for model in (model_of(), copy.deepcopy(model_of()), pickle.loads(pickle.dumps(model_of()))):
+        model.backbone.load_state_dict(own)
+        assert all(torch.equal(value, own[name]) for name, value in model.backbone.state_dict().items())
+        assert model.backbone.local.unfilled is None
