@@ -42,20 +42,22 @@ def report_pretrained(backbone: nn.Module) -> None:
     if config is None or unfilled is None:
         return
     own, tensors = _stock(backbone), _read(config)
-    taken = len(own) - len(unfilled)
+    counted = [name for name in own if not name.endswith('num_batches_tracked')]  # BatchNorm does without, and so does mmengine
+    missed = [name for name in counted if name in unfilled]
+    taken = len(counted) - len(missed)
     if not taken:
         raise MisuseError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')
     prefix = _prefix(config) or _prefix_of(tensors, own) or ''
     theirs = {prefix + name for name in own}
     left = Counter(_group(name, prefix) for name in tensors if name not in theirs)
-    parts = [f'taken {taken} of {len(own)} backbone tensors from {config["checkpoint"]}']
-    if unfilled:
-        parts.append(f'not there, or of another shape: {", ".join(unfilled[:3])}{", ..." if len(unfilled) > 3 else ""}')
+    parts = [f'taken {taken} of {len(counted)} backbone tensors from {config["checkpoint"]}']
+    if missed:
+        parts.append(f'not there, or of another shape: {", ".join(missed[:3])}{", ..." if len(missed) > 3 else ""}')
     if len(theirs & tensors.keys()) < taken:
         parts.append(f'{type(backbone).__name__} converts names, so what was left is not known')
     else:
         parts.append(f'left: {", ".join(f"{count} of {name}" for name, count in left.items()) or "nothing"}')
-    print_log('; '.join(parts), logger='current', level=logging.WARNING if unfilled else logging.INFO)
+    print_log('; '.join(parts), logger='current', level=logging.WARNING if missed else logging.INFO)
 
 
 def _config(backbone: nn.Module) -> dict | None:
