@@ -14,27 +14,32 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.logging import MessageHub
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from mmengine.structures import InstanceData
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmman.errors import MisuseError
-from mmman.local.heads import DGLLocalHead, InfoProLocalHead, ViTLocalHead
+from mmman.local.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.conftest import ROOT
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
 pytestmark = pytest.mark.filterwarnings('ignore:Unnecessary conv bias:UserWarning')  # mmpretrain's VGG with BN
 
 CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
 SHIPPED = [str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_']
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
-CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS]
+SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
+CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS + SEGMENTORS]
 PAPER = [name for name in CLASSIFIERS if name.startswith('paper')]
 FLAGSHIPS = [name for name in CLASSIFIERS if not name.startswith('paper')]
+FROM_MANPP = [name for name in SHIPPED if 'from_manpp' in name]
 END_TO_END = [name for name in SHIPPED if '_e2e' in name]
 
 
@@ -56,8 +61,8 @@ def config(name: str) -> Config:
 def build_model(cfg: Config) -> BaseModel:
     """As the runner does: in mmpretrain's configs the data preprocessor stands beside the model."""
     init_default_scope(cfg.default_scope)
-    outside = {key: copy.deepcopy(cfg[key]) for key in ('data_preprocessor',) if key in cfg}
-    return MODELS.build({**outside, **cfg.model})
+    outside = {key: cfg[key] for key in ('data_preprocessor',) if key in cfg}
+    return MODELS.build(copy.deepcopy({**outside, **cfg.model}))  # mmseg's segmentors write into their config
 
 
 models = {}
@@ -76,6 +81,9 @@ def meta_model(name: str) -> BaseModel:
 
 def end_to_end_twin(name: str) -> str:
     """The config of the same model and recipe, trained end to end."""
+    if name in SEGMENTORS:
+        network, start = re.search(r'deeplabv3(plus)?_r\d+', name)[0], 'scratch' if 'scratch' in name else 'pretrained'
+        return f'paper/table5/{network}_e2e_{start}.py'
     name = name.replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
     return re.sub(r'manpp_k\d+', 'e2e', name) if name in DETECTORS else re.sub(r'_k\d+_\w+', '_e2e', name)
 
@@ -109,7 +117,7 @@ def test_local_detector(name: str) -> None:
         head.check_model(model)
 
 
-@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END and name not in FLAGSHIPS])
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END + FLAGSHIPS + FROM_MANPP])
 def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     local, twin = copy.deepcopy(config(name)), copy.deepcopy(config(end_to_end_twin(name)))
     keys = {key for key in meta_model(name).state_dict() if not key.startswith('backbone.local.')}
@@ -256,6 +264,86 @@ def test_rows_of_the_paper() -> None:
                 assert all(less[key] < more[key] for key in more if key != 'table'), name
 
 
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name not in END_TO_END])
+def test_local_segmentor_is_what_its_name_says(name: str) -> None:
+    words = re.split(r'[_/.]', name)
+    model, cfg = meta_model(name), config(name)
+    (head,) = model.backbone.local.values()
+    own, theirs = model.decode_head, head.decode_head
+
+    assert type(own).__name__ == ('DepthwiseSeparableASPPHead' if 'deeplabv3plus' in words else 'ASPPHead')
+    assert len(model.backbone.layer3) == (23 if 'r101' in words else 6)
+    assert head.unit == ('layer3.12' if 'r101' in words else 'layer3.2')
+    assert (head.block, head.feature.channels, head.feature.stride) == (1, 1024, 8)
+    assert model.auxiliary_head.in_index == 2  # what the last block makes: layer3 to its end
+
+    transfer = head.transfer
+    expected = next((TRANSFERS[word] for word in words if word in TRANSFERS), (False, False, False))
+    assert tuple(part is not None for part in (transfer.momentum, transfer.bias, transfer.delta)) == expected
+    assert transfer.channel_bias is None and transfer.rho is None
+
+    assert type(head) is SegLocalHead
+    assert cfg.model.backbone.local_head.decode_head == cfg.model.decode_head
+    for shared in ('num_classes', 'out_channels', 'ignore_index', 'align_corners', 'norm_cfg', 'sampler', 'threshold'):
+        assert getattr(theirs, shared) == getattr(own, shared)
+    assert (own.num_classes, own.ignore_index) == (19, 255)
+    assert repr(theirs.loss_decode) == repr(own.loss_decode)
+    assert (head.lambda_rec, head.lambda_task) == (1.5, 1.0)
+    assert head.decoder is not None
+    head.check_model(model)
+
+
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name in END_TO_END or not name.startswith('paper')])
+def test_recipe_of_the_segmentors(name: str) -> None:
+    cfg = config(name)
+    (schedule,) = cfg.param_scheduler
+    crops = [step.crop_size for step in cfg.train_dataloader.dataset.pipeline if step.type == 'RandomCrop']
+
+    assert cfg.optim_wrapper.optimizer == {'type': 'SGD', 'lr': 0.8, 'momentum': 0.9, 'weight_decay': 1e-4}
+    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 128
+    assert cfg.train_cfg.max_iters == schedule.end == 4000
+    assert (schedule.type, schedule.power, schedule.begin, schedule.by_epoch) == ('PolyLR', 0.9, 0, False)
+    assert cfg.train_cfg.max_iters % cfg.train_cfg.val_interval == 0
+    assert [cfg.model.data_preprocessor.size] == crops == [(768, 768)]
+    depth = 101 if 'r101' in name else 50
+    is_random = 'scratch' in name or name in FROM_MANPP
+    assert cfg.model.pretrained == (None if is_random else f'open-mmlab://resnet{depth}_v1c')
+
+
+def test_rows_of_table_5() -> None:
+    rows = {name: config(name).paper for name in SEGMENTORS if name.startswith('paper/table5/')}
+    assert len(rows) == 32
+    accuracies = {'mean_iou', 'mean_acc', 'overall_acc'}
+    for name in [name for name in rows if '_manpp' in name]:
+        paper, man, infopro = (rows[name.replace('_manpp', other)] for other in ('_manpp', '_man', ''))
+        e2e = rows[end_to_end_twin(name)]
+        assert paper.keys() == {'table', *accuracies}
+        assert e2e.keys() == infopro.keys() == {'table', *accuracies, 'memory_gb'}
+        assert man.keys() == {'table', 'memory_gb'}
+        assert (paper.table, e2e.table, infopro.table, man.table) == ('V', 'V', 'V', 'VI')
+        assert all(infopro[key] < e2e[key] < paper[key] for key in accuracies), name
+        assert infopro.memory_gb < man.memory_gb < e2e.memory_gb
+
+
+@pytest.mark.parametrize('name', FROM_MANPP)
+def test_backbone_from_a_classifier_trained_locally(name: str, tmp_path: Path) -> None:
+    cfg = copy.deepcopy(config(name))
+    backbone = cfg.model.backbone.backbone
+    source = copy.deepcopy(config(f'{Path(backbone.init_cfg.checkpoint).parent.name}.py'))
+    narrow = {'base_channels': 4, 'stem_channels': 4}
+    source.merge_from_dict({'model.backbone.backbone': narrow, 'model.head.in_channels': 128})
+    cfg.merge_from_dict({'model.backbone.backbone': {**narrow, 'init_cfg': {'checkpoint': str(tmp_path / 'epoch_90.pth')}}})
+    classifier = build_model(source)
+    torch.save({'state_dict': classifier.state_dict()}, tmp_path / 'epoch_90.pth')
+    init_default_scope(cfg.default_scope)
+    ours = MODELS.build(cfg.model.backbone)
+    ours.init_weights()
+
+    theirs = {key: value for key, value in classifier.backbone.state_dict().items() if not key.startswith('local.')}
+    assert theirs.keys() == {key for key in ours.state_dict() if not key.startswith('local.')}
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.items())
+
+
 @pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('paper/table4')])
 def test_recipe_of_table_4(name: str) -> None:
     cfg = config(name)
@@ -349,10 +437,10 @@ def localise(base: str, backbone: dict, **options) -> Config:
 def build_for_training(cfg: Config) -> BaseModel:
     """A model in which no gradient is zero by construction: no layer starts at zero, no bias equals its momentum copy."""
     torch.manual_seed(0)
-    model = build_model(cfg)
+    model = revert_sync_batchnorm(build_model(cfg))
     model.init_weights()
     for module in model.modules():
-        if isinstance(module, (nn.BatchNorm2d, nn.Linear)) and not module.weight.any():
+        if isinstance(module, (_BatchNorm, nn.Linear)) and not module.weight.any():
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
@@ -435,6 +523,72 @@ def test_step_of_a_classifier_reaches_every_parameter(name: str) -> None:
     assert not any('.momentum.' in key for key in gradients)
     assert [key for key, gradient in gradients.items() if not (gradient.isfinite().all() and gradient.any())] == []
     assert {f'train/local/{j}/loss' for j in range(1, heads + 1)} <= hub.log_scalars.keys()
+
+
+def smaller_segmentor(name: str, size: int) -> Config:
+    """The config of a segmentor at an eighth of its width, from random weights, for crops of ``size`` pixels."""
+    cfg = copy.deepcopy(config(name))
+    network = {'type': 'FCNHead', 'channels': 16, 'num_convs': 1, 'concat_input': False}
+    cfg.merge_from_dict(
+        {
+            'model.pretrained': None,
+            'model.data_preprocessor.size': (size, size),
+            'model.backbone.backbone.base_channels': 8,
+            'model.backbone.local_head.network': network,
+            'model.decode_head': {'in_channels': 256, 'channels': 16},
+            'model.auxiliary_head': {'in_channels': 128, 'channels': 16},
+        }
+    )
+    if 'c1_in_channels' in cfg.model.decode_head:
+        cfg.model.decode_head.update(c1_in_channels=32, c1_channels=8)
+    return cfg
+
+
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if not name.startswith('paper') and name not in FROM_MANPP])
+def test_step_of_a_segmentor_reaches_every_parameter(name: str) -> None:
+    from mmseg.structures import SegDataSample
+
+    cfg = smaller_segmentor(name, 64)
+    model = build_for_training(cfg)
+    labels = torch.randint(19, (2, 1, 64, 48))  # narrower than the batch, which pads it
+    labels[:, :, :4] = 255
+    batch = {
+        'inputs': [*torch.randint(0, 256, (2, 3, 64, 48), dtype=torch.uint8)],
+        'data_samples': [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels],
+    }
+    hub = MessageHub.get_instance(name)
+    gradients = step(model, cfg.optim_wrapper, batch)
+
+    assert gradients.keys() == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any('.momentum.' in key for key in gradients)
+    assert [key for key, gradient in gradients.items() if not (gradient.isfinite().all() and gradient.any())] == []
+    assert {f'train/local/1/{key}' for key in ('loss', 'loss_ce', 'loss_rec', 'acc_seg')} <= hub.log_scalars.keys()
+
+
+def test_segmentor_trains_on_images_laid_out_as_cityscapes(test_data: Path, tmp_path: Path) -> None:
+    cfg = smaller_segmentor('deeplabv3_r50_manpp_k2.py', 96)
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.merge({'num_workers': 0, 'persistent_workers': False})
+        loader.dataset.merge({'data_root': str(test_data / 'camvid'), 'indices': 4})
+    cfg.merge_from_dict(
+        {
+            'train_dataloader.batch_size': 2,
+            'train_dataloader.dataset.pipeline.2.scale': (240, 180),
+            'train_dataloader.dataset.pipeline.3.crop_size': (96, 96),
+            'val_dataloader.dataset.pipeline.1.scale': (120, 90),
+            'train_cfg': {'max_iters': 2, 'val_interval': 2},
+            'auto_scale_lr.enable': True,
+            'work_dir': str(tmp_path),
+            'experiment_name': tmp_path.name,
+        }
+    )
+    runner = Runner.from_cfg(cfg)
+    runner.train()
+    metrics = {key.removeprefix('val/') for key in runner.message_hub.log_scalars}
+
+    assert {'mIoU', 'mAcc', 'aAcc'} <= metrics
+    assert runner.message_hub.get_scalar('train/local/1/loss_rec').current() > 0
+    assert runner.optim_wrapper.optimizer.param_groups[0]['initial_lr'] == pytest.approx(0.8 * 2 / 128)
 
 
 @pytest.mark.parametrize(('base', 'own_head'), [(R18, 'bbox_head'), (FASTER_RCNN, 'roi_head.bbox_head')])

@@ -157,10 +157,10 @@ SYSTEMS = {
 }
 
 
-def classifier(family, system='dgl', row='manpp', num_blocks=3, loss=None, **preprocessor):
+def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, **preprocessor):
     init_default_scope('mmpretrain')
     config = FAMILIES[family].config
-    loss = loss or {'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1, 'num_classes': CLASSES}
+    loss = {'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1, 'num_classes': CLASSES}
     kind = 'DeiTClsHead' if family == 'deit' else 'LinearClsHead'
     head = {'type': kind, 'num_classes': CLASSES, 'in_channels': 1, 'loss': loss}
     stock = MODELS.build(copy.deepcopy(config))
@@ -173,7 +173,7 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, loss=None, **pre
         'type': 'mmman.LocalBackbone',
         'backbone': copy.deepcopy(config),
         'num_blocks': num_blocks,
-        'partition': 'stage' if 'layers' in str(config) else 'uniform',  # a class token trains with the first layer
+        'partition': partition or ('stage' if 'layers' in str(config) else 'uniform'),
         'transfer': ROWS[row],
         'local_head': {**SYSTEMS[system], 'head': head},
     }
@@ -284,6 +284,21 @@ def test_every_number_of_blocks(family):
         gradients = lockstep(model, family, 'manpp') if is_compared else one_step(model)
         still = [name for name, grad in gradients.items() if grad is None or not grad.any()]
         assert all(name.endswith('delta') for name in still), f'no gradient at {still} with K={num_blocks}'
+
+
+INNER = {'vit_mean': 'layers.2', 'swin': 'stages.2.blocks.0', 'convnext': 'stages.2.0'}
+
+
+@pytest.mark.parametrize('family', INNER)
+def test_norms_on_outputs_from_inside_a_block(family, monkeypatch):
+    """They are trained by the task loss, the block in front of them is not."""
+    torch.manual_seed(0)
+    lockstep(classifier(family, num_blocks=2, partition=[INNER[family]]), family, 'manpp')
+    monkeypatch.setattr('mmman.local.blocks.LocalBlocks.detach_norm_input', lambda self, norm, args: None)
+    with pytest.raises(
+        (AssertionError, RuntimeError), match='differs after iteration|backward through the graph a second time'
+    ):
+        lockstep(classifier(family, num_blocks=2, partition=[INNER[family]]), family, 'manpp')
 
 
 def scoped(family):

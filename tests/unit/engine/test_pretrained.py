@@ -5,10 +5,12 @@ import pickle
 
 import pytest
 import torch
-from mmengine.model import PretrainedInit
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
+from mmman.engine.pretrained import report_pretrained
 from mmman.errors import MisuseError
 from tests.toy import toy_batches, toy_config
 
@@ -151,3 +153,36 @@ def test_a_state_dict_of_the_backbone_itself_has_its_heads(raw):
         model.backbone.load_state_dict(own)
         assert all(torch.equal(value, own[name]) for name, value in model.backbone.state_dict().items())
         assert model.backbone.local.unfilled is None
+
+
+class Holder(BaseModule):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+
+def test_a_backbone_that_loads_by_rules_of_its_own(tmp_path, monkeypatch):
+    """mmdet's Swin takes a prefix off by itself, and converts the names and the order of the original's tensors."""
+    pytest.importorskip('mmdet')
+    said = []
+    monkeypatch.setattr('mmman.engine.pretrained.print_log', lambda message, **options: said.append(message))
+    small = {'embed_dims': 8, 'depths': (1, 1, 2, 1), 'num_heads': (1, 1, 2, 2), 'window_size': 2, 'pretrain_img_size': 64}
+    swin = {'type': 'mmdet.SwinTransformer', **small}
+    state = MODELS.build(swin).state_dict()
+    prefixed = {f'backbone.{name}': value for name, value in state.items()}
+    changes = {'stages': 'layers', 'attn.w_msa': 'attn', 'ffn.layers.0.0': 'mlp.fc1', 'ffn.layers.1': 'mlp.fc2'}
+    original = {}
+    for name, value in state.items():
+        for ours, theirs in {**changes, 'patch_embed.projection': 'patch_embed.proj'}.items():
+            name = name.replace(ours, theirs)
+        original[name] = value
+    for content, convert, left in (
+        (prefixed, False, 'left: nothing'),
+        (original, True, 'SwinTransformer converts names, so what was left is not known'),
+    ):
+        torch.save({'state_dict': content}, tmp_path / 'swin.pth')
+        config = {**swin, 'init_cfg': ConfigDict(pretrained(tmp_path / 'swin.pth')), 'convert_weights': convert}
+        model = Holder(MODELS.build({'type': 'mmman.LocalBackbone', 'backbone': config, 'num_blocks': 1}))
+        model.init_weights()
+        report_pretrained(model.backbone)
+        assert said.pop() == f'taken {len(state)} of {len(state)} backbone tensors from {tmp_path / "swin.pth"}; {left}'
