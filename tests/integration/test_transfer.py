@@ -1,6 +1,7 @@
 """A classifier trained by MAN++, published, and taken up by detectors, segmentors, torchvision and export."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -230,6 +231,27 @@ def test_torchvision_takes_the_backbone_strictly(raw, weights, tmp_path):
     images = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images)[0].mean((2, 3)))
+
+
+def test_the_configs_of_the_howto(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / 'docs' / 'howto' / 'pretrained_backbones.md').read_text()
+    snippets = [block for block in re.findall(r'```python\n(.*?)```', text, re.DOTALL) if block.startswith('_base_')]
+    weights = None
+    for i, snippet in enumerate(snippets):
+        path = tmp_path / f'{i}.py'
+        path.write_text(re.sub(r'resnet50_manpp-\w{8}', 'resnet50_manpp', snippet))
+        cfg = Config.fromfile(path)
+        init_default_scope(cfg.default_scope)
+        model = MODELS.build(cfg.model)
+        if weights is None:
+            weights = model.backbone.state_dict()
+            torch.save({'state_dict': model.state_dict()}, tmp_path / 'resnet50_manpp.pth')
+        else:
+            model.backbone.init_weights()
+            loaded = model.backbone.state_dict()
+            assert_same(*({name: x[name] for name in weights if not name.startswith('local.')} for x in (loaded, weights)))
+    assert len(snippets) == 4
 
 
 def pair(init: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
