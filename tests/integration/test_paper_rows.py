@@ -57,7 +57,10 @@ def test_rows_survive_an_interruption(npz, tmp_path, monkeypatch, finish):
     command = [*map(str, [*command, '--work-dir', work_dir, '--table', table, '--plot', figure])]
     folders = [work_dir / row / f'{EPOCHS}epochs_24train_{IMAGES}test_batch8_lr0.1' / 'seed0' for row in ROWS]
 
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as first:
+    def interruptible():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a background job ignores
+
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as first:
         while first.poll() is None and not (folders[0] / 'last_checkpoint').exists():
             time.sleep(0.02)
         first.send_signal(signal.SIGINT)
