@@ -92,11 +92,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
             yield
         self._local_log = session.log
 
-    def local_backward(self, loss: Tensor) -> None:
+    def local_backward(self, loss: Tensor, block: int) -> None:
         """Back-propagate a local loss, scaled as the task loss will be, without counting an iteration.
 
         Args:
             loss: A scalar.
+            block: The block that it trains, 1 to K-1.
         """
         loss = self.scale_loss(loss)
         with torch.autocast(loss.device.type, enabled=False):
@@ -105,8 +106,22 @@ class LocalLearningOptimWrapper(OptimWrapper):
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate the task loss, then report the iteration's local losses, in one transfer from the device."""
         self._scaled(loss).backward(**kwargs)
-        self._inner_count += 1
-        self._report_local_losses()
+        self._end_iteration()
+
+    def finish_iteration(self, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
+        """End an iteration that has no task loss: all that :meth:`update_params` does after the task loss's backward.
+
+        The iteration is counted and its local losses are reported; where it completes an accumulation, gradients are clipped,
+        the optimizer steps, and the gradients are zeroed.
+
+        Args:
+            step_kwargs: Arguments of the optimizer's ``step``.
+            zero_kwargs: Arguments of its ``zero_grad``.
+        """
+        self._end_iteration()
+        if self.should_update():
+            self.step(**(step_kwargs or {}))
+            self.zero_grad(**(zero_kwargs or {}))
 
     def step(self, **kwargs) -> None:
         """Clip and step; under a loss scaler unscale first, and skip where a gradient isn't finite."""
@@ -142,6 +157,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         skipped = getattr(optimizer, 'found_inf', None)
         if skipped is None or not skipped.item():
             self.steps += 1
+
+    def _end_iteration(self) -> None:
+        self._inner_count += 1
+        self._report_local_losses()
 
     def _report_local_losses(self) -> None:
         if not self._local_log:

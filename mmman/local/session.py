@@ -26,13 +26,13 @@ class Session:
     Args:
         model: The unwrapped model: its ``parse_losses`` turns local losses into one scalar.
         local: The local heads of its backbone.
-        backward: Back-propagates a local loss, scaled as the optim wrapper scales the task loss.
+        backward: Back-propagates the local loss of a block, scaled as the optim wrapper scales the task loss.
 
     Attributes:
         log: Detached local losses by ``local/<block>/<name>``, scalars.
     """
 
-    def __init__(self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor], None]) -> None:
+    def __init__(self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor, int], None]) -> None:
         self.model = model
         self.local = local
         self.backward = backward
@@ -76,6 +76,6 @@ class Session:
             )
         self._pending.remove(head.block)
         loss, log = self.model.parse_losses(head.loss(head.transferred(x, self._batch[0]), *self._batch))
-        self.backward(loss * head.loss_weight)
+        self.backward(loss * head.loss_weight, head.block)
         self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
         return x.detach()

@@ -75,12 +75,12 @@ def no_detach(patch):
         return x
 
     patch.setattr(Session, 'at_boundary', attached)
-    patch.setattr(LocalLearningOptimWrapper, 'local_backward', lambda self, loss: loss.backward(retain_graph=True))
+    patch.setattr(LocalLearningOptimWrapper, 'local_backward', lambda self, loss, block: loss.backward(retain_graph=True))
 
 
 def no_tap_detach(patch):
     patch.setattr('mmman.local.blocks.LocalBlocks.detach_taps', lambda self, backbone, args, outputs: None)
-    patch.setattr(LocalLearningOptimWrapper, 'local_backward', lambda self, loss: loss.backward(retain_graph=True))
+    patch.setattr(LocalLearningOptimWrapper, 'local_backward', lambda self, loss, block: loss.backward(retain_graph=True))
 
 
 def momentum_before_the_step(patch):

@@ -205,3 +205,25 @@ def test_options_without_a_meaning(options, message):
 def test_float16_is_for_gpus(options):
     with pytest.raises(MisuseError, match="takes bfloat16 only: set optim_wrapper.dtype='bfloat16'"):
         LocalLearningOptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+def test_an_iteration_without_a_task_loss_is_finished_like_any_other(accumulate):
+    ours, theirs = toy(num_blocks=3), toy(num_blocks=3)
+    for parameter in theirs.head.parameters():
+        parameter.requires_grad_(False)
+    task_scope = [*ours.backbone.layer3.parameters(), *ours.head.parameters()]
+    options = {'accumulative_counts': accumulate, 'clip_grad': {'max_norm': 0.1}}
+    without, complete = wrapper(ours, **options), wrapper(theirs, **options)
+    before = [p.clone() for p in task_scope]
+    for batch in toy_batches(2 * accumulate):
+        with without.optim_context(ours):
+            ours(**batch, mode='loss')
+        without.finish_iteration()
+        step(theirs, complete, batch)
+    assert without.steps == complete.steps == 2 and without.inner_count == complete.inner_count
+    assert scalars(without).keys() >= {'train/local/1/loss', 'train/local/2/loss', 'train/local/1/grad_norm'}
+    for block, other in zip(*(m.backbone.local.block_parameters(m.backbone) for m in (ours, theirs)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(block, other, strict=True))
+        assert all(p.grad is None for p in block)
+    assert all(torch.equal(a, b) for a, b in zip(task_scope, before, strict=True))
