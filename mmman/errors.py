@@ -23,3 +23,11 @@ class NonFiniteLossError(LocalLearningError, FloatingPointError):
 
 class CheckpointError(LocalLearningError, ValueError):
     """A checkpoint can't be published as asked."""
+
+
+class ScalingError(LocalLearningError, ValueError):
+    """A plan for several GPUs doesn't fit together, or a number in it can't be read."""
+
+
+class PeerError(LocalLearningError, ConnectionError):
+    """Another process of the job has failed; the message says which and why."""
