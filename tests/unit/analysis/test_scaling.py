@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_the_period_is_the_heaviest_cycle(seed):
     given = profile(*stages(*times, **sizes))
     pairs = [
         (a + b + sizes['features'] + sizes['first_unit'] + 2 * latency) / (1 + staleness)
-        for a, b in zip(times, times[1:], strict=False)
+        for a, b in pairwise(times)
     ]
     period = max(*times, *sizes.values(), *pairs)
     n = 12 * (1 + staleness)

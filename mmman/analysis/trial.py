@@ -1,0 +1,101 @@
+"""A config's model built without downloads, and random data to step it on: what measuring tools share."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.config import Config
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper, build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+
+from mmman.errors import MisuseError
+from mmman.local.blocks import LocalBlocks
+
+OBJECTS = 10
+"""Boxes an image."""
+
+
+def without_pretrained(cfg: dict) -> dict:
+    """The config without weights to download: only sizes count here."""
+    kept = {
+        key: value
+        for key, value in cfg.items()
+        if not (key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained')
+    }
+    if isinstance(kept.get('pretrained'), str):
+        kept['pretrained'] = None
+    return {key: without_pretrained(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
+def build_trial(cfg: Config, height: int, width: int) -> tuple[BaseModel, OptimWrapper]:
+    """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
+
+    Weights are drawn with seed 0; the same config gives the same model in every process.
+
+    Args:
+        height, width: Pixels of the images to come, which a segmentor's data preprocessor has to know.
+    """
+    init_default_scope(cfg.default_scope)
+    torch.manual_seed(0)
+    model_cfg = without_pretrained(cfg.model)
+    model_cfg.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
+    if 'size' in (model_cfg['data_preprocessor'] or {}):
+        model_cfg['data_preprocessor'] = {**model_cfg['data_preprocessor'], 'size': (height, width)}
+    model = revert_sync_batchnorm(MODELS.build(model_cfg)).train()
+    local = getattr(model.backbone, 'local', None)
+    if isinstance(local, LocalBlocks):
+        for head in local.values():
+            head.transfer.sync_(head.source.of(model.backbone))
+    cfg.optim_wrapper.optimizer.lr = 0.0
+    return model, build_optim_wrapper(model, cfg.optim_wrapper)
+
+
+def random_batch(model: nn.Module, scope: str, size: int, height: int, width: int, seed: int = 0) -> dict:
+    """Random uint8 images with random annotations, as the data loader of the library ``scope`` gives them.
+
+    Args:
+        model: Tells how many classes there are.
+        scope: ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
+        size: Images.
+        height, width: Pixels.
+
+    Raises:
+        MisuseError: Another library.
+    """
+    annotate = {'mmdet': _boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
+    if annotate is None:
+        raise MisuseError(f'no random data for default_scope={scope!r}: mmdet, mmseg and mmpretrain are known')
+    heads = [getattr(model, name) for name in ('bbox_head', 'roi_head', 'decode_head', 'head') if hasattr(model, name)]
+    classes = next(part.num_classes for head in heads for part in head.modules() if hasattr(part, 'num_classes'))
+    generator = torch.Generator().manual_seed(seed)
+    inputs, samples = [], []
+    for _ in range(size):
+        inputs.append(torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8))
+        samples.append(annotate(height, width, classes, generator))
+    return {'inputs': torch.stack(inputs) if scope == 'mmpretrain' else inputs, 'data_samples': samples}
+
+
+def _boxes(height: int, width: int, classes: int, generator: torch.Generator) -> object:
+    from mmdet.structures import DetDataSample
+
+    corners = torch.rand(OBJECTS, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([width, height])
+    shape = (height, width)
+    sample = DetDataSample(metainfo={'img_shape': shape, 'scale_factor': (1.0, 1.0)})
+    labels = torch.randint(classes, (OBJECTS,), generator=generator)
+    sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=labels)
+    return sample
+
+
+def _pixels(height: int, width: int, classes: int, generator: torch.Generator) -> object:
+    from mmseg.structures import SegDataSample
+
+    labels = torch.randint(classes, (1, height, width), generator=generator)
+    return SegDataSample(gt_sem_seg=PixelData(data=labels))
+
+
+def _label(height: int, width: int, classes: int, generator: torch.Generator) -> object:
+    from mmpretrain.structures import DataSample
+
+    return DataSample().set_gt_label(torch.randint(classes, (1,), generator=generator))
