@@ -18,6 +18,7 @@ from mmman.local import (
     delocalize_,
     localize_,
 )
+from mmman.parallel import LocalDistributedDataParallel
 from mmman.partition import register_chain
 
 __version__ = '0.1.0'
@@ -29,6 +30,7 @@ __all__ = [
     'EMABiasHook',
     'InfoProLocalHead',
     'LocalBackbone',
+    'LocalDistributedDataParallel',
     'LocalHead',
     'LocalLearningError',
     'LocalLearningOptimWrapper',

@@ -11,8 +11,12 @@ from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
 
 
-def check_model(model: nn.Module) -> None:
+def check_model(model: nn.Module, update: str = 'synchronous') -> None:
     """Check a model, or its DDP wrapper, before its first local training step.
+
+    Args:
+        model: The model.
+        update: That option of :class:`mmman.LocalLearningOptimWrapper`.
 
     Raises:
         MisuseError: No localised backbone, or more than one; local heads that don't fit the model; momentum copies that were
@@ -21,7 +25,7 @@ def check_model(model: nn.Module) -> None:
     module = model
     if is_model_wrapper(model):
         module = model.module
-        _check_ddp(model)
+        _check_ddp(model, update)
     backbone = localized_backbone(module)
     _check_checkpointing(module, backbone)
     for head in backbone.local.values():
@@ -33,12 +37,12 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def _check_ddp(model: nn.Module) -> None:
+def _check_ddp(model: nn.Module, update: str) -> None:
+    ours = "model_wrapper_cfg = dict(type='mmman.LocalDistributedDataParallel')"
+    if hasattr(model, 'block_reducers'):  # LocalDistributedDataParallel, or a wrapper with the same attributes
+        return
     if not isinstance(model, DistributedDataParallel):
-        raise MisuseError(
-            f'{type(model).__name__} cannot train a localised model; '
-            'use MMDistributedDataParallel with find_unused_parameters=True'
-        )
+        raise MisuseError(f'{type(model).__name__} cannot train a localised model: set {ours}')
     if model.static_graph:
         raise MisuseError(
             'static_graph=True leaves the gradients of local losses unreduced from the second step on: set it to False'
@@ -46,7 +50,11 @@ def _check_ddp(model: nn.Module) -> None:
     if not model.find_unused_parameters:
         raise MisuseError(
             'local losses are back-propagated inside the forward pass, which DDP accepts only with '
-            "model_wrapper_cfg = dict(type='MMDistributedDataParallel', find_unused_parameters=True)"
+            f'{ours}, or with MMDistributedDataParallel and find_unused_parameters=True'
+        )
+    if update == 'immediate':
+        raise MisuseError(
+            f"{type(model).__name__} reduces all gradients after the forward pass, update='immediate' steps in it: set {ours}"
         )
 
 

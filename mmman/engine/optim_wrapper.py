@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from mmengine.device import get_device
@@ -20,8 +21,12 @@ from torch.optim import Optimizer
 from mmman.engine.checks import check_model
 from mmman.errors import MisuseError, NonFiniteLossError
 from mmman.local.blocks import localized_backbone
+from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
 from mmman.registry import OPTIM_WRAPPERS
+
+if TYPE_CHECKING:
+    from mmman.parallel import LocalDistributedDataParallel
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -36,6 +41,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip_scope: What one gradient norm is taken over, where ``clip_grad`` clips by norm. ``'block'``: each of the first K-1
             blocks with its local head, and the final block with neck and head, so that no block's loss scales another
             block's step. ``'global'``: all parameters, as the stock wrapper does.
+        update: When a block steps. ``'synchronous'``: all of them together, after the task loss's backward. ``'immediate'``:
+            each right after its own backward, and its gradients are dropped; over several processes at the next boundary, when
+            they are reduced. Both come to the same parameters with optimizers that update each parameter by itself (torch's do).
+            A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
             precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for
@@ -56,6 +65,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         accumulative_counts: int = 1,
         clip_grad: dict | None = None,
         clip_scope: str = 'block',
+        update: str = 'synchronous',
         dtype: str | torch.dtype | None = None,
         loss_scale: str | float | dict | None = None,
         use_fsdp: bool = False,
@@ -63,15 +73,31 @@ class LocalLearningOptimWrapper(OptimWrapper):
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
         if clip_scope not in ('block', 'global'):
             raise MisuseError(f"clip_scope={clip_scope!r}: choose 'block' or 'global'")
+        if update not in ('synchronous', 'immediate'):
+            raise MisuseError(f"update={update!r}: choose 'synchronous' or 'immediate'")
+        if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
+            raise MisuseError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
         if use_fsdp:
             raise MisuseError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
         self.clip_scope = clip_scope
+        self.update = update
         self.dtype = _autocast_dtype(dtype, loss_scale)
         self.loss_scaler, self._fixed_scale = _loss_scaler(self.dtype, loss_scale)
+        if update == 'immediate' and self.loss_scaler is not None:
+            raise MisuseError(
+                "update='immediate' steps before a loss scaler knows that all gradients are finite: "
+                "choose dtype='bfloat16' or update='synchronous'"
+            )
         self.steps = 0
         optimizer.register_step_post_hook(self._count_step)
         self._model: nn.Module | None = None
         self._backbone: nn.Module | None = None
+        self._parallel: LocalDistributedDataParallel | None = None
+        self._block_of: dict[nn.Parameter, int] = {}
+        self._groups_of: dict[
+            int, dict[int, list[nn.Parameter]]
+        ] = {}  # of a block: the optimizer's groups, and what is in them
+        self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
         self._local_log: dict[str, Tensor] = {}
 
     @contextmanager
@@ -83,8 +109,13 @@ class LocalLearningOptimWrapper(OptimWrapper):
         """
         module = model.module if is_model_wrapper(model) else model
         if module is not self._model:
-            check_model(model)
+            check_model(model, self.update)
             self._model, self._backbone = module, localized_backbone(module)
+            *blocks, _ = trained_parameters(module)
+            self._block_of = {p: j for j, block in enumerate(blocks, start=1) for p in block.values()}
+            self._groups_of = {j: self._groups(block.values()) for j, block in enumerate(blocks, start=1)}
+        self._parallel = model if hasattr(model, 'block_reducers') else None
+        self._due = None
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
@@ -100,8 +131,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
             block: The block that it trains, 1 to K-1.
         """
         loss = self.scale_loss(loss)
+        reducers = self._parallel.block_reducers if self._parallel is not None else {}
         with torch.autocast(loss.device.type, enabled=False):
-            self._scaled(loss).backward()
+            loss = self._scaled(loss)
+            (reducers[block].prepare(loss) if block in reducers else loss).backward()
+        if self.update == 'immediate' and self.should_sync():
+            due, self._due = (self._due, block) if block in reducers else (block, None)
+            if due is not None:
+                self._step_block(due)
 
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate the task loss, then report the iteration's local losses, in one transfer from the device."""
@@ -160,7 +197,35 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _end_iteration(self) -> None:
         self._inner_count += 1
+        if self._parallel is not None:
+            self._parallel.wait()
         self._report_local_losses()
+        if self._due is not None:
+            self._step_block(self._due)
+            self._due = None
+
+    def _step_block(self, block: int) -> None:
+        """Clip, step and drop the gradients of one block, as the optimizer would if it had no other parameters."""
+        if self._parallel is not None:
+            self._parallel.block_reducers[block].wait()
+        optimizer, steps = self.optimizer, self.steps
+        groups, params = optimizer.param_groups, [group['params'] for group in optimizer.param_groups]
+        optimizer.param_groups = [groups[i] for i in self._groups_of[block]]
+        for i, own in self._groups_of[block].items():
+            groups[i]['params'] = own
+        try:
+            self.step()
+            self.zero_grad()
+        finally:
+            optimizer.param_groups = groups
+            for group, whole in zip(groups, params, strict=True):
+                group['params'] = whole
+            self.steps = steps  # the iteration's step is the one that follows the task loss
+
+    def _groups(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
+        ids = {id(p) for p in parameters}
+        own = {i: [p for p in group['params'] if id(p) in ids] for i, group in enumerate(self.optimizer.param_groups)}
+        return {i: params for i, params in own.items() if params}
 
     def _report_local_losses(self) -> None:
         if not self._local_log:
@@ -180,15 +245,13 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self.message_hub.update_scalar(f'train/{name}', value)
 
     def _clip_grad(self) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None]
-        blocks = []
-        if self.clip_scope == 'block' and self.grad_name == 'grad_norm' and self._backbone is not None:
-            blocks = self._backbone.local.block_parameters(self._backbone)
-        ids = [{id(p) for p in block} for block in blocks]
-        rest = [p for p in parameters if not any(id(p) in block for block in ids)]
-        scopes = [(f'local/{j}/', [p for p in parameters if id(p) in block]) for j, block in enumerate(ids, start=1)]
-        for prefix, scope in [*scopes, ('', rest)]:
-            norm = self.clip_func(scope, **self.clip_grad_kwargs) if scope else None
+        by_block = self.clip_scope == 'block' and self.grad_name == 'grad_norm'
+        scopes: dict[str, list[nn.Parameter]] = {}
+        for parameter in (p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None):
+            block = self._block_of.get(parameter) if by_block else None
+            scopes.setdefault('' if block is None else f'local/{block}/', []).append(parameter)
+        for prefix, scope in scopes.items():
+            norm = self.clip_func(scope, **self.clip_grad_kwargs)
             if norm is not None:
                 self.message_hub.update_scalar(f'train/{prefix}{self.grad_name}', float(norm))
 

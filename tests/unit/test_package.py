@@ -17,6 +17,7 @@ def test_public_names():
         'EMABiasHook',
         'InfoProLocalHead',
         'LocalBackbone',
+        'LocalDistributedDataParallel',
         'LocalHead',
         'LocalLearningError',
         'LocalLearningOptimWrapper',
@@ -33,15 +34,17 @@ def test_public_names():
 
 def test_import_needs_torch_and_mmengine_only():
     block = 'import sys\nfor name in ("mmcv", "mmdet", "mmseg", "mmpretrain", "pycocotools"): sys.modules[name] = None\n'
-    modules = ', '.join(f'mmman.{name}' for name in ('analysis', 'backbones', 'datasets', 'engine', 'local', 'registry'))
+    modules = ', '.join(
+        f'mmman.{name}' for name in ('analysis', 'backbones', 'datasets', 'engine', 'local', 'parallel', 'registry')
+    )
     assert run(f'{block}import {modules}; print("imported")') == 'imported'
 
 
 def test_config_types_resolve_without_an_import_of_mmman():
     code = """
-from mmengine.registry import HOOKS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
 init_default_scope('mmdet')
 print(MODELS.get('mmman.LocalBackbone').__name__, OPTIM_WRAPPERS.get('mmman.LocalLearningOptimWrapper').__name__,
-      HOOKS.get('mmman.EMABiasHook').__name__)
+      HOOKS.get('mmman.EMABiasHook').__name__, MODEL_WRAPPERS.get('mmman.LocalDistributedDataParallel').__name__)
 """
-    assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook'
+    assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook LocalDistributedDataParallel'

@@ -34,7 +34,7 @@ def test_ddp_that_finds_unused_parameters_trains_as_one_process(group):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({}, r"model_wrapper_cfg = dict\(type='MMDistributedDataParallel', find_unused_parameters=True\)"),
+        ({}, r"model_wrapper_cfg = dict\(type='mmman.LocalDistributedDataParallel'\)"),
         ({'find_unused_parameters': True, 'static_graph': True}, 'static_graph=True leaves'),
     ],
 )

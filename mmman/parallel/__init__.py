@@ -1,0 +1,3 @@
+from mmman.parallel.ddp import BlockReducer, LocalDistributedDataParallel
+
+__all__ = ['BlockReducer', 'LocalDistributedDataParallel']
