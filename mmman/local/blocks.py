@@ -30,16 +30,23 @@ class LocalBlocks(ModuleDict):
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
         self.session: Session | None = None
+        self.only: int | None = None  # the one head, from 0, that trains here, where the blocks are in several processes
+        self.tapped = tuple(dict.fromkeys(chain.units[tap] for tap in chain.taps))
         self.unfilled: list[str] | None = None  # stock tensors that pretrained weights didn't bring, once some were loaded
         last = {unit.name for unit in plan.blocks[-1]}
         inner = {i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last}
         self._plain_inner_taps = inner - chain.norms.keys()
         self.inner_norms = tuple(dict.fromkeys(path for i, path in chain.norms.items() if i in inner))
 
+    def trained(self) -> list[LocalHead]:
+        """The heads that this process trains: all of them, but for a stage of a pipeline."""
+        heads = [*self.values()]
+        return heads if self.only is None else heads[self.only : self.only + 1]
+
     def open(self, session: Session) -> None:
         """Attach a session to every boundary."""
         self.session = session
-        for head in self.values():
+        for head in self.trained():
             head.session = session
 
     def close(self) -> None:

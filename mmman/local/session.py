@@ -42,7 +42,7 @@ class Session:
 
     def __enter__(self) -> Session:
         self._hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
-        self._pending = {head.block for head in self.local.values()}
+        self._pending = {head.block for head in self.local.trained()}
         self.local.open(self)
         return self
 

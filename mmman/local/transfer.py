@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from mmengine.model import BaseModule
@@ -100,11 +101,17 @@ class MomentumTransfer(BaseModule):
         self.is_synced = True
 
     @torch.no_grad()
-    def update_(self, source: nn.Module, momentum: float) -> None:
-        """``E <- lerp(E, source, 1 - momentum)`` over all floating-point parameters and buffers."""
+    def update_(self, source: nn.Module | Mapping[str, Tensor], momentum: float) -> None:
+        """``E <- lerp(E, source, 1 - momentum)`` over all floating-point parameters and buffers.
+
+        Args:
+            source: The first unit of the next block, or its state dict.
+            momentum: m, from 0 to 1.
+        """
         if self.momentum is None:
             return
-        ours, theirs = self.momentum.state_dict(), source.state_dict()
+        ours = self.momentum.state_dict()
+        theirs = source.state_dict() if isinstance(source, nn.Module) else source
         names = [name for name, value in ours.items() if value.is_floating_point()]
         torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], 1 - momentum)
 

@@ -70,6 +70,8 @@ class LocalHead(BaseModule):
     """
 
     session: Session | None = None
+    uses_images = True
+    """Whether :meth:`loss` looks at the pixels of its ``inputs`` and not at their shape alone: a pipeline sends them along."""
 
     def __init__(
         self, boundary: Boundary, transfer: MomentumTransfer, loss_weight: float = 1.0, init_cfg: dict | list | None = None

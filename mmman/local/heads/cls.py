@@ -29,6 +29,8 @@ class ClsLocalHead(LocalHead):
         MisuseError: ``head`` isn't such a head, or doesn't say its ``num_classes``.
     """
 
+    uses_images = False
+
     def __init__(
         self,
         boundary: Boundary,

@@ -34,6 +34,8 @@ class DetLocalHead(LocalHead):
         MisuseError: ``bbox_head`` is no dense head of that kind, by name; or both or none of it and ``num_classes`` are given.
     """
 
+    uses_images = False
+
     def __init__(
         self,
         boundary: Boundary,

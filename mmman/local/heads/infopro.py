@@ -33,6 +33,8 @@ class InfoProLocalHead(ClsLocalHead):
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
+    uses_images = True
+
     def __init__(
         self,
         boundary: Boundary,

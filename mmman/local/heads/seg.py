@@ -58,6 +58,7 @@ class SegLocalHead(LocalHead):
         self.lambda_task = boundary.at_block(lambda_task)
         self.lambda_rec = boundary.at_block(lambda_rec)
         self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, stepwise=True) if self.lambda_rec else None
+        self.uses_images = self.decoder is not None
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""
