@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
-from torch import nn
+from torch import Tensor, nn
 
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 from mmman.engine.pretrained import check_prefix, report_pretrained
 from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
+from mmman.local.heads.base import LocalHead
+from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.registry import HOOKS
 
 
@@ -88,21 +93,28 @@ class EMABiasHook(Hook):
         for head in backbone.local.values():
             head.transfer.sync_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
         self._seen_steps = runner.optim_wrapper.steps
+        if isinstance(runner.model, PipelineStage):
+            for head in backbone.local.trained():
+                runner.model.follow = partial(self._follow, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Move the copies where the optimizer stepped."""
         backbone = localized_backbone(_unwrap(runner.model))
+        heads = backbone.local.trained()
         steps = runner.optim_wrapper.steps
-        if steps != self._seen_steps and steps % self.interval == 0:
-            for head in backbone.local.values():
+        if steps != self._seen_steps and steps % self.interval == 0 and not isinstance(runner.model, PipelineStage):
+            for head in heads:
                 head.transfer.update_(head.source.of(backbone), self.momentum)
         self._seen_steps = steps
-        scales = {
-            f'train/local/{head.block}/s': head.transfer.s for head in backbone.local.values() if head.transfer.s is not None
-        }
+        scales = {f'train/local/{head.block}/s': head.transfer.s for head in heads if head.transfer.s is not None}
         if scales:
             for name, value in zip(scales, torch.stack([*scales.values()]).tolist(), strict=True):
                 runner.message_hub.update_scalar(name, value)
+
+    def _follow(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
+        """In a pipeline the next stage sends what its first unit is after each of its steps."""
+        if steps % self.interval == 0:
+            head.transfer.update_(unit, self.momentum)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
