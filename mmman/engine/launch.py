@@ -17,6 +17,9 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
+from mmman.errors import CheckpointError
+
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
 
 # Where a launcher tells a process its rank, the number of processes, and its rank on this machine.
@@ -68,6 +71,41 @@ def check_checkpoint(path: str, option: str) -> str:
     return path
 
 
+def set_resume(cfg: Config, choice: str | None) -> None:
+    """Set which checkpoint training goes on from, if any; end the program where that one can't be used.
+
+    Args:
+        cfg: The config. Its own ``resume`` and ``load_from`` count where ``choice`` is None.
+        choice: ``'auto'`` for the latest checkpoint of the work folder, or a fresh start where there is none;
+            ``'previous'`` for the one before; or a path or URL.
+    """
+    if choice is None:
+        if not cfg.get('resume'):
+            return
+        choice = cfg.get('load_from') or 'auto'
+    cfg.resume = True
+    if choice == 'auto':
+        path = latest_checkpoint(cfg.work_dir)
+        if path is None:  # what the run would have begun from stays in load_from
+            cfg.resume = False
+            return
+    elif choice == 'previous':
+        path = previous_checkpoint(cfg.work_dir)
+        if path is None:
+            raise SystemExit(f'--resume previous: {cfg.work_dir} has no checkpoint before the latest; give a path')
+    else:
+        path = check_checkpoint(choice, '--resume')
+    cfg.load_from = str(path)
+    if '://' in cfg.load_from:
+        return
+    try:
+        check_whole(path)
+    except CheckpointError as error:
+        previous = previous_checkpoint(cfg.work_dir) if choice == 'auto' else None
+        remedy = f'--resume previous goes on from {previous}' if previous else 'give another with --resume PATH, or start anew'
+        raise SystemExit(f'--resume: {error}; {remedy}') from None
+
+
 def type_name(cfg: ConfigDict, default: str = '') -> str:
     """The class that a config names, without its scope, whether it is named by a string or, in new-style configs, itself."""
     kind = cfg.get('type', default)
@@ -76,11 +114,16 @@ def type_name(cfg: ConfigDict, default: str = '') -> str:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner, ready for any launcher, with or without a GPU."""
-    if cfg.launcher != 'none':
+    if cfg.launcher != 'none' and not is_pipeline(cfg):
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':
             _init_gloo(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def is_pipeline(cfg: Config) -> bool:
+    """Whether a config trains one block a process; its runner makes the process groups itself."""
+    return bool(cfg.get('runner_type')) and type_name(ConfigDict(type=cfg.runner_type)) == 'PipelineRunner'
 
 
 def leave_process_group() -> None:
@@ -94,10 +137,9 @@ def _set_model_wrapper(cfg: Config) -> None:
     if not cfg.get('model_wrapper_cfg'):
         is_local = type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING
         cfg.model_wrapper_cfg = dict(
-            type='MMDistributedDataParallel',
+            type='mmman.LocalDistributedDataParallel' if is_local else 'MMDistributedDataParallel',
             broadcast_buffers=False,
-            # every local loss is a backward of its own, which the default reducer refuses from the second step on
-            find_unused_parameters=is_local or cfg.get('find_unused_parameters', False),
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
         )
     if get_device() == 'cpu':
         cfg.model_wrapper_cfg.setdefault('device_ids', None)

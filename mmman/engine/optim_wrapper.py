@@ -43,8 +43,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             block's step. ``'global'``: all parameters, as the stock wrapper does.
         update: When a block steps. ``'synchronous'``: all of them together, after the task loss's backward. ``'immediate'``:
             each right after its own backward, and its gradients are dropped; over several processes at the next boundary, when
-            they are reduced. Both come to the same parameters with optimizers that update each parameter by itself (torch's do).
-            A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
+            they are reduced. Both come to the same parameters with an optimizer that updates each parameter by itself, as
+            torch's do. A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
             precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for

@@ -193,8 +193,12 @@ def check_reduced(ddp: DistributedDataParallel, parameters: dict[str, nn.Paramet
         ) from error
 
 
-class _Carrier(nn.ParameterList):
+class _Carrier(nn.Module):
     """Holds the parameters of a reducer; what goes in comes out."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.parameters_of_block = nn.ParameterList(parameters)
 
     def forward(self, loss: Tensor) -> Tensor:
         return loss
