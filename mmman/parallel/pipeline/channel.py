@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from queue import Empty, Full, Queue
+from queue import Empty, Queue
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from mmman.parallel.pipeline.place import PATIENT
 
 POLL_S = 0.2
+END = None
 
 
 class Outbox:
@@ -52,8 +53,9 @@ class Outbox:
                     works.append((self._groups[tensor.device.type].send([tensor], self._peer, 0), tensor))
         self._underway.append(works)
 
-    def flush(self) -> None:
-        """Wait until everything is sent."""
+    def close(self) -> None:
+        """Send what is under way, and that nothing follows."""
+        self.send(END)
         while self._underway:
             self._wait_for_oldest()
 
@@ -75,9 +77,9 @@ class Inbox:
     def __init__(self, groups: Mapping[str, dist.ProcessGroup], peer: int, limit: int, check: Callable[[], None]) -> None:
         self._groups, self._peer, self._check = groups, peer, check
         self._queue: Queue = Queue(max(limit, 1))
-        self._closed = threading.Event()
         self._device = torch.cuda.current_device() if 'cuda' in groups else None
-        threading.Thread(target=self._listen, name=f'inbox from stage {peer}', daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, name=f'inbox from stage {peer}', daemon=True)
+        self._thread.start()
 
     def receive(self) -> Any:
         """The next message, waited for.
@@ -97,30 +99,26 @@ class Inbox:
                 event.wait()
             return message
 
-    def close(self) -> None:
-        """Stop listening after the message that is being received."""
-        self._closed.set()
+    def join(self) -> None:
+        """Wait for the sender's end of the channel to be closed."""
+        self._thread.join()
 
     def _listen(self) -> None:
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device is not None else nullcontext()
         with stream:
-            while not self._closed.is_set():
+            while True:
+                event = None
                 try:
-                    message, event = self._take(), None
+                    message = self._take()
                     if self._device is not None:
                         event = torch.cuda.current_stream().record_event()
                 except ConnectionError as error:
-                    message, event = error, None
-                    self._closed.set()
-                self._put((message, event))
-
-    def _put(self, item: tuple) -> None:
-        while True:
-            try:
-                return self._queue.put(item, timeout=POLL_S)
-            except Full:
-                if self._closed.is_set():
-                    return None
+                    message = error
+                if message is END:
+                    return
+                self._queue.put((message, event))
+                if isinstance(message, ConnectionError):
+                    return
 
     def _take(self) -> Any:
         length = self._tensor((1,), (1,), torch.int64, 'cpu')

@@ -59,13 +59,12 @@ class PipelineRunner(Runner):
         kwargs['randomness'] = self._agree_on_seed(dict(kwargs.get('randomness') or {'seed': None}))
         if not self.place.is_first:
             work_dir = f'{work_dir}/stages/{self.place.stage}'
-            kwargs |= _followers_options(kwargs)
+            kwargs |= _followers_options()
         self.gathered: list[dict] = []
         launcher = launcher if self.place.replicas > 1 else 'none'
         self._watchdog.start()
         with self._watchdog.reporting():
             super().__init__(model, work_dir, launcher=launcher, cfg=cfg, **kwargs)
-            self.register_hook(_WholeModelHook())
             if any(type(hook).__name__ == 'EMAHook' for hook in self.hooks):
                 raise MisuseError('EMAHook averages a whole model, which no stage has: leave it out, or train without pipeline')
 
@@ -77,6 +76,19 @@ class PipelineRunner(Runner):
             self.model.close()
         self._watchdog.leave()
         return model
+
+    def dump_config(self) -> None:
+        """Written once, by the first stage."""
+        if self.place.is_first:
+            super().dump_config()
+
+    def register_hooks(self, default_hooks: dict | None = None, custom_hooks: list | None = None) -> None:
+        """The config's hooks; on a stage that follows only those that every stage needs."""
+        if self.place.is_first:
+            super().register_hooks(default_hooks, custom_hooks)
+        else:
+            self.register_custom_hooks([hook for hook in custom_hooks or [] if type_name(hook) in FOLLOWERS_HOOKS])
+        self.register_hook(_WholeModelHook())
 
     def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs) -> MMLogger:
         """A later stage writes its own log file, and to the terminal only what is wrong."""
@@ -184,17 +196,10 @@ class _WholeModelHook(Hook):
             runner.model.gather_('weights', last=True)
 
 
-def _followers_options(options: dict) -> dict:
-    """What differs for the runner of a stage that follows: no data, no schedules, no evaluation, no files but its log."""
-    names = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+def _followers_options() -> dict:
+    """What a stage that follows leaves to the first one: learning rate schedules and evaluation."""
     unused = [f'{split}_{part}' for split in ('val', 'test') for part in ('dataloader', 'cfg', 'evaluator')]
-    hooks = options.get('custom_hooks') or []
-    return {
-        'default_hooks': dict.fromkeys([*names, *(options.get('default_hooks') or {})]),
-        'custom_hooks': [hook for hook in hooks if type_name(hook) in FOLLOWERS_HOOKS],
-        'param_scheduler': None,
-        **dict.fromkeys(unused),
-    }
+    return dict.fromkeys(['param_scheduler', *unused])
 
 
 def _count_blocks(model: dict) -> int:

@@ -332,13 +332,13 @@ class PipelineStage(nn.Module):
         self._send(self._to_previous, -1, Answer(parts, self.logs()))
 
     def close(self) -> None:
-        """Send what is under way and stop listening."""
-        for end in ('_to_previous', '_to_next'):
-            if hasattr(self, end):
-                getattr(self, end).flush()
-        for end in ('_from_previous', '_from_next'):
-            if hasattr(self, end):
-                getattr(self, end).close()
+        """End the channels in order."""
+        ends = [(self._to_next, self._from_next)] if not self.place.is_last else []
+        ends += [(self._to_previous, self._from_previous)] if not self.place.is_first else []
+        for outbox, _ in ends:
+            outbox.close()
+        for _, inbox in ends:
+            inbox.join()
 
     def _take(self, done: Done) -> None:
         self._finished = done.iteration + 1

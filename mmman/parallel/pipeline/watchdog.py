@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -50,14 +51,12 @@ class Watchdog:
         """Tells all processes of an error inside."""
         try:
             yield
-        except PeerError:
-            self._stop.set()
-            raise
         except BaseException as error:
             if isinstance(error, RuntimeError) and 'onnection' in str(error):
                 self._await_failure()  # of a peer in a collective: the beats will tell which
             self.report(f'{self._place}: {type(error).__name__}: {error}')
             self._stop.set()
+            atexit.register(os._exit, 1)  # threads that wait for messages in C++ can't be ended otherwise
             raise
 
     def report(self, reason: str) -> None:
