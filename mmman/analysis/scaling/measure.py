@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_flatten
 from mmman.analysis.scaling.profile import Block, Profile
 from mmman.engine import LocalLearningOptimWrapper
 from mmman.errors import ScalingError
-from mmman.local import LocalHead, delocalize_, localize_
+from mmman.local import delocalize_, localize_
 from mmman.local.blocks import LocalBlocks
-from mmman.local.heads.reconstruction import ReconstructionDecoder
 from mmman.partition import chain_of
 
 EMA_MOMENTUM = 0.995
+WARMUP = 2
+"""Steps of each kind that don't count."""
 
 
 def seconds() -> float:
@@ -34,60 +35,68 @@ def seconds() -> float:
     return time.perf_counter()
 
 
-def measure_profile(
-    model: BaseModel,
-    optim_wrapper: LocalLearningOptimWrapper,
-    data: dict,
-    iterations: int = 5,
-    warmup: int = 2,
-    clock: Callable[[], float] = seconds,
-) -> Profile:
-    """Train on ``data`` locally and end to end by turns, and take the median of every part.
+class ProfileMeter:
+    """Trains on one batch locally and end to end by turns, and takes the median of every part.
 
     Args:
         model: A localised model in training mode whose local heads are started.
         optim_wrapper: Its optim wrapper. The end-to-end copy gets an optimizer of the same class and defaults.
         data: A batch as the data loader gives it.
-        iterations: Steps of each kind that count.
-        warmup: Steps of each kind before them.
         clock: What to count: a number that only grows.
 
     Raises:
-        ScalingError: The model has no local heads, or its update is no single one at the end of the step.
+        ScalingError: The model has no local heads.
     """
-    local = getattr(model.backbone, 'local', None)
-    if not isinstance(local, LocalBlocks) or not len(local):
-        raise ScalingError('to measure blocks the model needs some: a mmman.LocalBackbone with num_blocks of at least 2')
-    whole, whole_wrapper = end_to_end(model, optim_wrapper)
-    outputs = [block[-1].output for block in local.plan.blocks[:-1]]
-    local_laps, whole_laps = [], []
-    for iteration in range(warmup + iterations):
-        laps = local_lap(model, optim_wrapper, data, clock), whole_lap(whole, whole_wrapper, data, outputs, clock)
-        if iteration >= warmup:
-            local_laps.append(laps[0])
-            whole_laps.append(laps[1])
-    sizes = _sizes(model, data)
-    blocks = _blocks(_medians(local_laps), sizes)
-    own = [{'gradients': size['gradients'], 'head_gradients': 0} for size in sizes]
-    own[-1]['head_gradients'] = sizes[-1]['head_gradients']
-    processed = model.data_preprocessor(data, True)
-    return Profile(
-        batch=len(data['data_samples']),
-        blocks=blocks,
-        end_to_end=_blocks(_medians(whole_laps), own),
-        images=processed['inputs'].nbytes,
-        labels=sum(leaf.nbytes for sample in data['data_samples'] for leaf in _tensors(sample)),
-    )
+
+    def __init__(
+        self,
+        model: BaseModel,
+        optim_wrapper: LocalLearningOptimWrapper,
+        data: dict,
+        clock: Callable[[], float] = seconds,
+    ) -> None:
+        local = getattr(model.backbone, 'local', None)
+        if not isinstance(local, LocalBlocks) or not len(local):
+            raise ScalingError('to measure blocks the model needs some: a mmman.LocalBackbone with num_blocks of at least 2')
+        self.data, self.clock = data, clock
+        self.model, self.optim_wrapper = model, optim_wrapper
+        self.whole, self.whole_wrapper = end_to_end(model, optim_wrapper)
+        self._outputs = [block[-1].output for block in local.plan.blocks[:-1]]
+        self._laps: list[tuple[list[float], list[float]]] = []
+
+    def lap(self) -> None:
+        """One step of each kind."""
+        local = local_lap(self.model, self.optim_wrapper, self.data, self.clock)
+        self._laps.append((local, whole_lap(self.whole, self.whole_wrapper, self.data, self._outputs, self.clock)))
+
+    def profile(self, warmup: int = WARMUP) -> Profile:
+        """What all laps but the first ``warmup`` say."""
+        local, whole = (_medians(laps) for laps in zip(*self._laps[warmup:], strict=True))
+        sizes = _sizes(self.model, self.data)
+        own = [{'gradients': size['gradients'], 'head_gradients': 0} for size in sizes]
+        own[-1]['head_gradients'] = sizes[-1]['head_gradients']
+        samples = self.data['data_samples']
+        return Profile(
+            batch=len(samples),
+            blocks=_blocks(local, sizes),
+            end_to_end=_blocks(whole, own),
+            images=self.model.data_preprocessor(self.data, True)['inputs'].nbytes,
+            labels=sum(tensor.nbytes for sample in samples for tensor in _tensors(sample)),
+        )
 
 
 def end_to_end(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tuple[BaseModel, OptimWrapper]:
     """A copy of a localised model in one block, with an optimizer of the same class and defaults."""
     whole = copy.deepcopy(model)
     localize_(delocalize_(whole.backbone), num_blocks=1)
-    kind, defaults = type(optim_wrapper.optimizer), optim_wrapper.optimizer.defaults
-    taken = inspect.signature(kind).parameters
-    optimizer = kind(whole.parameters(), **{name: value for name, value in defaults.items() if name in taken})
+    optimizer = optimizer_like(optim_wrapper.optimizer, whole)
     return whole, LocalLearningOptimWrapper(optimizer, dtype=optim_wrapper.dtype)
+
+
+def optimizer_like(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer over another model, of the same class and defaults."""
+    taken = inspect.signature(type(optimizer)).parameters
+    return type(optimizer)(model.parameters(), **{k: v for k, v in optimizer.defaults.items() if k in taken})
 
 
 def local_lap(
@@ -153,7 +162,7 @@ def _laps(marks: list[float], expected: int) -> list[float]:
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
-def _medians(laps: list[list[float]]) -> list[float]:
+def _medians(laps: Iterable[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*laps, strict=True)]
 
 
@@ -195,7 +204,7 @@ def _sizes(model: BaseModel, data: dict) -> list[dict]:
                 'features': sum(made[name] for name in {*taps, block[-1].name}) if head else 0,
                 'taps': sum(made[name] for name in taps) if head else 0,
                 'first_unit': _state(block[0].of(backbone)) if j else 0,
-                'needs_images': _reconstructs(head),
+                'needs_images': head is not None and head.uses_images,
             }
         )
     return sizes
@@ -207,10 +216,6 @@ def _state(module: nn.Module) -> int:
 
 def _trained(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.nbytes for p in parameters if p.requires_grad)
-
-
-def _reconstructs(head: LocalHead | None) -> bool:
-    return head is not None and any(isinstance(module, ReconstructionDecoder) for module in head.modules())
 
 
 def _tensors(sample: object) -> list[Tensor]:

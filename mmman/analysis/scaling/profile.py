@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mmman.errors import ScalingError
@@ -81,9 +81,9 @@ class Profile:
         images = self.images if any(block.needs_images for block in self.blocks[j + 1 :]) else 0
         return self.blocks[j].features + relayed + self.labels + images
 
-    def scaled(self, speed: float) -> Profile:
-        """The same model on a GPU that is ``speed`` times as fast; sizes stay."""
-        return replace(self, blocks=_faster(self.blocks, speed), end_to_end=_faster(self.end_to_end, speed))
+    def with_totals(self, local: float, end_to_end: float) -> Profile:
+        """The same proportions, with these seconds for all blocks together."""
+        return replace(self, blocks=_slower(self.blocks, local), end_to_end=_slower(self.end_to_end, end_to_end))
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON."""
@@ -101,20 +101,19 @@ class Profile:
         except (OSError, ValueError) as error:
             raise ScalingError(f'{path} is no profile: {error}; write one with --measure --save-times') from None
         try:
-            data['blocks'] = tuple(_block(values, path) for values in data['blocks'])
-            data['end_to_end'] = tuple(_block(values, path) for values in data['end_to_end'])
-            return cls(**data)
+            return cls.from_dict(data)
         except (KeyError, TypeError) as error:
             raise ScalingError(f'{path} is no profile: {error}; it needs batch, blocks and end_to_end') from None
 
+    @classmethod
+    def from_dict(cls, data: dict) -> Profile:
+        """The inverse of ``dataclasses.asdict``."""
+        lists = {name: tuple(Block(**values) for values in data[name]) for name in ('blocks', 'end_to_end')}
+        return cls(**{**data, **lists})
 
-def _block(values: dict, path: str | Path) -> Block:
-    known = [field.name for field in fields(Block)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ScalingError(f'{path}: a block has no {", ".join(unknown)}; it has {", ".join(known)}')
-    return Block(**values)
 
-
-def _faster(blocks: Sequence[Block], speed: float) -> tuple[Block, ...]:
+def _slower(blocks: Sequence[Block], total: float) -> tuple[Block, ...]:
+    """Blocks that take ``total`` seconds together."""
+    factor = total / sum(block.seconds for block in blocks)
     times = ('forward', 'head', 'backward', 'update')
-    return tuple(replace(block, **{name: getattr(block, name) / speed for name in times}) for block in blocks)
+    return tuple(replace(block, **{name: getattr(block, name) * factor for name in times}) for block in blocks)

@@ -128,13 +128,14 @@ def _data_parallel(
     return Outcome(system, gpus, iteration, gpus * profile.batch / iteration, bubble, busy / iteration)
 
 
-def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: int = 1, iterations: int = 1000) -> Outcome:
+def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: int = 2, iterations: int = 1000) -> Outcome:
     """A pipeline of one block a stage, in ``gpus / K`` replicas, filled once and drained after ``iterations`` batches.
 
     Stage j starts a batch when it is done with the batch before, has the message of stage j-1, and has the parameters that
-    stage j+1 sent after its step ``1 + staleness`` batches earlier. Messages leave at the end of a step, one after the other on
-    every link. Replica r has the GPUs ``r * K`` to ``r * K + K - 1``; a stage's gradients are reduced over the replicas
-    during its backward pass and waited for before its step. The first stage loads the data.
+    stage j+1 sent after its step ``1 + staleness`` batches earlier. Features leave when the block's backward pass is over,
+    parameters after the step; on every link one message follows the other. Replica r has the GPUs ``r * K`` to
+    ``r * K + K - 1``; a stage's gradients are reduced over the replicas during its backward pass and waited for before its
+    step. The first stage loads the data.
 
     Args:
         staleness: By how many batches a stage may be ahead of the next one's parameters; 0 lets no two neighbours overlap.
@@ -174,11 +175,12 @@ def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: 
             all_there, busy = reduce_all(buckets([gradients]), rings[j], len(replicas))
             reduced[j] += busy
             for r in replicas:
-                end = finish[r][j] = max(ready[r] + block.backward, all_there) + block.update
+                trained = ready[r] + block.backward
+                finish[r][j] = max(trained, all_there) + block.update
                 if j < stages - 1:
-                    sent[r][j].send(end)
+                    sent[r][j].send(trained)
                 if j:
-                    credits[r][j - 1].send(end)
+                    credits[r][j - 1].send(finish[r][j])
     makespan = max(map(max, finish))
     computed = iterations * sum(block.seconds for block in blocks) * len(replicas)
     links = [channel.busy for row in (*sent, *credits) for channel in row]

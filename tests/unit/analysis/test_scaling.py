@@ -25,8 +25,8 @@ MB = 1e6
 
 
 def stages(*seconds, **sizes):
-    """Blocks that compute so long in all, in four equal parts."""
-    return tuple(Block(*[t / 4] * 4, **sizes) for t in seconds)
+    """Blocks that compute so long in all, a quarter of it backward; their update costs nothing."""
+    return tuple(Block(t / 2, t / 4, t / 4, **sizes) for t in seconds)
 
 
 def profile(*blocks, **options):
@@ -60,6 +60,15 @@ def test_without_staleness_neighbours_alternate():
     assert outcome.iteration * iterations == pytest.approx(0.1 + iterations * (0.4 + 0.3))
 
 
+def test_features_leave_before_the_update_and_parameters_after_it():
+    block = Block(0.1, 0.1, 0.2, update=0.3)
+    once = simulate_pipeline(profile(block, block), 2, FREE, iterations=1)
+    assert once.iteration == pytest.approx(0.4 + 0.7)
+    # Without staleness stage 1 computes for 0.4, then stage 2 for 0.7; stage 1 updates beside that.
+    alternating = simulate_pipeline(profile(block, block), 2, FREE, staleness=0, iterations=100)
+    assert alternating.iteration == pytest.approx(1.1)
+
+
 def test_staleness_pays_for_the_round_trip():
     """S + 1 batches travel to the next stage and their credits back: the pair's period is the round trip over S + 1."""
     blocks = stages(1.0, 1.0, first_unit=0.25, features=0.5)
@@ -76,10 +85,7 @@ def test_the_period_is_the_heaviest_cycle(seed):
     sizes = {name: rng.uniform(0, 0.5) for name in ('features', 'first_unit')}
     latency, staleness = rng.uniform(0, 0.5), rng.randint(0, 3)
     given = profile(*stages(*times, **sizes))
-    pairs = [
-        (a + b + sizes['features'] + sizes['first_unit'] + 2 * latency) / (1 + staleness)
-        for a, b in pairwise(times)
-    ]
+    pairs = [(a + b + sizes['features'] + sizes['first_unit'] + 2 * latency) / (1 + staleness) for a, b in pairwise(times)]
     period = max(*times, *sizes.values(), *pairs)
     n = 12 * (1 + staleness)
     far, near = (simulate_pipeline(given, len(times), slow(1.0, latency), staleness, m) for m in (80 * n, 40 * n))
@@ -120,7 +126,7 @@ def test_replicas_double_the_images_and_wait_for_their_gradients():
         ring = [1.5 * part / bandwidth for part in (FIRST_BUCKET, last)]
         exposed = max(first_ready + ring[0], end) + ring[1] - end
         outcome = simulate_pipeline(profile(*blocks), 8, slow(bandwidth), iterations=100)
-        assert outcome.iteration == pytest.approx((0.25 + exposed) * 101 / 100)
+        assert outcome.iteration * 100 == pytest.approx(0.25 + 100 * (0.25 + exposed))
 
 
 def test_a_replica_across_machines_holds_up_the_others():
@@ -187,7 +193,13 @@ def test_a_profile_survives_its_file(tmp_path):
     given = profile(*stages(0.5, 0.25, features=3.0, needs_images=True), images=5.0, loading=0.1)
     given.save(tmp_path / 'times.json')
     assert Profile.load(tmp_path / 'times.json') == given
-    assert given.scaled(2).blocks[0].seconds == pytest.approx(0.25) and given.scaled(2).blocks[0].features == 3.0
+
+
+def test_totals_keep_proportions_and_sizes():
+    given = profile(*stages(0.5, 0.25, features=3.0)).with_totals(3.0, 2.0)
+    assert [block.seconds for block in given.blocks] == pytest.approx([2.0, 1.0])
+    assert given.end_to_end[0].seconds == pytest.approx(2.0)
+    assert given.blocks[0].features == 3.0
 
 
 @pytest.mark.parametrize(

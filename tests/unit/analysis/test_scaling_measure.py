@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmman import LocalLearningError, LocalLearningOptimWrapper
-from mmman.analysis.scaling.measure import measure_profile
+from mmman.analysis.scaling.measure import ProfileMeter
 from tests.toy import toy_batches, toy_config
 
 
@@ -25,7 +25,9 @@ def toy():
 def measured(model, **options):
     wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9))
     (batch,) = toy_batches(1, dtype=torch.float32)
-    return measure_profile(model, wrapper, batch, iterations=1, warmup=0, **options)
+    meter = ProfileMeter(model, wrapper, batch, **options)
+    meter.lap()
+    return meter.profile(warmup=0)
 
 
 def flops_of(module, x):
