@@ -58,7 +58,7 @@ class StageLoop(BaseLoop):
         steps = runner.optim_wrapper.steps
         runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=batch)
         outputs = stage.train_step(batch, runner.optim_wrapper)
-        log = {f'train/{name}': float(value) for name, value in outputs.items()}
+        log = {f'train/{name}': float(value.detach()) for name, value in outputs.items()}
         log |= {name: float(buffer.current()) for name, buffer in scalars.items()}
         stage.reply(runner.optim_wrapper.steps, runner.optim_wrapper.steps != steps, log)
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import pickle
+import random
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
@@ -115,10 +117,12 @@ class PipelineRunner(Runner):
             loop = super().build_train_loop(loop)
             plan = (loop.max_iters, getattr(loop.dataloader.dataset, 'metainfo', None))
             if self.place.rank == 0:
-                self._store.set('loop', pickle.dumps(plan))
+                self._store.set('loop', pickle.dumps((plan, _random_state())))
             return loop
         self._store.wait(['loop'], PATIENT)
-        return StageLoop(self, *pickle.loads(self._store.get('loop')))
+        plan, state = pickle.loads(self._store.get('loop'))
+        _set_random_state(state)  # making a data loader may draw; all stages initialise the same weights
+        return StageLoop(self, *plan)
 
     def build_optim_wrapper(self, optim_wrapper: dict | OptimWrapper) -> OptimWrapper:
         """Refuse what stages, each with its own part of the gradients, can't do."""
@@ -194,6 +198,16 @@ class _WholeModelHook(Hook):
     def after_train(self, runner: PipelineRunner) -> None:
         if runner.place.is_first:
             runner.model.gather_('weights', last=True)
+
+
+def _random_state() -> tuple:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_random_state(state: tuple) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
 
 
 def _followers_options() -> dict:

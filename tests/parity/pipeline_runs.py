@@ -1,0 +1,122 @@
+"""Runs for the pipeline's tests: the same config in one process, or one stage a process."""
+
+import copy
+import os
+import socket
+from collections import deque
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import DATASETS, HOOKS
+from mmengine.runner import Runner
+from torch import multiprocessing
+from torch.utils.data import Dataset
+
+from mmman import EMABiasHook
+from mmman.parallel.pipeline import PipelineRunner
+from tests.toy import CLASSES, toy_config
+
+
+@DATASETS.register_module()
+class ToyImages(Dataset):
+    metainfo = {'classes': tuple('abcde')}
+
+    def __init__(self, count=24, pixels=16):
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(count, 3, pixels, pixels, generator=generator)
+        self.labels = torch.randint(CLASSES, (count,), generator=generator)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return {'inputs': self.images[index], 'data_samples': self.labels[index]}
+
+
+@HOOKS.register_module()
+class StaleEMAHook(EMABiasHook):
+    """What the pipeline states of its momentum copies, in one process: a step counts S iterations late, or at a flush.
+
+    Plain torch on clones of the parameters; flushes are those of the given iterations' ends.
+    """
+
+    def __init__(self, momentum, staleness, flush_every=10**9):
+        super().__init__(momentum)
+        self.staleness, self.flush_every, self.waiting = staleness, flush_every, deque()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        backbone = runner.model.backbone
+        stepped, self._seen_steps = runner.optim_wrapper.steps != self._seen_steps, runner.optim_wrapper.steps
+        states = [copy.deepcopy(head.source.of(backbone).state_dict()) for head in backbone.local.values()]
+        self.waiting.append(states if stepped else None)
+        while len(self.waiting) > (0 if (runner.iter + 1) % self.flush_every == 0 else self.staleness):
+            states = self.waiting.popleft() or []
+            for head, state in zip(backbone.local.values() if states else [], states, strict=True):
+                for name, value in head.transfer.momentum.state_dict().items():
+                    if value.is_floating_point():
+                        value.copy_(torch.lerp(value, state[name], 1 - self.momentum))
+
+
+def toy_run(work_dir, iters=6, batch_size=4, staleness=1, momentum=0.9, hook=None, wrapper=None, model=None, **options):
+    """Config of a run of the toy classifier."""
+    return Config(
+        {
+            'model': toy_config(**(model or {})),
+            'work_dir': str(work_dir),
+            'train_dataloader': {
+                'dataset': {'type': 'ToyImages'},
+                'batch_size': batch_size,
+                'num_workers': 0,
+                'sampler': {'type': 'DefaultSampler', 'shuffle': True},
+                'collate_fn': {'type': 'default_collate'},
+            },
+            'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': iters, 'val_interval': 10**9},
+            'optim_wrapper': {
+                'type': 'mmman.LocalLearningOptimWrapper',
+                'optimizer': {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-3},
+                **(wrapper or {}),
+            },
+            'param_scheduler': [{'type': 'LinearLR', 'start_factor': 0.1, 'by_epoch': False, 'begin': 0, 'end': 5}],
+            'custom_hooks': [hook or {'type': 'mmman.EMABiasHook', 'momentum': momentum}],
+            'default_hooks': {'checkpoint': {'type': 'CheckpointHook', 'interval': iters, 'by_epoch': False}},
+            'randomness': {'seed': 0},
+            'pipeline': {'staleness': staleness, 'timeout': 20},
+            'log_level': 'WARNING',
+            'experiment_name': Path(work_dir).name,
+            **options,
+        }
+    )
+
+
+def run_alone(cfg):
+    """Train in this process and return the last checkpoint."""
+    torch.set_num_threads(1)
+    Runner.from_cfg(cfg).train()
+    return last_checkpoint(cfg.work_dir)
+
+
+def last_checkpoint(work_dir):
+    return torch.load(Path(work_dir, 'last_checkpoint').read_text())
+
+
+def run_in_stages(cfgs, processes):
+    """Train each config in that many processes, one config after the other."""
+    multiprocessing.spawn(_worker, (cfgs, processes, [_free_port() for _ in cfgs]), nprocs=processes)
+
+
+def _worker(rank, cfgs, processes, ports):
+    torch.set_num_threads(1)
+    for cfg, port in zip(cfgs, ports, strict=True):
+        os.environ.update(
+            RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
+        )
+        cfg = Config(cfg)
+        cfg.launcher = 'pytorch'
+        PipelineRunner.from_cfg(cfg).train()
+
+
+def _free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
