@@ -22,7 +22,7 @@ class NonFiniteLossError(LocalLearningError, FloatingPointError):
 
 
 class CheckpointError(LocalLearningError, ValueError):
-    """A checkpoint can't be published as asked."""
+    """A checkpoint can't be published as asked, or a run can't go on from it."""
 
 
 class ScalingError(LocalLearningError, ValueError):

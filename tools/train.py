@@ -18,11 +18,13 @@ from mmman.engine.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
     build_runner,
-    check_checkpoint,
     leave_process_group,
     load_config,
+    set_resume,
     type_name,
 )
+from mmman.engine.resume import use_exact_resume
+from mmman.errors import CheckpointError
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,7 +38,8 @@ def parse_args() -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='PATH',
-        help='resume from this checkpoint; without a value, from the latest one in the work folder, if any',
+        help='go on from this checkpoint; without a value, from the latest one in the work folder, if any; '
+        "'previous': from the one before",
     )
     return parser.parse_args()
 
@@ -75,10 +78,13 @@ def main() -> None:
         enable_amp(cfg)
     if args.auto_scale_lr:
         enable_auto_scale_lr(cfg)
-    if args.resume:
-        cfg.resume = True
-        cfg.load_from = None if args.resume == 'auto' else check_checkpoint(args.resume, '--resume')
-    build_runner(cfg).train()
+    set_resume(cfg, args.resume)
+    use_exact_resume(cfg)
+    runner = build_runner(cfg)
+    try:
+        runner.train()
+    except CheckpointError as error:
+        raise SystemExit(f'{cfg.load_from}: {error}') from error
     leave_process_group()
 
 

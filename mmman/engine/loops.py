@@ -1,0 +1,136 @@
+"""mmengine's train loops, able to go on from any iteration exactly as if they had never stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
+from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop as MMEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMIterBasedTrainLoop
+from torch.utils.data import DataLoader
+
+from mmman.engine.resume import ExactResumeHook
+from mmman.engine.seeded import ITERATION, SeededDataLoader, derive_seeds, seed_process
+from mmman.errors import CheckpointError, MisuseError
+from mmman.registry import LOOPS
+
+
+class ResumableLoop(BaseLoop):
+    """What both loops share: seeded data, a seed for every iteration, and the place in the data where a run goes on.
+
+    Attributes:
+        stream: Numbers that make this process's random numbers in an iteration its own. By default its rank; whoever splits a
+            model over processes may add more.
+    """
+
+    by_epoch: bool
+
+    def __init__(self, runner: Runner, dataloader: DataLoader | dict) -> None:
+        super().__init__(runner, dataloader)
+        self.is_seeded = SeededDataLoader.supports(self.dataloader)
+        if self.is_seeded:
+            self.dataloader = SeededDataLoader.of(self.dataloader)
+        else:
+            print_log(
+                'The training data comes from a custom loader or an iterable dataset: a resumed run will not be exact',
+                logger='current',
+                level=logging.WARNING,
+            )
+        self.stream = (get_rank(),)
+        self.resumed_batch = 0
+        self._pass, self._pass_began = 0, 0
+        runner.register_hook(ExactResumeHook())
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, the same on all ranks."""
+        apart = self.runner._randomness_cfg.get('diff_rank_seed', False)
+        return self.runner.seed - (get_rank() if apart else 0)
+
+    def data_facts(self) -> dict[str, int]:
+        """What has to be the same for the rest of an epoch to be the same."""
+        sampler = self.dataloader.batch_sampler
+        return {
+            'processes': get_world_size(),
+            'batch size': getattr(sampler, 'batch_size', None) or 0,
+            'dataset length': len(self.dataloader.dataset) if self.is_seeded else 0,
+        }
+
+    def position(self, epoch: int, iteration: int) -> int:
+        """How many batches of its epoch lie behind a checkpoint that stores this epoch and iteration."""
+        return iteration - self._pass_began if epoch == self._pass else 0
+
+    def _start_pass(self, epoch: int, batch: int) -> None:
+        """Position the data at a batch of a pass over it; ``_iter`` is that batch's iteration."""
+        self._pass, self._pass_began = epoch, self._iter - batch
+        if self.is_seeded:
+            self.dataloader.batch_sampler.start(self.seed, epoch, batch)
+        elif batch:
+            raise CheckpointError(
+                f'cannot resume in the middle of an epoch (batch {batch}): the training data has no batch sampler to position; '
+                'resume from a checkpoint at the end of an epoch'
+            )
+
+    def _seed_iteration(self) -> None:
+        seed_process(*derive_seeds(ITERATION, self.seed, self._iter, *self.stream))
+
+
+@LOOPS.register_module()
+class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
+    """mmengine's epoch-based loop, which also resumes in the middle of an epoch. The arguments are mmengine's."""
+
+    by_epoch = True
+    _first = 0
+
+    def run_epoch(self) -> None:
+        """Train one epoch, or what a checkpoint left of it."""
+        self._first, self.resumed_batch = self.resumed_batch, 0
+        self._start_pass(self._epoch, self._first)
+        super().run_epoch()
+
+    def run_iter(self, idx: int, data_batch: list[dict]) -> None:
+        """Train one batch.
+
+        Args:
+            idx: The batch's index among those that this process loaded of the epoch.
+            data_batch: The batch.
+        """
+        self._seed_iteration()
+        super().run_iter(self._first + idx, data_batch)
+
+
+@LOOPS.register_module()
+class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
+    """mmengine's iteration-based loop; on resume it loads nothing that was trained already. The arguments are mmengine's."""
+
+    by_epoch = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_seeded:
+            self.dataloader_iterator = self._endless_batches()
+
+    def position(self, epoch: int, iteration: int) -> int:
+        """All batches so far: there are no epochs."""
+        return iteration
+
+    def run_iter(self, data_batch: list[dict]) -> None:
+        """Train one batch."""
+        self._seed_iteration()
+        super().run_iter(data_batch)
+
+    def _endless_batches(self) -> Iterator:
+        """Pass after pass over the data, from the iteration that a checkpoint brought."""
+        epoch, to_skip = 0, self._iter
+        for _ in range(to_skip):
+            yield None  # mmengine replays what was trained already
+        while True:
+            before = self._iter, to_skip
+            self._start_pass(epoch, to_skip)
+            yield from self.dataloader
+            epoch, to_skip = epoch + 1, self.dataloader.batch_sampler.to_skip
+            if (self._iter, to_skip) == before:
+                raise MisuseError('the training data makes no batch: lower train_dataloader.batch_size, or set drop_last=False')

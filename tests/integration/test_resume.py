@@ -1,0 +1,187 @@
+"""A run that is stopped, anywhere and more than once, ends with the same bits as one that is not."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.model import BaseDataPreprocessor
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mmman.engine.seeded import seed_process
+from tests.integration.test_train import assert_same, load
+from tests.toy import CLASSES, ToyClassifier, toy_config
+
+IMAGES, BATCH, EPOCHS = 11, 3, 3
+ITERATIONS = 4 * EPOCHS
+FRESH = itertools.count(100)
+
+
+class NoisyImages:
+    """Images of two aspect ratios that every generator changes, each time anew."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.metainfo = {'classes': tuple(map(str, range(CLASSES)))}
+        self.images = torch.randn(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def __len__(self) -> int:
+        return IMAGES
+
+    def get_data_info(self, index: int) -> dict:
+        return {'width': 1 + index % 3, 'height': 2}
+
+    def __getitem__(self, index: int) -> dict:
+        factor = random.random() + np.random.rand()
+        image = self.images[index] * factor + 0.1 * torch.randn(3, 8, 8, dtype=torch.float64)
+        return {'inputs': image, 'data_samples': torch.tensor(index % CLASSES)}
+
+
+class Mixup(BaseDataPreprocessor):
+    """Mixes the images of a batch, as data preprocessors of the libraries do within the training step."""
+
+    def forward(self, data: dict, training: bool = False) -> dict:
+        share = np.random.beta(0.8, 0.8)
+        order = torch.randperm(len(data['inputs']))
+        return {**data, 'inputs': share * data['inputs'] + (1 - share) * data['inputs'][order]}
+
+
+def local_model() -> ToyClassifier:
+    model = MODELS.build(toy_config()).double()
+    model.data_preprocessor = Mixup()
+    model.register_module('dropout', nn.Dropout(0.3))
+    model.head[0].register_forward_pre_hook(lambda module, inputs: model.dropout(inputs[0]))
+    return model
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopAfter(Hook):
+    """Stops a run as a kill would, once a checkpoint of that iteration is there."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, iteration: int) -> None:
+        self.iteration = iteration
+
+    def after_train_iter(self, runner: Runner, *args, **kwargs) -> None:
+        if runner.iter + 1 == self.iteration:
+            raise StoppedError
+
+
+def loader_of(
+    sampler: str = 'default', workers: int = 0, persistent: bool = False, aspect: bool = False, drop_last: bool = False
+):
+    dataset = NoisyImages()
+    sampler = {'default': DefaultSampler, 'infinite': InfiniteSampler}[sampler](dataset)
+    options = {'num_workers': workers, 'persistent_workers': persistent}
+    if aspect:
+        from mmdet.datasets.samplers import AspectRatioBatchSampler
+
+        return DataLoader(dataset, batch_sampler=AspectRatioBatchSampler(sampler, BATCH, drop_last), **options)
+    return DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=drop_last, **options)
+
+
+def start(folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, resume=None, seed=None, **options) -> Runner:
+    """Train from the beginning or from a checkpoint; where ``stop`` is an iteration, the run ends there."""
+    seed_process(next(FRESH) if seed is None else seed)
+    schedulers = [
+        {'type': 'MultiStepLR', 'by_epoch': by_epoch, 'milestones': [1, 2], 'gamma': 0.5},
+        {'type': 'LinearLR', 'by_epoch': False, 'start_factor': 0.1, 'begin': 0, 'end': 7},
+    ]
+    train_cfg = {'type': 'mmman.EpochBasedTrainLoop', 'max_epochs': EPOCHS}
+    if not by_epoch:
+        train_cfg = {'type': 'mmman.IterBasedTrainLoop', 'max_iters': ITERATIONS}
+    checkpoint = {'type': 'mmman.CheckpointHook', 'by_epoch': False, 'interval': 1, 'max_keep_ckpts': 1}
+    arguments = dict(
+        model=local_model(),
+        work_dir=str(folder),
+        train_dataloader=loaders(),
+        train_cfg={**train_cfg, 'val_interval': 99},
+        optim_wrapper={
+            'type': 'mmman.LocalLearningOptimWrapper',
+            'optimizer': {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-3},
+            'accumulative_counts': accumulate,
+        },
+        param_scheduler=schedulers,
+        custom_hooks=[
+            {'type': 'mmman.EMABiasHook', 'momentum': 0.9},
+            {'type': 'EMAHook', 'priority': 49},
+            *([StopAfter(stop)] if stop else []),
+        ],
+        default_hooks={'logger': None, 'checkpoint': checkpoint},
+        randomness={'seed': seed},
+        resume=resume is not None,
+        load_from=resume and str(resume),
+        log_level='ERROR',
+        experiment_name=f'{folder.name}-{random.Random().random()}',
+    )
+    runner = Runner(**{**arguments, **options})
+    try:
+        runner.train()
+    except StoppedError:
+        assert stop
+    return runner
+
+
+def checkpoint_in(folder):
+    (path,) = folder.glob('iter_*.pth')
+    return path
+
+
+def interrupted(folder, stops, first_seed=None, loaders=loader_of, **options):
+    """Train in pieces that end after the iterations of ``stops``, and return the last checkpoint."""
+    resume, seed = None, first_seed
+    for stop in [*stops, None]:
+        start(folder, stop=stop, resume=resume, seed=seed, loaders=loaders, **options)
+        resume, seed = checkpoint_in(folder), None
+    return load(resume)
+
+
+def whole(folder, loaders=loader_of, **options):
+    start(folder, seed=5, loaders=loaders, **options)
+    return load(checkpoint_in(folder))
+
+
+def assert_same_training(ours, theirs):
+    assert ours['meta']['iter'] == theirs['meta']['iter'] == ITERATIONS
+    for part in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
+        assert_same(ours[part], theirs[part], part)
+
+
+KINDS = {
+    'epochs': {},
+    'epochs, workers': {'workers': 2},
+    'epochs, persistent workers': {'workers': 2, 'persistent': True},
+    'epochs, accumulation': {'accumulate': 3},
+    'epochs, aspect ratios': {'aspect': True},
+    'iterations, infinite sampler': {'by_epoch': False, 'sampler': 'infinite'},
+    'iterations, workers': {'by_epoch': False, 'sampler': 'infinite', 'workers': 2, 'persistent': True},
+    'iterations, finite sampler': {'by_epoch': False},
+    'iterations, aspect ratios, last dropped': {'by_epoch': False, 'aspect': True, 'drop_last': True, 'accumulate': 2},
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_stopped_runs_end_as_the_whole_one(kind, tmp_path):
+    options = dict(KINDS[kind])
+    run = {name: options.pop(name) for name in ('by_epoch', 'accumulate') if name in options}
+    if options.get('aspect'):
+        pytest.importorskip('mmdet')
+
+    def loaders():
+        return loader_of(**options)
+
+    reference = whole(tmp_path / 'whole', loaders, **run)
+    resumed = interrupted(tmp_path / 'stopped', [1, 3, 4, 6, 11], first_seed=5, loaders=loaders, **run)
+
+    assert_same_training(resumed, reference)
+    assert reference['meta']['seed'] == resumed['meta']['seed'] == 5
+    assert_same(resumed['state_dict'].keys(), {**reference['state_dict']}.keys())
