@@ -80,7 +80,7 @@ def simulate_end_to_end(profile: Profile, gpus: int, network: Network) -> Outcom
     for block in reversed(blocks):
         produced.append(Produced(now, now + block.backward, block.head_gradients + block.gradients))
         now += block.backward
-    return _data_parallel('E2E, DDP', profile, blocks, now, produced, gpus, network)
+    return _data_parallel('E2E, DDP', profile, blocks, now, buckets(produced), gpus, network)
 
 
 def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: bool) -> Outcome:
@@ -97,7 +97,8 @@ def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: boo
         spans.append((start, now))
     if blockwise:
         produced = [Produced(*span, b.head_gradients + b.gradients) for span, b in zip(spans, blocks, strict=True)]
-        return _data_parallel('MAN++, block-wise DDP', profile, blocks, now, produced, gpus, network)
+        ready = [bucket for block in produced for bucket in buckets([block])]  # every block has a reducer of its own
+        return _data_parallel('MAN++, block-wise DDP', profile, blocks, now, ready, gpus, network)
     (start, end), last, others = spans[-1], blocks[-1], blocks[:-1]
     total = last.head_gradients + last.gradients
     middle = start + (end - start) * (last.head_gradients / total if total else 0)
@@ -107,7 +108,7 @@ def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: boo
         Produced(middle, end, last.gradients),
         *(Produced(end, end, block.gradients) for block in reversed(others)),
     ]
-    return _data_parallel('MAN++, stock DDP', profile, blocks, now, produced, gpus, network)
+    return _data_parallel('MAN++, stock DDP', profile, blocks, now, buckets(produced), gpus, network)
 
 
 def _data_parallel(
@@ -115,13 +116,13 @@ def _data_parallel(
     profile: Profile,
     blocks: Sequence[Block],
     computed: float,
-    produced: Sequence[Produced],
+    ready: Sequence[tuple[float, float]],
     gpus: int,
     network: Network,
 ) -> Outcome:
     if gpus < 1:
         raise ScalingError(f'{gpus} GPUs: at least 1 is needed')
-    reduced, busy = reduce_all(buckets(produced), network.ring(range(gpus)), gpus)
+    reduced, busy = reduce_all(ready, network.ring(range(gpus)), gpus)
     step = max(computed, reduced) + sum(block.update for block in blocks)
     iteration = max(step, profile.loading)
     bubble = 1 - sum(block.seconds for block in blocks) / iteration

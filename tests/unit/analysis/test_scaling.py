@@ -169,8 +169,8 @@ def test_end_to_end_hides_what_fits_into_the_backward_pass():
 
 
 def test_blockwise_reduction_runs_beside_the_next_block_and_stock_reduction_does_not():
-    size, bandwidth = FIRST_BUCKET, 2 * FIRST_BUCKET / 2 / 0.2  # a ring of two: 0.2 s a block
-    blocks = [Block(0.1, 0.1, 0.1, gradients=size), Block(0.1, 0.1, 0.1, head_gradients=BUCKET / 25)]
+    size, bandwidth = FIRST_BUCKET / 2, FIRST_BUCKET / 2 / 0.2  # a ring of two: 0.2 s a block
+    blocks = [Block(0.1, 0.1, 0.1, gradients=size), Block(0.1, 0.1, 0.1, head_gradients=size)]
     given, network = profile(*blocks), slow(bandwidth)
     # Block 1's reduction, 0.3 to 0.5, is over before block 2's begins at 0.6.
     assert simulate_local(given, 2, network, blockwise=True).iteration == pytest.approx(0.8)
