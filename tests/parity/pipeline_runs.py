@@ -20,9 +20,8 @@ from tests.toy import CLASSES, toy_config
 
 @DATASETS.register_module()
 class ToyImages(Dataset):
-    metainfo = {'classes': tuple('abcde')}
-
     def __init__(self, count=24, pixels=16):
+        self.metainfo = {'classes': tuple('abcde')}
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randn(count, 3, pixels, pixels, generator=generator)
         self.labels = torch.randint(CLASSES, (count,), generator=generator)

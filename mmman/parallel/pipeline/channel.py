@@ -50,7 +50,7 @@ class Outbox:
         for tensor in (torch.tensor([len(body)]), body, *pickler.tensors):
             if tensor.numel():
                 with _connection():
-                    works.append((self._groups[tensor.device.type].send([tensor], self._peer, 0), tensor))
+                    works.append((self._groups[tensor.device.type].send([_flat(tensor)], self._peer, 0), tensor))
         self._underway.append(works)
 
     def close(self) -> None:
@@ -130,8 +130,13 @@ class Inbox:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         if tensor.numel():
             with _connection():
-                self._groups[device].recv([tensor], self._peer, 0).wait(PATIENT)
+                self._groups[device].recv([_flat(tensor)], self._peer, 0).wait(PATIENT)
         return tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's memory as a vector, so that its strides stay what they are."""
+    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @contextmanager
@@ -156,7 +161,7 @@ class _Pickler(pickle.Pickler):
             return None
         if id(obj) not in self._seen:
             tensor = obj.detach()
-            if not (tensor.is_contiguous() or (tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last))):
+            if torch.empty_like(tensor).stride() != tensor.stride():  # it has gaps or overlaps
                 tensor = tensor.contiguous()
             self._seen[id(obj)] = (len(self.tensors), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device.type)
             self.tensors.append(tensor)

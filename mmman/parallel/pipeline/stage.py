@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,8 +31,7 @@ class Batch:
 
     Attributes:
         iteration: Which batch it is.
-        shape: Shape of the model's input batch, (B, 3, H, W).
-        inputs: The input batch, normalised, where a later local head looks at pixels.
+        inputs: The model's input batch, (B, 3, H, W), normalised; on the meta device where no later local head uses pixels.
         data_samples: The batch's data samples, as the data preprocessor returns them.
         feature: The block's output, detached.
         taps: Outputs of units that neck or head take, by the path of the unit.
@@ -40,8 +39,7 @@ class Batch:
     """
 
     iteration: int
-    shape: torch.Size
-    inputs: Tensor | None
+    inputs: Tensor
     data_samples: Any
     feature: Tensor
     taps: dict[str, Tensor] = field(default_factory=dict)
@@ -223,26 +221,15 @@ class PipelineStage(nn.Module):
         groups = None
         if self.place.is_first:
             data = self.module.data_preprocessor(data, True)
-            inputs, samples = data['inputs'], data['data_samples']
+            inputs = data['inputs']
             groups = [{k: v for k, v in group.items() if k != 'params'} for group in optim_wrapper.optimizer.param_groups]
             groups, self._groups = (None if groups == self._groups else groups), groups
-            batch = Batch(self.iteration, inputs.shape, inputs, samples, inputs, groups=groups)
+            batch = Batch(self.iteration, inputs, data['data_samples'], inputs, groups=groups)
         else:
             batch = self._batch = data
-            groups = batch.groups
-            if batch.inputs is None:
-                batch.inputs = torch.empty(batch.shape, device='meta')
-            for group, new in zip(optim_wrapper.optimizer.param_groups, groups or [], strict=groups is not None):
+            for group, new in zip(optim_wrapper.optimizer.param_groups, batch.groups or [], strict=bool(batch.groups)):
                 group.update(new)
-        self._outgoing = Batch(
-            batch.iteration,
-            batch.shape,
-            batch.inputs if self._sends_images else None,
-            batch.data_samples,
-            batch.feature,
-            {} if self.place.is_first else dict(batch.taps),
-            groups,
-        )
+        self._outgoing = replace(batch, inputs=batch.inputs if self._sends_images else batch.inputs.to('meta'))
         return batch
 
     # -- hooks of the backbone ---------------------------------------------------------------------------------------------

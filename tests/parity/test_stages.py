@@ -1,0 +1,113 @@
+"""A model in stages trains what the model in one piece trains, for every backbone family; without processes between stages."""
+
+import copy
+import io
+
+import pytest
+import torch
+from mmengine.optim import build_optim_wrapper
+
+from mmman.parallel.pipeline.channel import _Pickler, _Unpickler
+from mmman.parallel.pipeline.place import Place
+from mmman.parallel.pipeline.stage import PipelineStage
+
+pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
+pytest.importorskip('mmdet')
+
+from tests.parity import test_classifiers as classifiers
+from tests.parity import test_retinanet as detectors
+from tests.parity import test_segmentors as segmentors
+
+OPTIMIZER = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
+
+
+class Mailbox:
+    """A channel whose ends are in one process: keeps the last message, pickled as for another one."""
+
+    def send(self, message):
+        file = io.BytesIO()
+        pickler = _Pickler(file)
+        pickler.dump(message)
+        tensors = iter([tensor.clone() for tensor in pickler.tensors])
+        self.message = _Unpickler(io.BytesIO(file.getvalue()), lambda *meta: next(tensors)).load()
+        assert next(tensors, None) is None
+
+
+def wrapper_of(model, iters):
+    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': OPTIMIZER})
+    wrapper.initialize_count_status(model, 0, iters)
+    return wrapper
+
+
+def stage_of(model, stage, iters):
+    module = copy.deepcopy(model)
+    place = Place(stage, len(model.backbone.local.plan.blocks), 0, 1)
+    wrapped = PipelineStage(module, place, staleness=iters)
+    wrapper = wrapper_of(module, iters)
+    wrapped.start_(wrapper.optimizer, 'cpu', 0)
+    wrapped._to_next = Mailbox()
+    return wrapped, wrapper
+
+
+def compare(model, batches):
+    """Train ``model`` in one piece and in stages on the same batches, and compare weights and optimizer state."""
+    stages = [stage_of(model, stage, len(batches)) for stage in range(len(model.backbone.local.plan.blocks))]
+    whole = wrapper_of(model, len(batches))
+    for batch in batches:
+        torch.manual_seed(1)
+        model.train_step(copy.deepcopy(batch), whole)
+        torch.manual_seed(1)
+        message = copy.deepcopy(batch)
+        for stage, wrapper in stages:
+            losses = stage.train_step(message, wrapper)
+            message = getattr(stage._to_next, 'message', None)
+    assert losses, 'the last stage has the task loss'
+    weights, optimizer = {}, {}
+    for stage, wrapper in stages:
+        weights |= stage.part.weights()
+        optimizer |= stage.part.optimizer_state(wrapper.optimizer)
+    theirs = model.state_dict()
+    assert weights.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(weights[name], value), name
+    theirs = whole.optimizer.state_dict()['state']
+    assert optimizer.keys() == theirs.keys()
+    for index, state in theirs.items():
+        assert torch.equal(optimizer[index]['momentum_buffer'], state['momentum_buffer'])
+    return stages
+
+
+@pytest.mark.filterwarnings('ignore:MMPretrain cannot train the distilled')
+@pytest.mark.parametrize('system', ['dgl', 'infopro'])
+@pytest.mark.parametrize('family', classifiers.FAMILIES)
+def test_classifiers(family, system):
+    torch.manual_seed(0)
+    compare(classifiers.classifier(family, system), [classifiers.images(seed=i) for i in range(2)])
+
+
+@pytest.mark.parametrize('family', classifiers.INNER)
+def test_norms_on_outputs_from_inside_a_block(family):
+    torch.manual_seed(0)
+    model = classifiers.classifier(family, num_blocks=2, partition=[classifiers.INNER[family]])
+    compare(model, [classifiers.images(seed=i) for i in range(2)])
+
+
+@pytest.mark.parametrize('partition', segmentors.CUTS, ids=str)
+def test_segmentors(partition):
+    torch.manual_seed(0)
+    model = segmentors.deeplab('deeplabv3plus', 'manpp', partition, **segmentors.INFOPRO)
+    compare(model, [segmentors.images(0), segmentors.images(1)])
+
+
+@pytest.mark.parametrize('partition', ['stage', ['stem', 'layer2.0', 'layer3.1']], ids=str)
+def test_detectors(partition):
+    torch.manual_seed(0)
+    model = detectors.retinanet(detectors.ROWS['manpp'], num_blocks=4, partition=partition).train()
+    for head in model.backbone.local.values():
+        head.transfer.sync_(head.source.of(model.backbone))
+    batches = [detectors.pseudo_collate(detectors.images(2, seed=i)) for i in range(2)]
+    stages = compare(model, batches)
+    assert [stage._sends_images for stage, _ in stages] == [False] * 4
+    held = [sum(p.numel() for p in stage.parameters() if not p.is_meta) for stage, _ in stages]
+    assert sum(held) == sum(p.numel() for p in model.parameters())
