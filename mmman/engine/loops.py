@@ -13,18 +13,13 @@ from mmengine.runner import IterBasedTrainLoop as MMIterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from mmman.engine.resume import ExactResumeHook
-from mmman.engine.seeded import ITERATION, SeededDataLoader, derive_seeds, seed_process
+from mmman.engine.seeded import SeededDataLoader, run_seed, seed_iteration
 from mmman.errors import CheckpointError, MisuseError
 from mmman.registry import LOOPS
 
 
 class ResumableLoop(BaseLoop):
-    """What both loops share: seeded data, a seed for every iteration, and the place in the data where a run goes on.
-
-    Attributes:
-        stream: Numbers that make this process's random numbers in an iteration its own. By default its rank; whoever splits a
-            model over processes may add more.
-    """
+    """What both loops share: seeded data, a seed for every iteration, and the place in the data where a run goes on."""
 
     by_epoch: bool
 
@@ -39,16 +34,9 @@ class ResumableLoop(BaseLoop):
                 logger='current',
                 level=logging.WARNING,
             )
-        self.stream = (get_rank(),)
         self.resumed_batch = 0
         self._pass, self._pass_began = 0, 0
         runner.register_hook(ExactResumeHook())
-
-    @property
-    def seed(self) -> int:
-        """The run's seed, the same on all ranks."""
-        apart = self.runner._randomness_cfg.get('diff_rank_seed', False)
-        return self.runner.seed - (get_rank() if apart else 0)
 
     def data_facts(self) -> dict[str, int]:
         """What has to be the same for the rest of an epoch to be the same."""
@@ -67,15 +55,12 @@ class ResumableLoop(BaseLoop):
         """Position the data at a batch of a pass over it; ``_iter`` is that batch's iteration."""
         self._pass, self._pass_began = epoch, self._iter - batch
         if self.is_seeded:
-            self.dataloader.batch_sampler.start(self.seed, epoch, batch)
+            self.dataloader.batch_sampler.start(run_seed(self.runner), epoch, batch)
         elif batch:
             raise CheckpointError(
                 f'cannot resume in the middle of an epoch (batch {batch}): the training data has no batch sampler to position; '
                 'resume from a checkpoint at the end of an epoch'
             )
-
-    def _seed_iteration(self) -> None:
-        seed_process(*derive_seeds(ITERATION, self.seed, self._iter, *self.stream))
 
 
 @LOOPS.register_module()
@@ -98,7 +83,7 @@ class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
             idx: The batch's index among those that this process loaded of the epoch.
             data_batch: The batch.
         """
-        self._seed_iteration()
+        seed_iteration(self.runner, self._iter, get_rank())
         super().run_iter(self._first + idx, data_batch)
 
 
@@ -119,7 +104,7 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
 
     def run_iter(self, data_batch: list[dict]) -> None:
         """Train one batch."""
-        self._seed_iteration()
+        seed_iteration(self.runner, self._iter, get_rank())
         super().run_iter(data_batch)
 
     def _endless_batches(self) -> Iterator:

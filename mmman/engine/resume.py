@@ -7,7 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -89,7 +88,7 @@ class ExactResumeHook(Hook):
         }
         if not isinstance(runner.optim_wrapper, OptimWrapper) or runner.optim_wrapper.should_update():
             return
-        if get_world_size() > 1:
+        if is_model_wrapper(runner.model):
             _warn(
                 'This checkpoint is saved while gradients accumulate, and every process has its own: a run resumed from it '
                 "will not be exact. Choose the checkpoint hook's interval as a multiple of accumulative_counts"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from mmengine.dist import get_rank
+from mmengine.runner import Runner
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 # What a seed is for: the same numbers give other seeds for other purposes.
@@ -46,6 +47,22 @@ def seed_process(seed: int, devices: bool = True) -> None:
         torch.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
+
+
+def run_seed(runner: Runner) -> int:
+    """The seed of a run, the same on all ranks."""
+    return runner.seed - (get_rank() if runner._randomness_cfg.get('diff_rank_seed') else 0)
+
+
+def seed_iteration(runner: Runner, iteration: int, *stream: int) -> None:
+    """Seed the process for one training iteration, whatever it drew before.
+
+    Args:
+        runner: The runner, for the run's seed.
+        iteration: The iteration, from 0.
+        stream: Numbers that make this process's draws its own: its rank and, where a model is split, its stage.
+    """
+    seed_process(*derive_seeds(ITERATION, run_seed(runner), iteration, *stream))
 
 
 class SeededIndex(NamedTuple):

@@ -264,8 +264,10 @@ def first_difference(ours: object, theirs: object, path: str = '') -> str | None
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    head = 'mode|kills|of one rank alone|during a write|resumes|of these mid-epoch|started anew|bitwise equal'.split('|')
-    rows = [' | '.join(head), ' | '.join(['---'] * len(head))]
+    rows = [
+        'mode | kills | of one rank alone | during a write | resumes | of these mid-epoch | started anew | bitwise equal',
+        ' | '.join(['---'] * 8),
+    ]
     for mode, tally in tallies.items():
         rows.append(
             f'{mode} | {tally.kills} | {tally.one_rank} | {tally.during_write} | {tally.resumes} | {tally.mid_epoch} | '

@@ -1,0 +1,101 @@
+"""Every sample is a function of its seed, and any batch of a pass can be had without the ones before it."""
+
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+
+from mmman.engine.seeded import SeededBatchSampler, SeededDataLoader, SeededDataset, SeededIndex, derive_seeds
+
+
+class Draws:
+    """A dataset that says what each generator draws."""
+
+    def __init__(self, size=10):
+        self.size, self.pipeline = size, 'first'
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return index, random.random(), np.random.rand(), torch.rand(1).item(), self.pipeline
+
+
+def batches(sampler, epoch=0, batch=0, seed=3):
+    batch_sampler = SeededBatchSampler(BatchSampler(sampler, 3, drop_last=False))
+    batch_sampler.start(seed, epoch, batch)
+    return iter(batch_sampler)
+
+
+def test_a_sample_is_drawn_from_its_seed_by_all_generators():
+    dataset = SeededDataset(Draws())
+    first, again, other = dataset[SeededIndex(4, 2**63)], dataset[SeededIndex(4, 2**63)], dataset[SeededIndex(4, 1)]
+    assert first == again
+    assert first[0] == other[0] == 4
+    assert all(one != two for one, two in zip(first[1:4], other[1:4], strict=True))
+
+
+def test_attributes_are_those_of_the_wrapped_dataset():
+    wrapped = Draws()
+    dataset = SeededDataset(wrapped)
+    dataset.pipeline = 'second'
+    assert wrapped.pipeline == dataset.pipeline == 'second'
+    assert len(dataset) == 10 and not hasattr(dataset, 'metainfo')
+    restored = pickle.loads(pickle.dumps(dataset))
+    assert isinstance(restored, SeededDataset) and restored.pipeline == 'second'
+
+
+def test_a_dataset_that_loads_many_at_once_is_asked_one_by_one():
+    dataset = SeededDataset(Subset(Draws(), [5, 6, 7]))
+    assert not hasattr(dataset, '__getitems__')
+    assert dataset[SeededIndex(1, 0)][0] == 6
+
+
+@pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
+def test_any_batch_of_a_pass_without_those_before(sampler):
+    whole = batches(sampler(Draws(), seed=0), epoch=2)
+    expected = [next(whole) for _ in range(4)]
+    rest = batches(sampler(Draws(), seed=0), epoch=2, batch=2)
+    assert [next(rest), next(rest)] == expected[2:]
+    assert len({item.seed for batch in expected for item in batch}) == sum(map(len, expected))
+
+
+def test_seeds_differ_by_run_pass_and_rank():
+    sampler = DefaultSampler(Draws(), shuffle=False)
+    seeds = {next(batches(sampler, epoch=epoch, seed=seed))[0].seed for epoch in (0, 1) for seed in (0, 1)}
+    sampler.rank = 1
+    seeds.add(next(batches(sampler, seed=0))[0].seed)
+    assert len(seeds) == 5
+    assert derive_seeds(1, 2) != derive_seeds(2, 1)
+
+
+def test_what_a_short_pass_could_not_leave_out_is_left_for_the_next():
+    batch_sampler = SeededBatchSampler(BatchSampler(DefaultSampler(Draws()), 3, drop_last=False))
+    batch_sampler.start(0, 0, 7)
+    assert [*batch_sampler] == [] and batch_sampler.to_skip == 3
+
+
+@pytest.mark.parametrize('context', [None, 'fork', 'spawn'])
+def test_workers_draw_what_the_main_process_draws(context):
+    def loader(**options):
+        stock = DataLoader(Draws(6), batch_size=2, sampler=DefaultSampler(Draws(6), seed=0), collate_fn=list, **options)
+        seeded = SeededDataLoader.of(stock)
+        seeded.batch_sampler.start(0, 0, 0)
+        return [*seeded]
+
+    options = {'num_workers': 2, 'multiprocessing_context': context} if context else {}
+    assert loader(**options) == loader()
+
+
+def test_which_loaders_can_be_positioned():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield 1
+
+    assert SeededDataLoader.supports(DataLoader(Draws()))
+    assert not SeededDataLoader.supports(DataLoader(Stream()))
+    assert not SeededDataLoader.supports(DataLoader(Draws(), batch_size=None))
