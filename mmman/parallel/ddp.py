@@ -215,8 +215,6 @@ class _Buckets:
     def wait(self) -> None:
         for buffer, future in self.launched:
             result = future.wait()
-            if isinstance(result, (list, tuple)):
-                (result,) = result
             if result.data_ptr() != buffer.data_ptr():
                 buffer.copy_(result.view_as(buffer))
         self.launched.clear()
