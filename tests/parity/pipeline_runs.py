@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
-from mmengine.registry import DATASETS, HOOKS
-from mmengine.runner import Runner
+from mmengine.evaluator import BaseMetric
+from mmengine.registry import DATASETS, HOOKS, METRICS
 from torch import multiprocessing
 from torch.utils.data import Dataset
 
 from mmman import EMABiasHook
-from mmman.parallel.pipeline import PipelineRunner
+from mmman.engine.launch import build_runner, leave_process_group
+from mmman.engine.resume import use_exact_resume
 from tests.toy import CLASSES, toy_config
 
 
@@ -31,6 +32,18 @@ class ToyImages(Dataset):
 
     def __getitem__(self, index):
         return {'inputs': self.images[index], 'data_samples': self.labels[index]}
+
+
+@METRICS.register_module()
+class ToyAccuracy(BaseMetric):
+    default_prefix = 'toy'
+
+    def process(self, data_batch, data_samples):
+        labels = data_batch['data_samples']
+        self.results += [int(logits.argmax() == label) for logits, label in zip(data_samples, labels, strict=True)]
+
+    def compute_metrics(self, results):
+        return {'accuracy': sum(results) / len(results)}
 
 
 @HOOKS.register_module()
@@ -57,19 +70,23 @@ class StaleEMAHook(EMABiasHook):
                         value.copy_(torch.lerp(value, state[name], 1 - self.momentum))
 
 
-def toy_run(work_dir, iters=6, batch_size=4, staleness=1, momentum=0.9, hook=None, wrapper=None, model=None, **options):
-    """Config of a run of the toy classifier."""
+def toy_run(work_dir, iters=6, batch_size=4, staleness=1, hook=None, wrapper=None, model=None, **options):
+    """Config of a run of the toy classifier, one stage a process."""
+    loader = {
+        'dataset': {'type': 'ToyImages'},
+        'batch_size': batch_size,
+        'num_workers': 0,
+        'sampler': {'type': 'DefaultSampler', 'shuffle': True},
+        'collate_fn': {'type': 'default_collate'},
+    }
     return Config(
         {
+            'custom_imports': {'imports': [__name__]},
+            'runner_type': 'mmman.PipelineRunner',
+            'pipeline': {'staleness': staleness, 'timeout': 20},
             'model': toy_config(**(model or {})),
             'work_dir': str(work_dir),
-            'train_dataloader': {
-                'dataset': {'type': 'ToyImages'},
-                'batch_size': batch_size,
-                'num_workers': 0,
-                'sampler': {'type': 'DefaultSampler', 'shuffle': True},
-                'collate_fn': {'type': 'default_collate'},
-            },
+            'train_dataloader': loader,
             'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': iters, 'val_interval': 10**9},
             'optim_wrapper': {
                 'type': 'mmman.LocalLearningOptimWrapper',
@@ -77,10 +94,9 @@ def toy_run(work_dir, iters=6, batch_size=4, staleness=1, momentum=0.9, hook=Non
                 **(wrapper or {}),
             },
             'param_scheduler': [{'type': 'LinearLR', 'start_factor': 0.1, 'by_epoch': False, 'begin': 0, 'end': 5}],
-            'custom_hooks': [hook or {'type': 'mmman.EMABiasHook', 'momentum': momentum}],
+            'custom_hooks': [hook or {'type': 'mmman.EMABiasHook', 'momentum': 0.9}],
             'default_hooks': {'checkpoint': {'type': 'CheckpointHook', 'interval': iters, 'by_epoch': False}},
             'randomness': {'seed': 0},
-            'pipeline': {'staleness': staleness, 'timeout': 20},
             'log_level': 'WARNING',
             'experiment_name': Path(work_dir).name,
             **options,
@@ -88,31 +104,52 @@ def toy_run(work_dir, iters=6, batch_size=4, staleness=1, momentum=0.9, hook=Non
     )
 
 
+def with_epochs(cfg, epochs):
+    """The same run by epochs of six batches, each with a validation and a checkpoint at its end."""
+    cfg.train_cfg = {'type': 'EpochBasedTrainLoop', 'max_epochs': epochs}
+    cfg.val_cfg = {'type': 'ValLoop'}
+    cfg.val_evaluator = {'type': 'ToyAccuracy'}
+    cfg.val_dataloader = {**cfg.train_dataloader, 'sampler': {'type': 'DefaultSampler', 'shuffle': False}}
+    cfg.default_hooks.checkpoint = {'type': 'CheckpointHook', 'interval': 1, 'save_best': 'toy/accuracy'}
+    return cfg
+
+
 def run_alone(cfg):
-    """Train in this process and return the last checkpoint."""
-    torch.set_num_threads(1)
-    Runner.from_cfg(cfg).train()
+    """Train in this process, all blocks, and return the last checkpoint."""
+    cfg.pop('runner_type')
+    train(cfg)
     return last_checkpoint(cfg.work_dir)
+
+
+def train(cfg):
+    torch.set_num_threads(1)
+    cfg.setdefault('launcher', 'none')
+    use_exact_resume(cfg)
+    build_runner(cfg).train()
+    leave_process_group()
 
 
 def last_checkpoint(work_dir):
     return torch.load(Path(work_dir, 'last_checkpoint').read_text())
 
 
-def run_in_stages(cfgs, processes):
-    """Train each config in that many processes, one config after the other."""
-    multiprocessing.spawn(_worker, (cfgs, processes, [_free_port() for _ in cfgs]), nprocs=processes)
+def run_in_processes(cfgs):
+    """Train configs one after the other, each in as many processes as given beside it."""
+    runs = [(cfg.to_dict(), processes, _free_port()) for cfg, processes in cfgs]
+    multiprocessing.spawn(_worker, (runs,), nprocs=max(processes for _, processes in cfgs))
 
 
-def _worker(rank, cfgs, processes, ports):
-    torch.set_num_threads(1)
-    for cfg, port in zip(cfgs, ports, strict=True):
-        os.environ.update(
-            RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port)
-        )
-        cfg = Config(cfg)
-        cfg.launcher = 'pytorch'
-        PipelineRunner.from_cfg(cfg).train()
+def _worker(rank, runs):
+    for cfg, processes, port in runs:
+        if rank < processes:
+            os.environ.update(environment(rank, processes, port))
+            train(Config({**cfg, 'launcher': 'pytorch'}))
+
+
+def environment(rank, processes, port):
+    """What a launcher tells a process."""
+    numbers = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': processes, 'MASTER_PORT': port}
+    return {'MASTER_ADDR': '127.0.0.1', **{name: str(number) for name, number in numbers.items()}}
 
 
 def _free_port():

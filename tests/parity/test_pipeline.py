@@ -1,24 +1,44 @@
 """One block a process trains what one process trains: bitwise without momentum copies, and with them as stale as stated."""
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.parity.lockstep import ROWS
-from tests.parity.pipeline_runs import last_checkpoint, run_alone, run_in_stages, toy_run
+from tests.parity.pipeline_runs import last_checkpoint, run_alone, run_in_processes, toy_run, with_epochs
 
 STALENESS = (0, 1, 3)
+WITHOUT_MOMENTUM = {'transfer': ROWS['local']}
+CLIPPED = {'accumulative_counts': 2, 'clip_grad': {'max_norm': 0.1}}
+
+
+def stale_hook(staleness, flush_every=10**9):
+    return {'type': 'StaleEMAHook', 'momentum': 0.9, 'staleness': staleness, 'flush_every': flush_every}
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """All runs of four processes at once: starting processes takes longer than training."""
     root = tmp_path_factory.mktemp('stages')
+    replicas = {'num_blocks': 2, **WITHOUT_MOMENTUM}
+    ddp = toy_run(root / 'ddp', batch_size=2, model=replicas)
+    ddp.pop('runner_type')
+    epochs = with_epochs(toy_run(root / 'epochs', staleness=2), epochs=3)
+    resumed = copy.deepcopy(epochs)
+    resumed.merge_from_dict({'work_dir': str(root / 'resumed'), 'resume': True, 'load_from': str(root / 'epochs/epoch_1.pth')})
     cfgs = {
-        'man': toy_run(root / 'local', model={'transfer': ROWS['local']}),
-        **{f'stale{s}': toy_run(root / f'stale{s}', staleness=s) for s in STALENESS},
+        'local': (toy_run(root / 'local', model=WITHOUT_MOMENTUM), 4),
+        **{f'stale{s}': (toy_run(root / f'stale{s}', staleness=s), 4) for s in STALENESS},
+        'clipped': (toy_run(root / 'clipped', wrapper=CLIPPED), 4),
+        'epochs': (epochs, 4),
+        'resumed': (resumed, 4),
+        'replicas': (toy_run(root / 'replicas', batch_size=2, model=replicas), 4),
+        'ddp': (ddp, 2),
     }
-    run_in_stages([cfg.to_dict() for cfg in cfgs.values()], 4)
-    return {name: last_checkpoint(cfg.work_dir) for name, cfg in cfgs.items()}
+    run_in_processes([*cfgs.values()])
+    return {name: last_checkpoint(cfg.work_dir) for name, (cfg, _) in cfgs.items()} | {'root': root}
 
 
 def assert_same(ours, theirs):
@@ -30,16 +50,48 @@ def assert_same(ours, theirs):
     for i, state in theirs['optimizer']['state'].items():
         for key, value in state.items():
             assert torch.equal(ours['optimizer']['state'][i][key], value), (i, key)
-    assert ours['meta']['iter'] == theirs['meta']['iter']
-    assert ours['meta']['epoch'] == theirs['meta']['epoch']
     assert ours['param_schedulers'] == theirs['param_schedulers']
+    for key in ('iter', 'epoch', 'seed'):
+        assert ours['meta'][key] == theirs['meta'][key]
 
 
 def test_without_momentum_bitwise_one_process(runs, tmp_path):
-    assert_same(runs['man'], run_alone(toy_run(tmp_path / 'alone', model={'transfer': ROWS['local']})))
+    assert_same(runs['local'], run_alone(toy_run(tmp_path / 'alone', model=WITHOUT_MOMENTUM)))
+
+
+def test_without_staleness_bitwise_one_process(runs, tmp_path):
+    assert_same(runs['stale0'], run_alone(toy_run(tmp_path / 'alone')))
 
 
 @pytest.mark.parametrize('staleness', STALENESS)
 def test_copies_as_stale_as_stated(runs, staleness, tmp_path):
-    hook = {'type': 'StaleEMAHook', 'momentum': 0.9, 'staleness': staleness, 'flush_every': 6}
-    assert_same(runs[f'stale{staleness}'], run_alone(toy_run(tmp_path / 'alone', hook=hook)))
+    assert_same(runs[f'stale{staleness}'], run_alone(toy_run(tmp_path / 'alone', hook=stale_hook(staleness, flush_every=6))))
+
+
+def test_accumulation_and_clipping(runs, tmp_path):
+    alone = toy_run(tmp_path / 'alone', wrapper=CLIPPED, hook=stale_hook(1, flush_every=6))
+    assert_same(runs['clipped'], run_alone(alone))
+
+
+def test_epochs_with_validation_and_checkpoints(runs, tmp_path):
+    alone = run_alone(with_epochs(toy_run(tmp_path / 'alone', hook=stale_hook(2, flush_every=6)), epochs=3))
+    assert_same(runs['epochs'], alone)
+    best = [torch.load(next(Path(path).glob('best_*.pth'))) for path in (tmp_path / 'alone', runs['root'] / 'epochs')]
+    assert best[0]['meta']['epoch'] == best[1]['meta']['epoch']
+    scores = [run['message_hub']['runtime_info']['best_score'] for run in (alone, runs['epochs'])]
+    assert scores[0] == scores[1]
+
+
+def test_resumed_bitwise_uninterrupted(runs):
+    assert_same(runs['resumed'], runs['epochs'])
+
+
+def test_replicas_bitwise_data_parallel(runs):
+    assert_same(runs['replicas'], runs['ddp'])
+
+
+def test_first_stage_logs_every_loss(runs):
+    scalars = runs['epochs']['message_hub']['log_scalars']
+    for name in ('loss', 'loss_ce', 'local/1/loss', 'local/2/loss', 'local/3/loss', 'local/3/s', 'lr', 'time'):
+        history = scalars[f'train/{name}']._log_history
+        assert len(history) == 18, name

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from mmengine.dist import get_rank
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
+from mmman.engine.seeded import seed_iteration
 from mmman.parallel.pipeline.stage import Batch
 
 
@@ -36,6 +38,7 @@ class StageLoop(BaseLoop):
     def run(self) -> nn.Module:
         runner, stage = self.runner, self.runner.model
         runner.call_hook('before_train')
+        runner.message_hub.log_scalars.clear()  # a checkpoint brings what the first stage has logged
         stage.train()
         while True:
             message = stage.receive()
@@ -45,6 +48,7 @@ class StageLoop(BaseLoop):
             parts = stage.request(message.content, message.last)
             if message.content is not None:
                 parts[stage.place.stage] = self._content(message.content)
+            stage.note([self._logged()])
             stage.answer(parts)
             if message.last:
                 break
@@ -53,16 +57,22 @@ class StageLoop(BaseLoop):
 
     def _train(self, batch: Batch) -> None:
         runner, stage = self.runner, self.runner.model
-        scalars = runner.message_hub.log_scalars
-        scalars.clear()
         steps = runner.optim_wrapper.steps
+        seed_iteration(runner, self._iter, get_rank(), stage.place.stage)
         runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=batch)
         outputs = stage.train_step(batch, runner.optim_wrapper)
         log = {f'train/{name}': float(value.detach()) for name, value in outputs.items()}
-        log |= {name: float(buffer.current()) for name, buffer in scalars.items()}
-        stage.reply(runner.optim_wrapper.steps, runner.optim_wrapper.steps != steps, log)
+        stage.note([log | self._logged()])
+        stage.reply(runner.optim_wrapper.steps, runner.optim_wrapper.steps != steps)
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)
         self._iter += 1
+
+    def _logged(self) -> dict[str, float]:
+        """What was logged in this process since the last call."""
+        scalars = self.runner.message_hub.log_scalars
+        log = {name: float(buffer.current()) for name, buffer in scalars.items()}
+        scalars.clear()
+        return log
 
     def _content(self, kind: str) -> dict[str, Any]:
         part = self.runner.model.part

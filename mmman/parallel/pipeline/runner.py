@@ -25,8 +25,8 @@ from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.parallel.pipeline.watchdog import Watchdog, patient
 from mmman.registry import RUNNERS
 
-FOLLOWERS_HOOKS = ('EMABiasHook', 'ExactResumeHook')
-"""Hooks that run on every stage; all others see the first one alone."""
+FOLLOWERS_HOOKS = ('EMABiasHook',)
+"""Hooks of the config that run on every stage; all others see the first one alone."""
 
 
 @RUNNERS.register_module()

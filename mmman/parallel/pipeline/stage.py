@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.distributed import Store
@@ -186,10 +187,6 @@ class PipelineStage(nn.Module):
             optim_wrapper.update_params(loss if self._task_reducer is None else self._task_reducer.prepare(loss))
         self._batch = None
         self.iteration += 1
-        if self.place.is_first:
-            for scalars in self.logs():
-                for name, value in scalars.items():
-                    optim_wrapper.message_hub.update_scalar(name, value)
         return log
 
     def wait(self) -> None:
@@ -272,23 +269,32 @@ class PipelineStage(nn.Module):
         """The next message of the stage before, waited for."""
         return self._receive(self._from_previous, -1)
 
-    def reply(self, steps: int, stepped: bool, log: Mapping[str, float]) -> None:
-        """Tell the stage before that a batch is done."""
+    def reply(self, steps: int, stepped: bool) -> None:
+        """Tell the stage before that a batch is done.
+
+        Args:
+            steps: How often this stage's optimizer has stepped so far.
+            stepped: Whether it has for this batch.
+        """
         unit = None
         if self._copied and stepped:
             first = self.backbone.local.plan.blocks[self.place.stage][0].of(self.backbone)
             unit = {name: value.clone() for name, value in first.state_dict().items() if value.is_floating_point()}
-        self._send(self._to_previous, -1, Done(self.iteration - 1, steps, unit, [*self.logs(), dict(log)]))
+        self._send(self._to_previous, -1, Done(self.iteration - 1, steps, unit, self._noted()))
+
+    def note(self, log: list[dict[str, float]]) -> None:
+        """Pass on what this stage or a later one has logged, by name; on the first stage, log it."""
+        if not self.place.is_first:
+            self._log += log
+            return
+        hub = MessageHub.get_current_instance()
+        for name, value in (item for scalars in log for item in scalars.items()):
+            hub.update_scalar(name, value)
 
     def await_leave(self) -> None:
         """Wait until this stage may start its next batch."""
         while not self.place.is_last and self._finished < self.iteration - self.staleness:
             self._take(self._receive(self._from_next, 1))
-
-    def logs(self) -> list[dict[str, float]]:
-        """What later stages have logged since the last call, oldest first."""
-        logs, self._log = self._log, []
-        return logs
 
     def request(self, content: str | None = None, last: bool = False) -> dict[int, Any]:
         """Let all later stages finish the batches on their way, and collect the contents of their parts.
@@ -305,7 +311,7 @@ class PipelineStage(nn.Module):
         self._send(self._to_next, 1, Request(content, last))
         while isinstance(message := self._receive(self._from_next, 1), Done):
             self._take(message)
-        self._log += message.log
+        self.note(message.log)
         return message.parts
 
     def gather_(self, content: str, last: bool = False) -> list[dict]:
@@ -316,7 +322,7 @@ class PipelineStage(nn.Module):
 
     def answer(self, parts: dict[int, Any]) -> None:
         """Answer a request of the stage before, once the later stages have answered it, with the parts of all of them."""
-        self._send(self._to_previous, -1, Answer(parts, self.logs()))
+        self._send(self._to_previous, -1, Answer(parts, self._noted()))
 
     def close(self) -> None:
         """End the channels in order."""
@@ -331,7 +337,11 @@ class PipelineStage(nn.Module):
         self._finished = done.iteration + 1
         if done.unit is not None:
             self.follow(done.steps, done.unit)
-        self._log += done.log
+        self.note(done.log)
+
+    def _noted(self) -> list[dict[str, float]]:
+        log, self._log = self._log, []
+        return log
 
     def _send(self, outbox: Outbox, offset: int, message: Any) -> None:
         with self._peer(offset):
