@@ -14,6 +14,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 
+from mmman.engine.hooks import EMABiasHook
 from mmman.errors import CheckpointError
 
 RECORD = 'mmman_resume'  # in a checkpoint's meta: where in the data it was saved
@@ -71,8 +72,7 @@ class ExactResumeHook(Hook):
         CheckpointError: The checkpoint to resume doesn't fit this run; the message says what to change.
     """
 
-    # After the hooks that know better what is wrong with a checkpoint, or that change what is in it.
-    priority = 'LOW'
+    priority = 'VERY_HIGH'  # a checkpoint is checked before other hooks load from it
 
     def __init__(self) -> None:
         self._loaded: dict = {}
@@ -136,6 +136,9 @@ def check_fits(checkpoint: dict, model: nn.Module, runner: Runner) -> None:
             )
     ours = {name: tuple(value.shape) for name, value in model.state_dict().items() if torch.is_tensor(value)}
     theirs = {name: tuple(value.shape) for name, value in checkpoint['state_dict'].items() if torch.is_tensor(value)}
+    is_local = any('.local.' in name for name in ours.keys() ^ theirs.keys())
+    if is_local and any(isinstance(hook, EMABiasHook) for hook in runner.hooks):
+        return  # that hook refuses, and names the local heads
     if ours != theirs:
         differ = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         shapes = [shapes.get(differ[0], 'not there') for shapes in (theirs, ours)]

@@ -1,12 +1,16 @@
 """A run that is stopped, anywhere and more than once, ends with the same bits as one that is not."""
 
 import itertools
+import os
 import random
+import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
@@ -14,7 +18,10 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mmman.engine.checkpoint_files import check_whole, latest_checkpoint
+from mmman.engine.checkpoint_hook import AtomicBackend
 from mmman.engine.seeded import seed_process
+from mmman.errors import CheckpointError, NonFiniteLossError
 from tests.integration.test_train import assert_same, load
 from tests.toy import CLASSES, ToyClassifier, toy_config
 
@@ -26,12 +33,12 @@ FRESH = itertools.count(100)
 class NoisyImages:
     """Images of two aspect ratios that every generator changes, each time anew."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, images: int) -> None:
         self.metainfo = {'classes': tuple(map(str, range(CLASSES)))}
-        self.images = torch.randn(IMAGES, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        self.images = torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def __len__(self) -> int:
-        return IMAGES
+        return len(self.images)
 
     def get_data_info(self, index: int) -> dict:
         return {'width': 1 + index % 3, 'height': 2}
@@ -76,17 +83,15 @@ class StopAfter(Hook):
             raise StoppedError
 
 
-def loader_of(
-    sampler: str = 'default', workers: int = 0, persistent: bool = False, aspect: bool = False, drop_last: bool = False
-):
-    dataset = NoisyImages()
+def loader_of(sampler='default', workers=0, persistent=False, aspect=False, drop_last=False, batch=BATCH, images=IMAGES):
+    dataset = NoisyImages(images)
     sampler = {'default': DefaultSampler, 'infinite': InfiniteSampler}[sampler](dataset)
     options = {'num_workers': workers, 'persistent_workers': persistent}
     if aspect:
         from mmdet.datasets.samplers import AspectRatioBatchSampler
 
-        return DataLoader(dataset, batch_sampler=AspectRatioBatchSampler(sampler, BATCH, drop_last), **options)
-    return DataLoader(dataset, batch_size=BATCH, sampler=sampler, drop_last=drop_last, **options)
+        return DataLoader(dataset, batch_sampler=AspectRatioBatchSampler(sampler, batch, drop_last), **options)
+    return DataLoader(dataset, batch_size=batch, sampler=sampler, drop_last=drop_last, **options)
 
 
 def start(folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, resume=None, seed=None, **options) -> Runner:
@@ -128,6 +133,8 @@ def start(folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, res
         runner.train()
     except StoppedError:
         assert stop
+    if (workers := runner.train_dataloader._iterator) is not None:
+        workers._shutdown_workers()  # left to the garbage collector, persistent ones are waited for
     return runner
 
 
@@ -180,8 +187,181 @@ def test_stopped_runs_end_as_the_whole_one(kind, tmp_path):
         return loader_of(**options)
 
     reference = whole(tmp_path / 'whole', loaders, **run)
-    resumed = interrupted(tmp_path / 'stopped', [1, 3, 4, 6, 11], first_seed=5, loaders=loaders, **run)
+    stops = [6] if 'workers' in options else [1, 3, 4, 6, 11]
+    resumed = interrupted(tmp_path / 'stopped', stops, first_seed=5, loaders=loaders, **run)
 
     assert_same_training(resumed, reference)
     assert reference['meta']['seed'] == resumed['meta']['seed'] == 5
-    assert_same(resumed['state_dict'].keys(), {**reference['state_dict']}.keys())
+
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half(file: int) -> None:
+    os.ftruncate(file, os.fstat(file).st_size // 2)
+    die()
+
+
+KILLS = {
+    'half of the checkpoint is written': ('fsync', half),
+    'the checkpoint has no name yet': ('replace', die),
+    'the note of the latest is not written': (
+        'replace',
+        lambda old, new: die() if new.endswith('last_checkpoint') else os.rename(old, new),
+    ),
+    'the old checkpoint is not removed': ('remove', die),
+}
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory) -> dict:
+    """The checkpoint of a run by epochs that was never stopped."""
+    return whole(tmp_path_factory.mktemp('reference'))
+
+
+@pytest.mark.parametrize('moment', KILLS)
+def test_a_kill_while_a_checkpoint_is_written(moment, reference, tmp_path, monkeypatch):
+    name, replacement = KILLS[moment]
+    start(tmp_path, stop=5, seed=5)
+    process = os.fork()
+    if process == 0:  # killed while it saves iteration 6
+        try:
+            monkeypatch.setattr(f'mmman.engine.checkpoint_hook.os.{name}', replacement)
+            start(tmp_path, resume=latest_checkpoint(tmp_path))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+
+    found = sorted(path.name for path in tmp_path.glob('iter_*'))
+    assert (
+        found
+        == {
+            'fsync': ['iter_5.pth', 'iter_6.pth.unfinished'],
+            'replace': ['iter_5.pth', f'iter_6.pth{"" if "note" in moment else ".unfinished"}'],
+            'remove': ['iter_5.pth', 'iter_6.pth'],
+        }[name]
+    )
+    latest = latest_checkpoint(tmp_path)
+    check_whole(latest)
+    start(tmp_path, resume=latest, stop=7)
+    assert sorted(path.name for path in tmp_path.glob('iter_*')) == ['iter_7.pth']
+    start(tmp_path, resume=latest_checkpoint(tmp_path))
+    assert_same_training(load(checkpoint_in(tmp_path)), reference)
+
+
+class RisingScore(BaseMetric):
+    """Each validation is better than the one before."""
+
+    scores = itertools.count()
+
+    def process(self, data_batch, data_samples):
+        self.results.append(0)
+
+    def compute_metrics(self, results):
+        return {'score': float(next(self.scores))}
+
+
+def test_best_checkpoints_go_when_their_successors_are_complete(tmp_path, monkeypatch):
+    present = []
+    remove = AtomicBackend.remove
+
+    def watched(backend, path):
+        present.append((Path(path).name, {file.name for file in tmp_path.glob('*.pth')}))
+        remove(backend, path)
+
+    monkeypatch.setattr(AtomicBackend, 'remove', watched)
+    checkpoint = {'type': 'mmman.CheckpointHook', 'by_epoch': False, 'interval': 4, 'max_keep_ckpts': 1}
+    start(
+        tmp_path,
+        seed=0,
+        train_cfg={'type': 'mmman.EpochBasedTrainLoop', 'max_epochs': EPOCHS, 'val_interval': 1},
+        val_cfg={},
+        val_dataloader=loader_of(),
+        val_evaluator=Evaluator(RisingScore()),
+        default_hooks={'logger': None, 'checkpoint': {**checkpoint, 'save_best': 'score', 'rule': 'greater'}},
+    )
+
+    assert present == [
+        ('iter_4.pth', {'iter_4.pth', 'best_score_iter_4.pth', 'iter_8.pth'}),
+        ('best_score_iter_4.pth', {'best_score_iter_4.pth', 'best_score_iter_8.pth', 'iter_8.pth'}),
+        ('iter_8.pth', {'iter_8.pth', 'best_score_iter_8.pth', 'iter_12.pth'}),
+        ('best_score_iter_8.pth', {'best_score_iter_8.pth', 'best_score_iter_12.pth', 'iter_12.pth'}),
+    ]
+    assert {path.name for path in tmp_path.glob('*.pth')} == {'best_score_iter_12.pth', 'iter_12.pth'}
+
+
+def test_a_run_ends_where_a_local_loss_is_not_finite_and_names_the_block(tmp_path):
+    class Spoil(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            if runner.iter == 6:
+                runner.model.backbone.local['layer1_1'].fc[0].weight.data.fill_(float('nan'))
+
+    with pytest.raises(NonFiniteLossError, match=r'local/2/loss_ce = nan'):
+        start(tmp_path, seed=0, custom_hooks=[{'type': 'mmman.EMABiasHook'}, Spoil()])
+    saved = load(checkpoint_in(tmp_path))
+    assert saved['meta']['iter'] == 6
+    assert all(torch.isfinite(value).all() for value in saved['state_dict'].values())
+
+
+def saved_run(folder, **options):
+    start(folder, seed=0, stop=6, **options)
+    return checkpoint_in(folder)
+
+
+ADAM = {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'AdamW', 'lr': 0.1}}
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'by_epoch': False}, 'the checkpoint counts epochs, train_cfg iterations'),
+        ({'optim_wrapper': ADAM}, 'optimizer has dampening, momentum, nesterov, which AdamW has not; resume with the config'),
+        ({'param_scheduler': []}, 'has 2 parameter schedulers, this config 0'),
+        (
+            {'loaders': lambda: loader_of(batch=4)},
+            r'after batch 2 of other data: batch size 3 there, 4 here. Resume',
+        ),
+        ({'loaders': lambda: loader_of(images=8)}, 'after batch 2 of other data: dataset length 11 there, 8 here'),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(options, message, tmp_path):
+    path = saved_run(tmp_path)
+    with pytest.raises(CheckpointError, match=message):
+        start(tmp_path, resume=path, **options)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    path = saved_run(tmp_path)
+    model = local_model()
+    model.head[0] = nn.Linear(8, CLASSES + 1).double()
+    message = r'of another model. 2 tensors differ, the first is head.0.bias: \(5,\) in the checkpoint, \(6,\) in this model'
+    with pytest.raises(CheckpointError, match=message):
+        start(tmp_path, resume=path, model=model)
+    stripped = {name: value for name, value in load(path).items() if name != 'optimizer'}
+    torch.save(stripped, path)
+    with pytest.raises(CheckpointError, match=r'has no optimizer state, as a published one or a best_\*.pth'):
+        start(tmp_path, resume=path)
+
+
+def test_other_data_is_allowed_between_epochs(tmp_path):
+    start(
+        tmp_path, seed=0, stop=5, default_hooks={'logger': None, 'checkpoint': {'type': 'mmman.CheckpointHook', 'interval': 1}}
+    )
+    runner = start(tmp_path, resume=tmp_path / 'epoch_1.pth', loaders=lambda: loader_of(batch=4))
+    assert runner.epoch == EPOCHS and runner.iter == 4 + 2 * 3
+
+
+def test_the_log_counts_on_within_the_epoch(tmp_path):
+    class Seen(Hook):
+        def __init__(self):
+            self.batches = []
+
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            self.batches.append((runner.epoch, batch_idx, len(runner.train_dataloader)))
+
+    start(tmp_path, seed=0, stop=6)
+    seen = Seen()
+    start(tmp_path, resume=checkpoint_in(tmp_path), custom_hooks=[{'type': 'mmman.EMABiasHook'}, {'type': 'EMAHook'}, seen])
+    assert seen.batches[:3] == [(1, 2, 4), (1, 3, 4), (2, 0, 4)]

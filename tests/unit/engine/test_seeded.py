@@ -64,6 +64,11 @@ def test_any_batch_of_a_pass_without_those_before(sampler):
     assert len({item.seed for batch in expected for item in batch}) == sum(map(len, expected))
 
 
+def test_each_pass_has_an_order_of_its_own():
+    orders = [[item.index for batch in batches(DefaultSampler(Draws(), seed=0), epoch) for item in batch] for epoch in (0, 1)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [*range(10)]
+
+
 def test_seeds_differ_by_run_pass_and_rank():
     sampler = DefaultSampler(Draws(), shuffle=False)
     seeds = {next(batches(sampler, epoch=epoch, seed=seed))[0].seed for epoch in (0, 1) for seed in (0, 1)}
