@@ -29,21 +29,27 @@ def without_pretrained(cfg: dict) -> dict:
     return {key: without_pretrained(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
-def build_trial(cfg: Config, height: int, width: int) -> tuple[BaseModel, OptimWrapper]:
-    """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
-
-    Weights are drawn with seed 0; the same config gives the same model in every process.
+def model_config(cfg: Config, height: int, width: int) -> dict:
+    """The model of a config without weights to download.
 
     Args:
         height, width: Pixels of the images to come, which a segmentor's data preprocessor has to know.
     """
+    model = without_pretrained(cfg.model)
+    model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
+    if 'size' in (model['data_preprocessor'] or {}):
+        model['data_preprocessor'] = {**model['data_preprocessor'], 'size': (height, width)}
+    return model
+
+
+def build_trial(cfg: Config, height: int, width: int) -> tuple[BaseModel, OptimWrapper]:
+    """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
+
+    Weights are drawn with seed 0; the same config gives the same model in every process.
+    """
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
-    model_cfg = without_pretrained(cfg.model)
-    model_cfg.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
-    if 'size' in (model_cfg['data_preprocessor'] or {}):
-        model_cfg['data_preprocessor'] = {**model_cfg['data_preprocessor'], 'size': (height, width)}
-    model = revert_sync_batchnorm(MODELS.build(model_cfg)).train()
+    model = revert_sync_batchnorm(MODELS.build(model_config(cfg, height, width))).train()
     local = getattr(model.backbone, 'local', None)
     if isinstance(local, LocalBlocks):
         for head in local.values():

@@ -111,8 +111,8 @@ def check_table(measured: Measured, comparisons: list[Comparison]) -> Table:
     told = ', '.join(f'{name} {link.bandwidth / 1e9:.2f} GB/s {1e6 * link.latency:.0f} us' for name, link in links.items())
     table = _table(told, 'system', 'processes', 'predicted, ms', 'measured, ms', 'predicted / measured')
     for row in comparisons:
-        seen = ('-', '-') if row.measured is None else (f'{1e3 * row.measured:.1f}', f'{row.predicted / row.measured:.2f}')
-        table.add_row(row.system, str(row.processes), f'{1e3 * row.predicted:.1f}', *seen)
+        times = (f'{1e3 * row.predicted:.1f}', f'{1e3 * row.measured:.1f}', f'{row.predicted / row.measured:.2f}')
+        table.add_row(row.system, str(row.processes), *times)
     return table
 
 

@@ -21,6 +21,7 @@ from torch import multiprocessing
 
 from mmman.analysis.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, end_to_end, optimizer_like
 from mmman.analysis.scaling.network import Link, Network
+from mmman.analysis.scaling.pipeline_run import pipeline_seconds
 from mmman.analysis.scaling.profile import Profile
 from mmman.analysis.scaling.simulate import BUCKET, simulate_end_to_end, simulate_local, simulate_pipeline
 from mmman.analysis.trial import build_trial, random_batch
@@ -35,12 +36,12 @@ LARGE = 16 * 2**20
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds an iteration, predicted and measured. ``measured`` is None where nothing can be run yet."""
+    """Seconds an iteration, predicted and measured."""
 
     system: str
     processes: int
     predicted: float
-    measured: float | None
+    measured: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_process, (folder, cfg, batch, height, width, iterations), nprocs=PROCESSES)
         found = json.loads(Path(folder, 'measured.json').read_text())
+    if len(found['beside']['blocks']) == PROCESSES:
+        found['iterations']['pipeline'] = pipeline_seconds(cfg, PROCESSES, batch, height, width, 2 * iterations)
     measured = Measured(
         alone=Profile.from_dict(found['alone']),
         beside=Profile.from_dict(found['beside']),
@@ -98,9 +101,9 @@ def compare(measured: Measured) -> list[Comparison]:
         Comparison(stock.system, PROCESSES, stock.iteration, took['stock ddp']),
         Comparison(blockwise.system, PROCESSES, blockwise.iteration, took['blockwise ddp']),
     ]
-    if len(beside.blocks) == PROCESSES:
+    if 'pipeline' in took:
         pipeline = simulate_pipeline(beside, PROCESSES, Network(measured.point_to_point))
-        rows.append(Comparison(pipeline.system, PROCESSES, pipeline.iteration, None))
+        rows.append(Comparison(pipeline.system, PROCESSES, pipeline.iteration, took['pipeline']))
     return rows
 
 

@@ -1,0 +1,78 @@
+"""A short run of the real pipeline on this machine: one process a block, random data, seconds an iteration."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from torch import multiprocessing
+from torch.utils.data import DataLoader
+
+from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.parallel.pipeline import PipelineRunner
+
+WARMUP = 6
+"""Iterations that don't count: the pipeline fills."""
+
+
+class StepTimes(Hook):
+    """Notes when every iteration of the first stage ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def after_train_iter(self, *args, **kwargs) -> None:
+        self.ends.append(time.perf_counter())
+
+
+def pipeline_seconds(cfg: Config, stages: int, batch: int, height: int, width: int, iterations: int) -> float:
+    """Mean seconds an iteration of a filled pipeline with one thread a process.
+
+    Args:
+        cfg: Its model and optimizer are used; the images are random.
+        stages: K, the number of its blocks, and of processes.
+        batch: Images of an iteration.
+        height, width: Pixels.
+        iterations: How many count.
+    """
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_stage, (stages, port, folder, cfg, batch, height, width, iterations), nprocs=stages)
+        return float(Path(folder, 'seconds').read_text())
+
+
+def _stage(
+    rank: int, stages: int, port: int, folder: str, cfg: Config, batch: int, height: int, width: int, iterations: int
+) -> None:
+    torch.set_num_threads(1)
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    os.environ.update(zip(names, map(str, (rank, stages, rank, '127.0.0.1', port)), strict=True))
+    model, _ = build_trial(cfg, height, width)  # which knows how many classes there are
+    data = random_batch(model, cfg.default_scope, batch, height, width)
+    times = StepTimes()
+    count = WARMUP + iterations
+    runner = PipelineRunner(
+        model=model_config(cfg, height, width),
+        work_dir=folder,
+        train_dataloader=DataLoader([data] * count, batch_size=None),
+        train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': count},
+        optim_wrapper=cfg.optim_wrapper,
+        default_hooks=dict.fromkeys(['checkpoint', 'logger', 'sampler_seed']),
+        custom_hooks=[{'type': 'mmman.EMABiasHook'}, *([] if rank else [times])],
+        launcher='pytorch',
+        default_scope=cfg.default_scope,
+        log_level='WARNING',
+        cfg=Config({'pipeline': cfg.get('pipeline')}),
+    )
+    runner.train()
+    if rank == 0:
+        seconds = (times.ends[-1] - times.ends[WARMUP - 1]) / iterations
+        Path(folder, 'seconds').write_text(str(seconds))
