@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from mmengine.config import Config
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -20,6 +20,8 @@ from mmman.errors import CheckpointError
 RECORD = 'mmman_resume'  # in a checkpoint's meta: where in the data it was saved
 GRADIENTS = 'mmman_gradients'  # in a checkpoint: gradients by parameter, where it was saved while they accumulated
 
+_LOOPS = (EpochBasedTrainLoop.__name__, IterBasedTrainLoop.__name__)
+_HOOK = CheckpointHook.__name__
 _REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
 
 
@@ -32,33 +34,25 @@ def use_exact_resume(cfg: Config) -> None:
         _warn('FlexibleRunner saves and resumes in its own way: a resumed run will not be exact')
         return
     if cfg.get('train_cfg'):
-        by_epoch = cfg.train_cfg.get('by_epoch')
-        kind = cfg.train_cfg.get('type', None if by_epoch is None else _LOOPS[not by_epoch])
-        if replacement := _replacement(kind, _LOOPS):
-            cfg.train_cfg.pop('by_epoch', None)
-            cfg.train_cfg.type = replacement
-        elif not str(kind).startswith('mmman.'):
+        by_epoch = cfg.train_cfg.pop('by_epoch', None)
+        kind = _full_name(cfg.train_cfg.get('type', None if by_epoch is None else _LOOPS[not by_epoch]))
+        if kind in _LOOPS:
+            cfg.train_cfg.type = f'mmman.{kind}'
+        elif not kind.startswith('mmman.'):
             _warn(f'train_cfg.type={kind} is not a loop of mmengine: a resumed run will not be exact')
-    hooks = cfg.setdefault('default_hooks', {})
-    checkpoint = hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))
-    if checkpoint:
-        kind = checkpoint.get('type')
-        if replacement := _replacement(kind, (_HOOK,)):
-            checkpoint.type = replacement
+    cfg.default_hooks = {'checkpoint': dict(type=_HOOK, interval=1), **(cfg.get('default_hooks') or {})}  # as mmengine does
+    if checkpoint := cfg.default_hooks.checkpoint:
+        kind = _full_name(checkpoint.get('type'))
+        if kind == _HOOK:
+            checkpoint.type = f'mmman.{_HOOK}'
         elif kind != f'mmman.{_HOOK}':
             _warn(f'default_hooks.checkpoint.type={kind} is not the hook of mmengine: a kill may lose checkpoints')
 
 
-_LOOPS = (EpochBasedTrainLoop.__name__, IterBasedTrainLoop.__name__)
-_HOOK = 'CheckpointHook'
-
-
-def _replacement(kind: str | type | None, names: tuple[str, ...]) -> str | None:
-    """mmman's class in place of mmengine's, named by a string or, in new-style configs, itself."""
-    if isinstance(kind, type):
-        kind = kind.__name__ if kind.__module__.startswith('mmengine.') else kind.__qualname__
-    name = str(kind).removeprefix('mmengine.')
-    return f'mmman.{name}' if name in names else None
+def _full_name(kind: str | type | None) -> str:
+    """The class that a config names by a string or, in new-style configs, itself; without a scope where it is mmengine's."""
+    name = f'{kind.__module__.partition(".")[0]}.{kind.__name__}' if isinstance(kind, type) else str(kind)
+    return name.removeprefix('mmengine.')
 
 
 def _warn(message: str) -> None:

@@ -157,9 +157,12 @@ def whole(folder, loaders=loader_of, **options):
     return load(checkpoint_in(folder))
 
 
-def assert_same_training(ours, theirs):
-    assert ours['meta']['iter'] == theirs['meta']['iter'] == ITERATIONS
-    for part in ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers'):
+PARTS = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
+
+
+def assert_same_training(ours, theirs, parts=PARTS, iterations=ITERATIONS):
+    assert ours['meta']['iter'] == theirs['meta']['iter'] == iterations
+    for part in parts:
         assert_same(ours[part], theirs[part], part)
 
 
