@@ -1,12 +1,14 @@
 """Every sample is a function of its seed, and any batch of a pass can be had without the ones before it."""
 
+import logging
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from mmengine.dataset import DefaultSampler, InfiniteSampler
+from mmengine.dataset import BaseDataset, ClassBalancedDataset, ConcatDataset, DefaultSampler, InfiniteSampler, RepeatDataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 from mmman.engine.seeded import SeededBatchSampler, SeededDataLoader, SeededDataset, SeededIndex, derive_seeds
@@ -92,7 +94,7 @@ def test_workers_draw_what_the_main_process_draws(context):
         seeded.batch_sampler.start(0, 0, 0)
         return [*seeded]
 
-    options = {'num_workers': 2, 'multiprocessing_context': context} if context else {}
+    options = {'num_workers': 1 if context == 'spawn' else 2, 'multiprocessing_context': context} if context else {}
     assert loader(**options) == loader()
 
 
@@ -104,3 +106,62 @@ def test_which_loaders_can_be_positioned():
     assert SeededDataLoader.supports(DataLoader(Draws()))
     assert not SeededDataLoader.supports(DataLoader(Stream()))
     assert not SeededDataLoader.supports(DataLoader(Draws(), batch_size=None))
+
+
+class Numbers(BaseDataset):
+    """Samples of a random pipeline, as the datasets of the libraries have it."""
+
+    def load_data_list(self):
+        return [{'number': number, 'width': 1, 'height': 1} for number in range(6)]
+
+    def get_cat_ids(self, index):
+        return [index % 2]
+
+
+def add_noise(results):
+    return {'number': results['number'], 'noise': np.random.rand() + random.random()}
+
+
+class Mix:
+    """A transform of several images, as mmdet's mosaic."""
+
+    def get_indexes(self, dataset):
+        return [random.randint(0, len(dataset) - 1)]
+
+    def __call__(self, results):
+        return {**results, 'mixed': results['mix_results'][0]['number'], 'noise': np.random.rand()}
+
+
+def wrapped(name):
+    numbers = Numbers(pipeline=[add_noise])
+    if name == 'MultiImageMixDataset':
+        dataset = pytest.importorskip('mmdet.datasets').MultiImageMixDataset(numbers, [{'type': 'Compose', 'transforms': []}])
+        dataset.pipeline, dataset.pipeline_types = [Mix()], ['Mix']
+        return dataset
+    return {
+        'RepeatDataset': lambda: RepeatDataset(numbers, 2),
+        'ConcatDataset': lambda: ConcatDataset([numbers, Numbers(pipeline=[add_noise])]),
+        'ClassBalancedDataset': lambda: ClassBalancedDataset(numbers, 0.9),
+    }[name]()
+
+
+@pytest.mark.parametrize('name', ['RepeatDataset', 'ConcatDataset', 'ClassBalancedDataset', 'MultiImageMixDataset'])
+def test_wrappers_of_datasets(name):
+    dataset = SeededDataset(wrapped(name))
+    items = [str(dataset[SeededIndex(len(dataset) - 1, seed)]) for seed in (1, 2, 1)]
+    assert items[0] == items[2] != items[1]
+    dataset.metainfo  # noqa: B018  which the loops ask for
+
+
+def test_a_hook_that_switches_the_pipeline_reaches_persistent_workers():
+    hooks = pytest.importorskip('mmdet.engine.hooks')
+    options = {'num_workers': 1, 'persistent_workers': True, 'collate_fn': list}
+    loader = SeededDataLoader.of(DataLoader(Draws(4), batch_size=2, sampler=DefaultSampler(Draws(4)), **options))
+    hook = hooks.PipelineSwitchHook(1, [])
+    kinds = []
+    for epoch in range(2):
+        hook.before_train_epoch(SimpleNamespace(epoch=epoch, train_dataloader=loader, logger=logging.getLogger()))
+        loader.batch_sampler.start(0, epoch, 0)
+        kinds.append({type(item[4]).__name__ for batch in loader for item in batch})
+    loader._iterator._shutdown_workers()
+    assert kinds == [{'str'}, {'Compose'}]
