@@ -135,7 +135,7 @@ def last_checkpoint(work_dir):
 
 def run_in_processes(cfgs):
     """Train configs one after the other, each in as many processes as given beside it."""
-    runs = [(cfg.to_dict(), processes, _free_port()) for cfg, processes in cfgs]
+    runs = [(cfg.to_dict(), processes, free_port()) for cfg, processes in cfgs]
     multiprocessing.spawn(_worker, (runs,), nprocs=max(processes for _, processes in cfgs))
 
 
@@ -152,7 +152,7 @@ def environment(rank, processes, port):
     return {'MASTER_ADDR': '127.0.0.1', **{name: str(number) for name, number in numbers.items()}}
 
 
-def _free_port():
+def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         return s.getsockname()[1]

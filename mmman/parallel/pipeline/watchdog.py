@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 from torch.distributed import Store
@@ -32,6 +32,7 @@ class Watchdog:
 
     def __init__(self, place: Place, store: Store, timeout: float) -> None:
         self._place, self._store, self._timeout = place, store, timeout
+        self._others = [rank for rank in range(place.world_size) if rank != place.rank]
         self._stop = threading.Event()
         self._failure: str | None = None
         self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
@@ -44,7 +45,7 @@ class Watchdog:
         """Say that this process is done."""
         self._stop.set()
         self._thread.join()
-        self._store.set(f'{BEAT}/{self._place.rank}', LEFT)
+        self._say_goodbye()
 
     @contextmanager
     def reporting(self) -> Iterator[None]:
@@ -55,17 +56,16 @@ class Watchdog:
             if isinstance(error, RuntimeError) and 'onnection' in str(error):
                 self._await_failure()  # of a peer in a collective: the beats will tell which
             self.report(f'{self._place}: {type(error).__name__}: {error}')
-            self._stop.set()
+            self.leave()
             atexit.register(os._exit, 1)  # threads that wait for messages in C++ can't be ended otherwise
             raise
 
     def report(self, reason: str) -> None:
         """Tell all processes why the job ends; the first reason counts."""
         try:
-            reason = self._store.compare_set(FAILURE, '', reason).decode()
-        except Exception:  # the store went with the process that kept it
-            reason = self._failure or f'{reason}; the store of rank 0 is gone as well'
-        self._failure = reason
+            self._failure = self._store.compare_set(FAILURE, '', reason).decode()
+        except RuntimeError:
+            self._failure = self._failure or self._lost_store(reason)
 
     def check(self) -> None:
         """Raise :class:`PeerError` where another process has failed."""
@@ -77,8 +77,23 @@ class Watchdog:
         while self._failure is None and time.monotonic() < deadline:
             time.sleep(0.1)
 
+    def _say_goodbye(self) -> None:
+        """The process that may keep the store stays until all others have read what they need, or are dead."""
+        with suppress(RuntimeError):  # the store is gone already
+            self._store.set(f'{BEAT}/{self._place.rank}', LEFT)
+            deadline = time.monotonic() + GRACE_S
+            while self._place.rank == 0 and self._others_stay() and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _others_stay(self) -> bool:
+        keys = [f'{BEAT}/{rank}' for rank in self._others]
+        return not self._store.check(keys) or any(value != LEFT for value in self._store.multi_get(keys))
+
+    def _lost_store(self, reason: str) -> str:
+        """The store goes with the process that keeps it: the first one, unless the launcher does."""
+        return f'{self._place.at(0)}, or what else keeps the store, is gone ({reason})'
+
     def _watch(self) -> None:
-        others = [rank for rank in range(self._place.world_size) if rank != self._place.rank]
         seen: dict[int, tuple[bytes, float]] = {}
         count = 0
         try:
@@ -86,7 +101,7 @@ class Watchdog:
                 count += 1
                 self._store.set(f'{BEAT}/{self._place.rank}', str(count))
                 now = time.monotonic()
-                for rank in others:
+                for rank in self._others:
                     key = f'{BEAT}/{rank}'
                     beat = self._store.get(key) if self._store.check([key]) else b''
                     last, since = seen.get(rank, (None, now))
@@ -97,8 +112,8 @@ class Watchdog:
                     self._failure = self._store.get(FAILURE).decode()
                 if self._failure is not None:
                     break
-        except Exception as error:
-            self._failure = self._failure or f'rank 0, which keeps the store: {str(error).splitlines()[0]}'
+        except RuntimeError as error:
+            self._failure = self._failure or self._lost_store(str(error).splitlines()[0])
         if self._failure is not None and not self._stop.wait(GRACE_S):
             # the main thread is stuck where no exception reaches it
             print(f'{self._place}: the pipeline ends because of {self._failure}', file=sys.stderr, flush=True)

@@ -1,0 +1,87 @@
+"""A process of a pipeline that dies ends all others, which say who and why; the last checkpoint resumes the run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.parity.pipeline_runs import environment, free_port, last_checkpoint, toy_run
+
+STAGES = 4
+TIMEOUT = 15
+
+
+@pytest.fixture
+def config(tmp_path):
+    cfg = toy_run(tmp_path / 'run', iters=10**6)
+    cfg.default_hooks.checkpoint.update(interval=5, max_keep_ckpts=1)
+    cfg.pipeline.timeout = TIMEOUT
+    cfg.dump(tmp_path / 'config.py')
+    return tmp_path / 'config.py'
+
+
+def start(config, *arguments):
+    """One process a stage, as a launcher would, but without one that would end the others by itself."""
+    port = free_port()
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--launcher', 'pytorch', *arguments]
+    return [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1', **environment(rank, STAGES, port)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(STAGES)
+    ]
+
+
+def finish(processes, seconds):
+    """What each process wrote to stderr; none may outlive the deadline."""
+    deadline = time.monotonic() + seconds
+    try:
+        return [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize('victim', [0, 2])
+def test_killed_process_ends_all_and_the_run_resumes(victim, config, tmp_path):
+    work_dir = tmp_path / 'run'
+    processes = start(config)
+    wait_for(lambda: (work_dir / 'last_checkpoint').is_file())
+    processes[victim].send_signal(signal.SIGKILL)
+    errors = finish(processes, seconds=2 * TIMEOUT)
+    for rank, (process, text) in enumerate(zip(processes, errors, strict=True)):
+        if rank != victim:
+            assert process.returncode == 1
+            assert f'stage {victim} (rank {victim})' in text.strip().splitlines()[-1], text[-2000:]
+
+    if victim == 0:
+        return
+    saved = last_checkpoint(work_dir)['meta']['iter']
+    last = saved + 7
+    processes = start(config, '--resume', '--cfg-options', f'train_cfg.max_iters={last}')
+    errors = finish(processes, seconds=120)
+    assert [process.returncode for process in processes] == [0] * STAGES, errors
+    assert last_checkpoint(work_dir)['meta']['iter'] == last
+
+
+def test_error_of_a_stage_is_told_to_all(config):
+    processes = start(config, '--cfg-options', 'optim_wrapper.optimizer.lr=1e30')
+    for process, text in zip(processes, finish(processes, seconds=120), strict=True):
+        assert process.returncode == 1
+        assert 'NonFiniteLossError: a local loss is not finite: local/' in text
