@@ -44,11 +44,12 @@ def check_whole(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as file:
             damaged = file.testzip()
-        if damaged:
-            raise CheckpointError(f'{path} is damaged: its record {damaged} has another checksum than when it was written')
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f'{path} is cut short, damaged, or no checkpoint: {error}') from error
+    if damaged:
+        raise CheckpointError(f'{path} is damaged: its record {damaged} has another checksum than when it was written')
+    try:
         checkpoint = torch.load(path, map_location='cpu', mmap=True)
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise CheckpointError(f'{path} is cut short, or no checkpoint: {error}') from error
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f'{path} is no checkpoint that torch.load reads: {str(error).splitlines()[0]}') from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None

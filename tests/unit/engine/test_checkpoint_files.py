@@ -46,7 +46,7 @@ def test_whole_checkpoints_pass(tmp_path):
 def test_a_file_that_is_cut_short_is_refused(share, tmp_path):
     path = save(tmp_path / 'a.pth')
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(CheckpointError, match=r'a\.pth is cut short, or no checkpoint'):
+    with pytest.raises(CheckpointError, match=r'a\.pth is cut short, damaged, or no checkpoint'):
         check_whole(path)
 
 
