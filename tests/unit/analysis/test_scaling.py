@@ -138,6 +138,14 @@ def test_a_replica_across_machines_holds_up_the_others():
     assert far.images_per_second < near.images_per_second / 5
 
 
+def test_a_reduction_waits_for_its_slowest_replica():
+    """Of two replicas of two stages the second spans two machines, a second apart; so does the ring of both last stages."""
+    network = Network(Link(), Link(latency=1.0), machine=3)
+    blocks = [*stages(0.1), *stages(0.1, gradients=4)]
+    outcome = simulate_pipeline(profile(*blocks), 4, network, iterations=1)
+    assert outcome.iteration == pytest.approx(0.1 + 1.0 + 0.1 + 2 * 1.0)
+
+
 def test_ring_all_reduce():
     link = Link(1e9, 1e-5)
     assert link.all_reduce(1e9, 4) == pytest.approx(2 * 3 / 4 + 6e-5)
