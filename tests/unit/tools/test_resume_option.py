@@ -55,7 +55,8 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_is_named(tmp_path)
     with pytest.raises(SystemExit) as error:
         chosen('auto', tmp_path)
     assert str(error.value) == (
-        f'--resume: {latest} is cut short, damaged, or no checkpoint: File is not a zip file; --resume previous goes on from {older}'
+        f'--resume: {latest} is cut short, damaged, or no checkpoint: File is not a zip file; '
+        f'--resume previous goes on from {older}'
     )
     assert chosen('previous', tmp_path) == (True, str(older))
     cut(older)
