@@ -44,6 +44,12 @@ def test_ddp_options_that_lose_gradients_are_refused(group, options, message):
         step(model, wrapper(model))
 
 
+def test_stock_ddp_refuses_immediate_updates(group):
+    model = ddp(toy(), find_unused_parameters=True)
+    with pytest.raises(MisuseError, match="reduces all gradients after the forward pass, update='immediate' steps in it"):
+        step(model, wrapper(model, update='immediate'))
+
+
 def test_flexible_runner_is_refused():
     with pytest.raises(MisuseError, match=r'strategies \(FSDP, DeepSpeed'):
         EMABiasHook().before_run(type('FlexibleRunner', (), {})())

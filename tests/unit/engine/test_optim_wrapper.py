@@ -190,6 +190,12 @@ def test_state_dict_round_trip_keeps_steps_and_scale():
     ('options', 'message'),
     [
         ({'clip_scope': 'layer'}, "choose 'block' or 'global'"),
+        ({'update': 'late'}, "choose 'synchronous' or 'immediate'"),
+        (
+            {'update': 'immediate', 'clip_scope': 'global', 'clip_grad': {'max_norm': 1.0}},
+            "never has all gradients at once: clip_scope='global' takes 'synchronous'",
+        ),
+        ({'update': 'immediate', 'dtype': 'bfloat16', 'loss_scale': 8.0}, 'steps before a loss scaler knows'),
         ({'use_fsdp': True}, 'use_fsdp is not supported'),
         ({'dtype': 'float64'}, "dtype='float64': choose"),
         ({'dtype': 'bfloat16', 'loss_scale': 'static'}, "loss_scale='static': choose"),
@@ -227,3 +233,10 @@ def test_an_iteration_without_a_task_loss_is_finished_like_any_other(accumulate)
         assert all(torch.equal(a, b) for a, b in zip(block, other, strict=True))
         assert all(p.grad is None for p in block)
     assert all(torch.equal(a, b) for a, b in zip(task_scope, before, strict=True))
+
+
+def test_immediate_with_a_global_scope_that_clips_by_value():
+    model = toy()
+    optim_wrapper = wrapper(model, update='immediate', clip_scope='global', clip_grad={'type': 'value', 'clip_value': 1e-3})
+    step(model, optim_wrapper)
+    assert optim_wrapper.steps == 1
