@@ -10,8 +10,6 @@ would be done, one bucket after the other. Waiting takes no core, as with real n
 the real group on this machine.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import statistics
