@@ -23,7 +23,8 @@ def runs(tmp_path_factory):
     """All runs of four processes at once: starting processes takes longer than training."""
     root = tmp_path_factory.mktemp('stages')
     replicas = {'num_blocks': 2, **WITHOUT_MOMENTUM}
-    ddp = toy_run(root / 'ddp', batch_size=2, model=replicas)
+    scaled = {'batch_size': 2, 'model': replicas, 'auto_scale_lr': {'enable': True, 'base_batch_size': 8}}
+    ddp = with_epochs(toy_run(root / 'ddp', **scaled), epochs=1)
     ddp.pop('runner_type')
     epochs = with_epochs(toy_run(root / 'epochs', staleness=2), epochs=3)
     resumed = copy.deepcopy(epochs)
@@ -34,7 +35,7 @@ def runs(tmp_path_factory):
         'clipped': (toy_run(root / 'clipped', wrapper=CLIPPED), 4),
         'epochs': (epochs, 4),
         'resumed': (resumed, 4),
-        'replicas': (toy_run(root / 'replicas', batch_size=2, model=replicas), 4),
+        'replicas': (with_epochs(toy_run(root / 'replicas', **scaled), epochs=1), 4),
         'ddp': (ddp, 2),
     }
     run_in_processes([*cfgs.values()])
@@ -88,6 +89,10 @@ def test_resumed_bitwise_uninterrupted(runs):
 
 def test_replicas_bitwise_data_parallel(runs):
     assert_same(runs['replicas'], runs['ddp'])
+    hubs = [runs[name]['message_hub'] for name in ('replicas', 'ddp')]
+    assert hubs[0]['runtime_info']['best_score'] == hubs[1]['runtime_info']['best_score']
+    rates = [hub['log_scalars']['train/lr'].current() for hub in hubs]
+    assert rates[0] == rates[1] == pytest.approx(0.05)  # as for two processes: 0.1 is for 8 images, they take 2 each
 
 
 def test_first_stage_logs_every_loss(runs):

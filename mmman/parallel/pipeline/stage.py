@@ -258,7 +258,8 @@ class PipelineStage(nn.Module):
     def _leave(self, unit: nn.Module, args: tuple, output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
-        self._outgoing.feature = output.detach()
+        path = self.backbone.local.plan.blocks[self.place.stage][-1].output
+        self._outgoing.feature = self._outgoing.taps.get(path, output.detach())
         self._send(self._to_next, 1, self._outgoing)
         self._outgoing = None
         raise BlockDone

@@ -1,0 +1,201 @@
+"""The parts of the pipeline one by one: places, channels, the watchdog, and what is refused."""
+
+import time
+from queue import Queue
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from mmengine.registry import MODELS
+
+from mmman.errors import MisuseError, PeerError
+from mmman.parallel.pipeline import watchdog as watchdog_module
+from mmman.parallel.pipeline.channel import Inbox, Outbox
+from mmman.parallel.pipeline.parts import Part, owners
+from mmman.parallel.pipeline.place import Place, rendezvous
+from mmman.parallel.pipeline.runner import PipelineRunner
+from mmman.parallel.pipeline.watchdog import Watchdog
+from tests.parity.pipeline_runs import environment, free_port, toy_run
+from tests.toy import toy_config
+
+
+def test_places_of_a_mesh():
+    places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
+    assert [(place.stage, place.replica) for place in places] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert [place.rank for place in places] == list(range(6))
+    assert str(places[4]) == 'stage 1 of replica 1 (rank 4)'
+    with pytest.raises(MisuseError, match='start 4 processes, or a multiple'):
+        Place.of_rank(0, 6, 4)
+
+
+@pytest.mark.parametrize(
+    ('launcher', 'variables', 'message'),
+    [
+        ('none', {}, r'tools/dist_train.sh CONFIG 4'),
+        ('pytorch', {}, "'RANK' is not set; start the program by that launcher"),
+        ('pytorch', environment(0, 3, 0), '3 processes cannot hold replicas of 4 stages'),
+    ],
+)
+def test_rendezvous_refuses(launcher, variables, message):
+    with pytest.raises(MisuseError, match=message):
+        rendezvous(launcher, 4, variables)
+
+
+def test_every_tensor_has_one_owner():
+    model = MODELS.build(toy_config(num_blocks=3, partition=['layer1.0', 'layer2.1']))
+    table = owners(model)
+    assert table['backbone.stem.weight'] == table['backbone.layer1.0.bn.running_mean'] == 0
+    assert table['backbone.layer1.1.conv.weight'] == table['backbone.local.layer2_1.transfer.delta'] == 1
+    assert table['backbone.local.layer1_0.transfer.momentum.conv.weight'] == 0
+    assert table['backbone.layer3.0.conv.weight'] == table['head.0.weight'] == 2
+    assert table.keys() >= model.state_dict().keys()
+
+
+def test_a_part_is_completed_and_emptied():
+    whole = MODELS.build(toy_config(num_blocks=2))
+    state = {name: value.clone() for name, value in whole.state_dict().items()}
+    part = Part(whole, 1)
+    part.split_(torch.optim.SGD(whole.parameters(), lr=0.1), 'cpu')
+    held = {name for name, value in whole.state_dict().items() if not value.is_meta}
+    assert held == part.weights().keys() != state.keys()
+    with pytest.raises(MisuseError, match='no stage holds backbone'):
+        part.fill_({})
+    part.fill_(state)
+    assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
+    part.empty_()
+    assert {name for name, value in whole.state_dict().items() if not value.is_meta} == held
+
+
+class Loopback:
+    """A process group whose two members are one: what is sent is what is received."""
+
+    def __init__(self):
+        self.sent = Queue()
+        self.bytes = 0
+
+    def send(self, tensors, peer, tag):
+        self.sent.put(tensors[0].clone())
+        self.bytes += tensors[0].nbytes
+        return SimpleNamespace(wait=lambda timeout: None)
+
+    def recv(self, tensors, peer, tag):
+        return SimpleNamespace(wait=lambda timeout: tensors[0].copy_(self.sent.get()))
+
+
+@pytest.fixture
+def ends():
+    group = Loopback()
+    outbox, inbox = Outbox({'cpu': group}, 1, limit=2), Inbox({'cpu': group}, 0, limit=2, check=lambda: None)
+    yield outbox, inbox
+    outbox.close()
+    inbox.join()
+
+
+def test_messages_arrive_as_they_were_sent(ends):
+    outbox, inbox = ends
+    tokens = torch.randn(20, 50, 7).transpose(1, 2)  # dense, but not in C order
+    channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    message = {
+        'tokens': tokens,
+        'again': [tokens],
+        'channels_last': channels_last,
+        'part': torch.arange(10)[::3],
+        'none': torch.zeros(0, 4),
+        'flags': torch.tensor([True, False]),
+        'half': torch.randn(3).to(torch.bfloat16),
+        'scalar': torch.tensor(3.0),
+        'shape only': torch.empty(2, 3, device='meta'),
+        'text': 'abc',
+    }
+    outbox.send(message)
+    received = inbox.receive()
+    assert outbox._groups['cpu'].bytes < tokens.nbytes + channels_last.nbytes + 2000  # a tensor that occurs twice is sent once
+    assert received['shape only'].is_meta
+    assert received['tokens'] is received['again'][0]
+    for name, value in message.items():
+        if isinstance(value, torch.Tensor) and not value.is_meta:
+            assert torch.equal(received[name], value), name
+            assert received[name].dtype == value.dtype
+    assert received['tokens'].stride() == tokens.stride()
+    assert received['channels_last'].stride() == channels_last.stride()
+    assert received['text'] == 'abc'
+
+
+def test_messages_keep_their_order(ends):
+    outbox, inbox = ends
+    for i in range(6):
+        outbox.send((i, torch.full((1000,), i)))
+    for i in range(6):
+        number, tensor = inbox.receive()
+        assert number == i
+        assert tensor.unique().item() == i
+
+
+def watched(ranks, timeout):
+    store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    return [Watchdog(Place.of_rank(rank, ranks, ranks), store, timeout) for rank in range(ranks)]
+
+
+def failure_of(watchdog, seconds=5):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        watchdog.check()
+        time.sleep(0.05)
+
+
+def test_a_silent_process_is_noticed():
+    first, _ = watched(2, timeout=0.4)
+    first.start()
+    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): no sign of life for 0.4 s'):
+        failure_of(first)
+    first._stop.set()
+
+
+def test_an_error_is_told_to_all(monkeypatch):
+    monkeypatch.setattr(watchdog_module.atexit, 'register', lambda *args: None)
+    first, second = watched(2, timeout=2)
+    first.start()
+    second.start()
+
+    def fail():
+        with second.reporting():
+            raise ValueError('no such thing')
+
+    with pytest.raises(ValueError, match='no such thing'):
+        fail()
+    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): ValueError: no such thing'):
+        failure_of(first)
+    first._stop.set()
+
+
+def test_who_leaves_in_order_is_not_missed():
+    first, second = watched(2, timeout=0.4)
+    first.start()
+    second.start()
+    second.leave()
+    failure_of(first, seconds=1)
+    first.leave()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'pipeline': {'queue': 3}}, 'the options are staleness, a whole number from 0, and timeout'),
+        ({'pipeline': {'staleness': -1}}, 'the options are staleness'),
+        ({'model': {'type': 'ToyClassifier', 'backbone': {'type': 'ToyNet'}}}, 'trains the blocks of a localised model'),
+        ({'custom_hooks': [{'type': 'EMAHook'}]}, 'EMAHook averages a whole model'),
+        ({'optim_wrapper.clip_grad': {'max_norm': 1}, 'optim_wrapper.clip_scope': 'global'}, 'needs all gradients at once'),
+        ({'optim_wrapper.loss_scale': 'dynamic', 'optim_wrapper.dtype': 'bfloat16'}, 'which steps to skip'),
+    ],
+)
+def test_what_stages_cannot_do_is_refused(options, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog_module.atexit, 'register', lambda *args: None)
+    cfg = toy_run(tmp_path, model={'num_blocks': 1})  # one stage: one process is a whole pipeline
+    cfg.merge_from_dict({key: value for key, value in options.items() if key != 'model'})
+    cfg.model = options.get('model', cfg.model)
+    cfg.launcher = 'pytorch'
+    for name, value in environment(0, 1, free_port()).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MisuseError, match=message):
+        PipelineRunner.from_cfg(cfg).train()
