@@ -254,6 +254,14 @@ def test_a_kill_while_a_checkpoint_is_written(moment, reference, tmp_path, monke
     assert_same_training(load(checkpoint_in(tmp_path)), reference)
 
 
+def test_what_a_killed_run_left_unfinished_is_cleared_and_nothing_else(tmp_path):
+    start(tmp_path, seed=0, stop=2)
+    for name in ('iter_99.pth.unfinished', 'iter_1.pth', 'mine.pth'):
+        (tmp_path / name).touch()
+    start(tmp_path, resume=tmp_path / 'iter_2.pth', stop=3)
+    assert sorted(path.name for path in tmp_path.glob('*.pth*')) == ['iter_3.pth', 'mine.pth']
+
+
 class RisingScore(BaseMetric):
     """Each validation is better than the one before."""
 

@@ -48,4 +48,6 @@ def test_a_stopped_run_of_two_ranks_ends_as_the_whole_one(tmp_path):
     assert whole['meta']['mmman_resume']['data'] == {'processes': RANKS, 'batch size': 3, 'dataset length': 11}
     assert_same_training(resumed, whole, parts=('state_dict', 'optimizer', 'param_schedulers'), iterations=ITERATIONS)
     first, second = (torch.load(tmp_path / f'{rank}.pth') for rank in range(RANKS))
-    assert len(first) == len(second) == ITERATIONS and not {*map(str, first)} & {*map(str, second)}
+    assert len(first) == len(second) == ITERATIONS
+    for ours, theirs in zip(zip(*first, strict=True), zip(*second, strict=True), strict=True):
+        assert not {*ours} & {*theirs}
