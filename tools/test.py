@@ -19,6 +19,7 @@ from mmman.engine.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    is_pipeline,
     leave_process_group,
     load_config,
     type_name,
@@ -111,6 +112,8 @@ def main() -> None:
         enable_visualization(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
         enable_tta(cfg)
+    if is_pipeline(cfg):
+        del cfg.runner_type  # a whole model is evaluated, by one process or data parallel
     runner = build_runner(cfg)
     if args.out:
         dump_predictions(runner, args.out)
