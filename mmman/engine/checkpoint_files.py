@@ -14,21 +14,26 @@ from mmman.errors import CheckpointError
 _NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
 
 
-def latest_checkpoint(folder: str | Path) -> Path | None:
+def latest_checkpoint(folder: str | Path) -> Path | str | None:
     """The newest checkpoint of a run: the one that ``last_checkpoint`` names, or else the one with the highest number.
 
-    The note counts only if it names a file that is there: mmengine's own hook can leave it empty, and a folder can be moved.
+    The note counts only if it names a file that is there, or a URL (a str, then): mmengine's own hook can leave it empty, and a
+    folder can be moved.
     """
     note = Path(folder, 'last_checkpoint')
     noted = note.read_text().strip() if note.is_file() else ''
+    if '://' in noted:
+        return noted
     if noted and Path(noted).is_file():
         return Path(noted)
     return next(iter(_numbered(folder)), None)
 
 
 def previous_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run before :func:`latest_checkpoint`."""
+    """The newest checkpoint of a run before :func:`latest_checkpoint`; None also where checkpoints are remote."""
     latest = latest_checkpoint(folder)
+    if isinstance(latest, str):
+        return None
     older = [path for path in _numbered(folder) if latest is None or path.name != latest.name]
     if latest is not None and (match := _NAME.fullmatch(latest.name)):
         older = [path for path in older if path.name.startswith(match[1]) and _number(path) < int(match[2])]

@@ -22,6 +22,13 @@ def test_the_noted_checkpoint_is_the_latest(tmp_path):
     assert previous_checkpoint(tmp_path) == paths[0]
 
 
+def test_a_remote_checkpoint_is_found_by_its_note(tmp_path):
+    save(tmp_path / 'iter_2.pth')
+    (tmp_path / 'last_checkpoint').write_text('s3://bucket/run/iter_8.pth')
+    assert latest_checkpoint(tmp_path) == 's3://bucket/run/iter_8.pth'
+    assert previous_checkpoint(tmp_path) is None
+
+
 @pytest.mark.parametrize('note', [None, '', 'elsewhere/iter_99.pth'])
 def test_without_a_note_the_highest_number_counts(note, tmp_path):
     for name in ('iter_9.pth', 'iter_10.pth', 'iter_11.pth.unfinished', 'best_score_iter_12.pth', 'epoch_12-0123abcd.pth'):
