@@ -26,14 +26,14 @@ class ResumableLoop(BaseLoop):
     def __init__(self, runner: Runner, dataloader: DataLoader | dict) -> None:
         super().__init__(runner, dataloader)
         self.is_seeded = SeededDataLoader.supports(self.dataloader)
+        reason = 'a custom loader or an iterable dataset'
         if self.is_seeded:
             self.dataloader = SeededDataLoader.of(self.dataloader)
-        else:
-            print_log(
-                'The training data comes from a custom loader or an iterable dataset: a resumed run will not be exact',
-                logger='current',
-                level=logging.WARNING,
-            )
+            sampler = self.dataloader.batch_sampler
+            reason = '' if sampler.is_reproducible else f'{type(sampler.sampler).__name__}, which has no seed'
+        if reason:
+            message = f'The training data comes from {reason}: a resumed run will not be exact'
+            print_log(message, logger='current', level=logging.WARNING)
         self.resumed_batch = 0
         self._pass, self._pass_began = 0, 0
         runner.register_hook(ExactResumeHook())

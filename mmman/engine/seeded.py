@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from mmengine.dist import get_rank
 from mmengine.runner import Runner
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 # What a seed is for: the same numbers give other seeds for other purposes.
 SAMPLE, ITERATION = 1, 2
@@ -123,8 +123,13 @@ class SeededBatchSampler:
 
     @property
     def sampler(self) -> Any:
-        """The sampler that batches are made from; mmengine sets the epoch on it."""
-        return self.batch_sampler.sampler
+        """The sampler that batches are made from; mmengine sets the epoch on it. A batch sampler may be its own."""
+        return getattr(self.batch_sampler, 'sampler', self.batch_sampler)
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the order of samples is known to follow from a seed, as far as the sampler's attributes tell."""
+        return hasattr(self.sampler, 'seed') or isinstance(self.sampler, SequentialSampler)
 
     @property
     def batch_size(self) -> Any:

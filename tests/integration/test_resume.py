@@ -16,7 +16,7 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from mmman.engine.checkpoint_files import check_whole, latest_checkpoint
 from mmman.engine.checkpoint_hook import AtomicBackend
@@ -260,6 +260,30 @@ def test_what_a_killed_run_left_unfinished_is_cleared_and_nothing_else(tmp_path)
         (tmp_path / name).touch()
     start(tmp_path, resume=tmp_path / 'iter_2.pth', stop=3)
     assert sorted(path.name for path in tmp_path.glob('*.pth*')) == ['iter_3.pth', 'mine.pth']
+
+
+@pytest.mark.parametrize(
+    ('loaders', 'source'),
+    [
+        (lambda: DataLoader(NoisyImages(4), batch_size=2, shuffle=True), 'RandomSampler, which has no seed'),
+        (lambda: DataLoader(Stream(), batch_size=2), 'a custom loader or an iterable dataset'),
+    ],
+)
+@pytest.mark.parametrize('by_epoch', [True, False])
+def test_data_that_cannot_be_positioned_is_trained_with_a_warning(loaders, source, by_epoch, tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr('mmman.engine.loops.print_log', lambda message, **_: messages.append(message))
+    start(tmp_path, by_epoch, loaders, stop=3)
+    assert messages == [f'The training data comes from {source}: a resumed run will not be exact']
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        images = NoisyImages(4)
+        return (images[index] for index in range(4))
+
+    def __len__(self):
+        return 4
 
 
 class RisingScore(BaseMetric):
