@@ -1,5 +1,8 @@
 """What ``tools/train.py --resume`` chooses, and what ``use_exact_resume`` makes of a config."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -100,3 +103,13 @@ def test_custom_classes_are_kept_with_a_warning(monkeypatch):
     cfg = Config({'train_cfg': {'type': loop}, 'default_hooks': {'checkpoint': None}})
     use_exact_resume(cfg)
     assert cfg.train_cfg.type is loop and cfg.default_hooks.checkpoint is None
+
+
+def test_a_config_of_another_train_script_finds_loop_and_hook():
+    code = """
+from mmengine.registry import HOOKS, LOOPS, init_default_scope
+init_default_scope('mmdet')
+print(LOOPS.get('mmman.EpochBasedTrainLoop').__module__, HOOKS.get('mmman.CheckpointHook').__module__)
+"""
+    printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert printed.split() == ['mmman.engine.loops', 'mmman.engine.checkpoint_hook']
