@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,7 +56,7 @@ class BlockReducer:
             gradient_as_bucket_view=True,
             **options,
         )
-        self._buckets = _Buckets(process_group if process_group is not None else self._ddp.process_group)
+        self._buckets = _Buckets(self._ddp.process_group)
         self._ddp.register_comm_hook(self._buckets, _launch)
 
     def prepare(self, loss: Tensor) -> Tensor:
@@ -205,17 +204,32 @@ class _Carrier(nn.Module):
 
 
 class _Buckets:
-    """The buckets of a reducer whose reduction was launched and not waited for."""
+    """The buckets of a reducer whose reduction was launched and not waited for.
+
+    Args:
+        process_group: The processes to take the mean over.
+    """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        self.state: object = process_group
-        self.hook = allreduce_hook
-        self.launched: list[tuple[Tensor, Future]] = []
+        self.process_group = process_group
+        self.hook: Callable[[object, dist.GradBucket], Future] | None = None
+        self.state: object = None
+        self.launched: list[tuple[Tensor, dist.Work | Future]] = []
+
+    def launch(self, bucket: dist.GradBucket) -> Tensor:
+        """Launch the reduction of a bucket; return the buffer that will hold the result once it was waited for."""
+        buffer = bucket.buffer()
+        if self.hook is not None:
+            self.launched.append((buffer, self.hook(self.state, bucket)))
+        else:  # without callbacks in Python, which gloo's threads would have to take the interpreter for
+            buffer.div_(self.process_group.size())
+            self.launched.append((buffer, dist.all_reduce(buffer, group=self.process_group, async_op=True)))
+        return buffer
 
     def wait(self) -> None:
-        for buffer, future in self.launched:
-            result = future.wait()
-            if result.data_ptr() != buffer.data_ptr():
+        for buffer, reduction in self.launched:
+            result = reduction.wait()
+            if isinstance(result, Tensor) and result.data_ptr() != buffer.data_ptr():
                 buffer.copy_(result.view_as(buffer))
         self.launched.clear()
 
@@ -225,8 +239,7 @@ def _launch(buckets: _Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
 
     DDP then takes the bucket for the result. It neither reads nor copies it, because gradients are views of it.
     """
-    buffer = bucket.buffer()
-    buckets.launched.append((buffer, buckets.hook(buckets.state, bucket)))
+    buffer = buckets.launch(bucket)
     done = Future(devices=None if buffer.device.type == 'cpu' else [buffer.device])
     done.set_result(buffer)
     return done
