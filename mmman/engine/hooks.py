@@ -95,7 +95,7 @@ class EMABiasHook(Hook):
         self._seen_steps = runner.optim_wrapper.steps
         if isinstance(runner.model, PipelineStage):
             for head in backbone.local.trained():
-                runner.model.follow = partial(self._follow, head)
+                runner.model.neighbours.follow = partial(self._follow, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Move the copies where the optimizer stepped."""

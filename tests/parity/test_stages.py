@@ -46,7 +46,7 @@ def stage_of(model, stage, iters):
     wrapped = PipelineStage(module, place, staleness=iters)
     wrapper = wrapper_of(module, iters)
     wrapped.start_(wrapper.optimizer, 'cpu', 0)
-    wrapped._to_next = Mailbox()
+    wrapped.neighbours._to_next = Mailbox()
     return wrapped, wrapper
 
 
@@ -61,7 +61,7 @@ def compare(model, batches):
         message = copy.deepcopy(batch)
         for stage, wrapper in stages:
             losses = stage.train_step(message, wrapper)
-            message = getattr(stage._to_next, 'message', None)
+            message = getattr(stage.neighbours._to_next, 'message', None)
     assert losses, 'the last stage has the task loss'
     weights, optimizer = {}, {}
     for stage, wrapper in stages:

@@ -10,7 +10,7 @@ from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
 from mmman.engine.seeded import seed_iteration
-from mmman.parallel.pipeline.stage import Batch
+from mmman.parallel.pipeline.neighbours import Batch
 
 
 class StageLoop(BaseLoop):
@@ -41,15 +41,15 @@ class StageLoop(BaseLoop):
         runner.message_hub.log_scalars.clear()  # a checkpoint brings what the first stage has logged
         stage.train()
         while True:
-            message = stage.receive()
+            message = stage.neighbours.receive()
             if isinstance(message, Batch):
                 self._train(message)
                 continue
-            parts = stage.request(message.content, message.last)
+            parts = stage.neighbours.request(message.content, message.last)
             if message.content is not None:
                 parts[stage.place.stage] = self._content(message.content)
-            stage.note([self._logged()])
-            stage.answer(parts)
+            stage.neighbours.note([self._logged()])
+            stage.neighbours.answer(parts)
             if message.last:
                 break
         runner.call_hook('after_train')
@@ -62,7 +62,7 @@ class StageLoop(BaseLoop):
         runner.call_hook('before_train_iter', batch_idx=self._iter, data_batch=batch)
         outputs = stage.train_step(batch, runner.optim_wrapper)
         log = {f'train/{name}': float(value.detach()) for name, value in outputs.items()}
-        stage.note([log | self._logged()])
+        stage.neighbours.note([log | self._logged()])
         stage.reply(runner.optim_wrapper.steps, runner.optim_wrapper.steps != steps)
         runner.call_hook('after_train_iter', batch_idx=self._iter, data_batch=batch, outputs=outputs)
         self._iter += 1

@@ -73,9 +73,9 @@ class PipelineRunner(Runner):
     def train(self) -> nn.Module:
         """Train; on the first stage the model that is returned is whole."""
         with self._watchdog.reporting():
-            self.model.connect(self._store, self._watchdog)
+            self.model.neighbours.connect(self._store, self._watchdog)
             model = super().train()
-            self.model.close()
+            self.model.neighbours.close()
         self._watchdog.leave()
         return model
 
@@ -160,7 +160,7 @@ class PipelineRunner(Runner):
     def save_checkpoint(self, *args, **kwargs) -> None:
         """Collect all stages' parts into an ordinary checkpoint. The stages that follow are asked for theirs."""
         if self.place.replica:
-            self.model.request()
+            self.model.neighbours.request()
             return
         self.gathered = self.model.gather_('checkpoint')
         super().save_checkpoint(*args, **kwargs)
