@@ -26,7 +26,7 @@ from mmman.local.session import Session
 from mmman.registry import OPTIM_WRAPPERS
 
 if TYPE_CHECKING:
-    from mmman.parallel import LocalDistributedDataParallel
+    from mmman.parallel import BlockReducer, LocalDistributedDataParallel
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -131,12 +131,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
             block: The block that it trains, 1 to K-1.
         """
         loss = self.scale_loss(loss)
-        reducers = self._parallel.block_reducers if self._parallel is not None else {}
+        reducer = self._reducer(block)
         with torch.autocast(loss.device.type, enabled=False):
             loss = self._scaled(loss)
-            (reducers[block].prepare(loss) if block in reducers else loss).backward()
+            (loss if reducer is None else reducer.prepare(loss)).backward()
         if self.update == 'immediate' and self.should_sync():
-            due, self._due = (self._due, block) if block in reducers else (block, None)
+            due, self._due = (block, None) if reducer is None else (self._due, block)
             if due is not None:
                 self._step_block(due)
 
@@ -204,10 +204,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self._step_block(self._due)
             self._due = None
 
+    def _reducer(self, block: int) -> BlockReducer | None:
+        return None if self._parallel is None else self._parallel.block_reducers.get(block)
+
     def _step_block(self, block: int) -> None:
         """Clip, step and drop the gradients of one block, as the optimizer would if it had no other parameters."""
-        if self._parallel is not None:
-            self._parallel.block_reducers[block].wait()
+        reducer = self._reducer(block)
+        if reducer is not None:
+            reducer.wait()
         optimizer, steps = self.optimizer, self.steps
         groups, params = optimizer.param_groups, [group['params'] for group in optimizer.param_groups]
         optimizer.param_groups = [groups[i] for i in self._groups_of[block]]

@@ -240,3 +240,14 @@ def test_immediate_with_a_global_scope_that_clips_by_value():
     optim_wrapper = wrapper(model, update='immediate', clip_scope='global', clip_grad={'type': 'value', 'clip_value': 1e-3})
     step(model, optim_wrapper)
     assert optim_wrapper.steps == 1
+
+
+def test_a_model_wrapper_may_have_no_reducers():
+    """As a pipeline's stage has none: it only says when all is there."""
+    model, plain = toy(), toy()
+    waited = []
+    model.block_reducers, model.wait = {}, lambda: waited.append(True)
+    step(model, wrapper(model, update='immediate'))
+    step(plain, wrapper(plain))
+    assert waited == [True]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
