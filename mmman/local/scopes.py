@@ -1,4 +1,4 @@
-"""Which loss trains which parameter."""
+"""Which block holds which tensor of a model, and which loss trains which parameter."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ from torch import nn
 
 from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
+
+
+def blocks_of_tensors(model: nn.Module) -> dict[str, int]:
+    """The block that each parameter and buffer of a localised model goes with, from 0, by the tensor's name in the model.
+
+    A local head goes with its block, frozen units in front of the first block with that one, and all that belongs to no block
+    (neck, heads, norms on outputs) with the last.
+    """
+    backbone = localized_backbone(model)
+    plan, local = backbone.local.plan, backbone.local
+    path = next(name for name, module in model.named_modules() if module is backbone)
+    roots: dict[str, int] = {f'local.{key}': j for j, key in enumerate(local)}
+    for j, block in enumerate(((*plan.frozen, *plan.blocks[0]), *plan.blocks[1:])):
+        roots |= {part: j for unit in block for part in (*unit.modules, *unit.tensors)}
+    roots = {f'{path}.{root}' if path else root: j for root, j in roots.items()}
+
+    def block_of(name: str) -> int:
+        parts = name.split('.')
+        prefixes = ('.'.join(parts[: i + 1]) for i in range(len(parts)))
+        return next((roots[prefix] for prefix in prefixes if prefix in roots), len(plan.blocks) - 1)
+
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: block_of(name) for name, _ in tensors}
 
 
 def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
@@ -21,26 +44,18 @@ def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
     Raises:
         MisuseError: A parameter belongs to two of them.
     """
-    backbone = localized_backbone(model)
-    local = backbone.local
-    path = next(name for name, module in model.named_modules() if module is backbone)
-    roots = {}
-    for j, (block, key) in enumerate(zip(local.plan.blocks[:-1], local, strict=True)):
-        for below in (f'local.{key}', *(part for unit in block for part in (*unit.modules, *unit.tensors))):
-            roots[f'{path}.{below}' if path else below] = j
-    scopes = [{} for _ in local.plan.blocks]
-    first: dict[nn.Parameter, tuple[str, int]] = {}
+    blocks = blocks_of_tensors(model)
+    scopes: list[dict[str, nn.Parameter]] = [{} for _ in localized_backbone(model).local.plan.blocks]
+    first: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if not parameter.requires_grad:
             continue
-        parts = name.split('.')
-        j = next((roots[root] for i in range(len(parts)) if (root := '.'.join(parts[: i + 1])) in roots), len(scopes) - 1)
-        other, owner = first.setdefault(parameter, (name, j))
-        if owner != j:
+        other = first.setdefault(parameter, name)
+        if blocks[other] != blocks[name]:
             raise MisuseError(
-                f'{other} and {name} are one parameter, which the losses of blocks {owner + 1} and {j + 1} train: give each '
-                'block its own, or cut the backbone so that both are in one block'
+                f'{other} and {name} are one parameter, which the losses of blocks {blocks[other] + 1} and {blocks[name] + 1} '
+                'train: give each block its own, or cut the backbone so that both are in one block'
             )
         if other == name:
-            scopes[j][name] = parameter
+            scopes[blocks[name]][name] = parameter
     return scopes

@@ -14,34 +14,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmman.errors import MisuseError
-from mmman.local.blocks import localized_backbone
+from mmman.local.scopes import blocks_of_tensors
 
 SHARED = 'data_preprocessor.'
 """Held by every stage: a few numbers that heads restore images with."""
-
-
-def owners(model: nn.Module) -> dict[str, int | None]:
-    """The stage, from 0, that holds each parameter and buffer of a localised model, by name; None: all of them.
-
-    Stage j holds block j+1 and its local head; the last holds the last block and whatever belongs to no other: neck, heads.
-    """
-    backbone = localized_backbone(model)
-    path = next(name for name, module in model.named_modules() if module is backbone)
-    path = f'{path}.' if path else ''
-    plan = backbone.local.plan
-    stages: dict[str, int] = {}
-    for stage, block in enumerate(((*plan.frozen, *plan.blocks[0]), *plan.blocks[1:])):
-        for unit in block:
-            stages |= {f'{path}{module}.': stage for module in unit.modules}
-            stages |= {f'{path}{tensor}.': stage for tensor in unit.tensors}
-    stages |= {f'{path}local.{key}.': stage for stage, key in enumerate(backbone.local)}
-
-    def owner(name: str) -> int | None:
-        if name.startswith(SHARED):
-            return None
-        return next((stage for prefix, stage in stages.items() if f'{name}.'.startswith(prefix)), len(plan.blocks) - 1)
-
-    return {name: owner(name) for name, _ in _tensors(model)}
 
 
 class Part:
@@ -54,9 +30,9 @@ class Part:
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         self.model = model
-        table = owners(model)
-        self.own = {name for name, owner in table.items() if owner in (None, stage)}
-        self.foreign = table.keys() - self.own
+        blocks = blocks_of_tensors(model)
+        self.own = {name for name, block in blocks.items() if block == stage or name.startswith(SHARED)}
+        self.foreign = blocks.keys() - self.own
         self._absent: dict[str, Tensor] = {}
 
     def split_(self, optimizer: Optimizer, device: torch.device | str) -> None:
@@ -114,8 +90,3 @@ class Part:
             for key in [*module._parameters, *module._buffers]:
                 if getattr(module, key) is not None:
                     yield f'{path}.{key}' if path else key, (module, key)
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
