@@ -89,14 +89,16 @@ class Inbox:
         """
         while True:
             try:
-                message, event = self._queue.get(timeout=POLL_S)
+                message, event, tensors = self._queue.get(timeout=POLL_S)
             except Empty:
                 self._check()
                 continue
-            if isinstance(message, ConnectionError):
+            if isinstance(message, Exception):
                 raise message
             if event is not None:
                 event.wait()
+                for tensor in tensors:  # made on the listener's stream, used on this one
+                    tensor.record_stream(torch.cuda.current_stream())
             return message
 
     def join(self) -> None:
@@ -107,24 +109,29 @@ class Inbox:
         stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if self._device is not None else nullcontext()
         with stream:
             while True:
-                event = None
+                event, tensors = None, []
                 try:
-                    message = self._take()
-                    if self._device is not None:
+                    message = self._take(tensors)
+                    if tensors:
                         event = torch.cuda.current_stream().record_event()
-                except ConnectionError as error:
+                except Exception as error:  # raised where the message is waited for
                     message = error
                 if message is END:
                     return
-                self._queue.put((message, event))
-                if isinstance(message, ConnectionError):
+                self._queue.put((message, event, tensors))
+                if isinstance(message, Exception):
                     return
 
-    def _take(self) -> Any:
+    def _take(self, on_gpu: list[Tensor]) -> Any:
+        def receive(*meta) -> Tensor:
+            tensor = self._tensor(*meta)
+            if tensor.is_cuda:
+                on_gpu.append(tensor)
+            return tensor
+
         length = self._tensor((1,), (1,), torch.int64, 'cpu')
         body = self._tensor((int(length),), (1,), torch.uint8, 'cpu')
-        unpickler = _Unpickler(io.BytesIO(body.numpy().tobytes()), self._tensor)
-        return unpickler.load()
+        return _Unpickler(io.BytesIO(body.numpy().tobytes()), receive).load()
 
     def _tensor(self, shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Tensor:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)

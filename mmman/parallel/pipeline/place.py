@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from mmengine.device import get_device
 from torch.distributed import PrefixStore, Store
@@ -91,11 +92,13 @@ def rendezvous(launcher: str, stages: int, environment: Mapping[str, str] = os.e
 
 
 def join_replicas(place: Place, store: Store) -> None:
-    """Make the replicas of this stage the default process group, where there are several.
+    """Take this process's GPU, and make the replicas of this stage the default process group, where there are several.
 
     To the libraries a stage then is an ordinary run of D processes: samplers, evaluators, ``reduce_mean`` and SyncBN see its
     replicas and nothing of the pipeline.
     """
+    if get_device() == 'cuda':
+        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))
     if place.replicas > 1:
         dist.init_process_group(
             'nccl' if get_device() == 'cuda' else 'gloo',
