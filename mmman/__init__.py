@@ -18,7 +18,7 @@ from mmman.local import (
     delocalize_,
     localize_,
 )
-from mmman.parallel import LocalDistributedDataParallel
+from mmman.parallel import LocalDistributedDataParallel, PipelineRunner
 from mmman.partition import register_chain
 
 __version__ = '0.1.0'
@@ -35,6 +35,7 @@ __all__ = [
     'LocalLearningError',
     'LocalLearningOptimWrapper',
     'MomentumTransfer',
+    'PipelineRunner',
     'PredSimLocalHead',
     'SegLocalHead',
     'ViTLocalHead',

@@ -1,3 +1,4 @@
 from mmman.parallel.ddp import BlockReducer, LocalDistributedDataParallel
+from mmman.parallel.pipeline import PipelineRunner
 
-__all__ = ['BlockReducer', 'LocalDistributedDataParallel']
+__all__ = ['BlockReducer', 'LocalDistributedDataParallel', 'PipelineRunner']

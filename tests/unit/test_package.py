@@ -22,6 +22,7 @@ def test_public_names():
         'LocalLearningError',
         'LocalLearningOptimWrapper',
         'MomentumTransfer',
+        'PipelineRunner',
         'PredSimLocalHead',
         'SegLocalHead',
         'ViTLocalHead',
@@ -42,9 +43,10 @@ def test_import_needs_torch_and_mmengine_only():
 
 def test_config_types_resolve_without_an_import_of_mmman():
     code = """
-from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, DefaultScope, init_default_scope
+from mmengine.registry import HOOKS, MODEL_WRAPPERS, MODELS, OPTIM_WRAPPERS, RUNNERS, init_default_scope
 init_default_scope('mmdet')
 print(MODELS.get('mmman.LocalBackbone').__name__, OPTIM_WRAPPERS.get('mmman.LocalLearningOptimWrapper').__name__,
-      HOOKS.get('mmman.EMABiasHook').__name__, MODEL_WRAPPERS.get('mmman.LocalDistributedDataParallel').__name__)
+      HOOKS.get('mmman.EMABiasHook').__name__, MODEL_WRAPPERS.get('mmman.LocalDistributedDataParallel').__name__,
+      RUNNERS.get('mmman.PipelineRunner').__name__)
 """
-    assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook LocalDistributedDataParallel'
+    assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook LocalDistributedDataParallel PipelineRunner'
