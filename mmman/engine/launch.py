@@ -127,8 +127,9 @@ def is_pipeline(cfg: Config) -> bool:
 
 
 def leave_process_group() -> None:
-    """End a distributed run in order; a process that just exits can take down those that are still busy."""
+    """End a distributed run in order: whoever leaves first may take down the others, one of which may still be writing."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
