@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -82,13 +83,21 @@ def rendezvous(launcher: str, stages: int, environment: Mapping[str, str] = os.e
         raise MisuseError(f'a pipeline of {stages} stages runs in {stages} processes: tools/dist_train.sh CONFIG {stages}')
     try:
         rank, world_size = (int(environment[name]) for name in RANK_VARIABLES[launcher][:2])
-        address, port = environment['MASTER_ADDR'], environment.get('MASTER_PORT', '29500')
+        address, port = environment.get('MASTER_ADDR'), environment.get('MASTER_PORT', '29500')
+        if address is None:
+            address = _first_host(environment['SLURM_NODELIST']) if launcher == 'slurm' else environment['MASTER_ADDR']
     except KeyError as error:
         raise MisuseError(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
     place = Place.of_rank(rank, world_size, stages)
     environment['MASTER_ADDR'], environment['MASTER_PORT'] = address, port
     store, _, _ = next(dist.rendezvous('env://', rank, world_size, timeout=timedelta(minutes=30)))
     return place, PrefixStore('mmman/pipeline', store)
+
+
+def _first_host(nodes: str) -> str:
+    """The first machine of a Slurm job, of a list that may be abbreviated (``node[3-7]``)."""
+    command = ['scontrol', 'show', 'hostnames', nodes]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
 
 
 def join_replicas(place: Place, store: Store) -> None:

@@ -1,5 +1,6 @@
 """The parts of the pipeline one by one: places, channels, the watchdog, and what is refused."""
 
+import os
 import time
 from queue import Queue
 from types import SimpleNamespace
@@ -40,6 +41,20 @@ def test_places_of_a_mesh():
 def test_rendezvous_refuses(launcher, variables, message):
     with pytest.raises(MisuseError, match=message):
         rendezvous(launcher, 4, variables)
+
+
+def test_slurm_names_the_first_machine(tmp_path, monkeypatch):
+    scontrol = tmp_path / 'scontrol'
+    scontrol.write_text('#!/bin/sh\necho "$3" | grep -q "127.0.0.1" && printf "127.0.0.1\nb\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+    job = {'SLURM_PROCID': '0', 'SLURM_NTASKS': '1', 'SLURM_NODELIST': '127.0.0.1,b', 'MASTER_PORT': str(free_port())}
+    for name, value in job.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('MASTER_ADDR', '')  # so that it is taken back after the test
+    monkeypatch.delenv('MASTER_ADDR')
+    place, _ = rendezvous('slurm', 1)
+    assert (place.rank, os.environ['MASTER_ADDR']) == (0, '127.0.0.1')
 
 
 def test_a_part_is_completed_and_emptied():
