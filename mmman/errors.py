@@ -29,5 +29,9 @@ class ScalingError(LocalLearningError, ValueError):
     """A plan for several GPUs doesn't fit together, or a number in it can't be read."""
 
 
+class CostError(LocalLearningError, ValueError):
+    """A question to the cost model that has no meaning, or no answer."""
+
+
 class PeerError(LocalLearningError, ConnectionError):
     """Another process of the job has failed; the message says which and why."""
