@@ -1,3 +1,3 @@
-from mmman.analysis.memory import LiveBytes, peak_live_bytes
+from mmman.analysis.memory import LiveBytes, LiveParts, peak_live_bytes
 
-__all__ = ['LiveBytes', 'peak_live_bytes']
+__all__ = ['LiveBytes', 'LiveParts', 'peak_live_bytes']

@@ -7,9 +7,11 @@ torch's ``MemTracker`` counts the same way, but hooks every parameter for its gr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import torch
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
 
     Args:
         held: What is alive from the start and counts from the start: modules (parameters, gradients, buffers), optimizers
-            (state), tensors, or containers of them.
+            (state), tensors, data samples, or containers of them.
 
     Attributes:
         current: Bytes alive now.
@@ -56,12 +58,88 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
-            self.current += storage.nbytes()
-            self.peak = max(self.peak, self.current)
+            self._grow(key, storage.nbytes())
             weakref.finalize(storage, self._remove, key)
+
+    def _grow(self, key: int, size: int) -> None:
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
     def _remove(self, key: int) -> None:
         self.current -= self._sizes.pop(key)
+
+
+class LiveParts(LiveBytes):
+    """Live bytes, told apart: every storage belongs to one part, by default the one that was running when it was allocated.
+
+    Args:
+        held: What is alive from the start, by part. What is in several parts belongs to the first.
+        part: The part that runs first.
+
+    Attributes:
+        part: The part that is running, to be set: what is allocated from now on belongs to it.
+        parts: Bytes alive now, by part; their sum is ``current``.
+        peak_parts: The same when ``peak`` was reached first.
+    """
+
+    def __init__(self, held: Mapping[str, object], part: str = 'rest') -> None:
+        self.part = part
+        self.parts: dict[str, int] = {}
+        self.peak_parts: dict[str, int] = {}
+        self._part_of: dict[int, str] = {}
+        self._changes: list[tuple[str, int]] = []
+        super().__init__()
+        for self.part, what in held.items():
+            for tensor in _tensors(what):
+                self._add(tensor)
+        self.part = part
+        self._start = dict(self.parts)
+        self._changes.clear()
+
+    def claim(self, tensor: Tensor, part: str) -> None:
+        """From now on the storage of ``tensor`` belongs to ``part``."""
+        self._add(tensor)
+        key = tensor.untyped_storage()._cdata
+        self._change(self._part_of[key], -self._sizes[key])
+        self._part_of[key] = part
+        self._change(part, self._sizes[key])
+
+    def curves(self, points: int = 1000) -> dict[str, np.ndarray]:
+        """Bytes of every part over time, which is counted in allocations and releases.
+
+        Args:
+            points: How many moments at most. Of all moments between two of them the one with the most bytes is kept.
+
+        Returns:
+            By part, in the order of their first appearance, int64 arrays of one length.
+        """
+        names = [*dict.fromkeys([*self._start, *(part for part, _ in self._changes)])]
+        rows = {name: row for row, name in enumerate(names)}
+        values = np.zeros((len(names), 1 + len(self._changes)), dtype=np.int64)
+        values[:, 0] = [self._start.get(name, 0) for name in names]
+        for moment, (part, change) in enumerate(self._changes, start=1):
+            values[rows[part], moment] = change
+        values = values.cumsum(axis=1)
+        total = values.sum(axis=0)
+        spans = np.array_split(np.arange(len(total)), min(points, len(total)))
+        kept = [span[total[span].argmax()] for span in spans]
+        return dict(zip(names, values[:, kept], strict=True))
+
+    def _grow(self, key: int, size: int) -> None:
+        self._part_of[key] = self.part
+        self._change(self.part, size)
+        before = self.peak
+        super()._grow(key, size)
+        if self.peak > before:
+            self.peak_parts = dict(self.parts)
+
+    def _remove(self, key: int) -> None:
+        self._change(self._part_of.pop(key), -self._sizes[key])
+        super()._remove(key)
+
+    def _change(self, part: str, size: int) -> None:
+        self.parts[part] = self.parts.get(part, 0) + size
+        self._changes.append((part, size))
 
 
 def peak_live_bytes(step: Callable[[], object], *held: object) -> int:
@@ -89,5 +167,7 @@ def _tensors(held: object) -> Iterator[Tensor]:
                     yield parameter.grad
         elif isinstance(leaf, Optimizer):
             yield from _tensors([*map(dict, leaf.state.values())])
-        elif isinstance(leaf, torch.Tensor):
+        elif isinstance(leaf, BaseDataElement):
+            yield from _tensors([value for _, value in leaf.all_items()])
+        elif isinstance(leaf, Tensor):
             yield leaf

@@ -1,7 +1,8 @@
 import torch
+from mmengine.structures import InstanceData
 from torch import nn
 
-from mmman.analysis import LiveBytes, peak_live_bytes
+from mmman.analysis import LiveBytes, LiveParts, peak_live_bytes
 
 
 def test_a_training_step_counts_what_arithmetic_says():
@@ -43,3 +44,25 @@ def test_repeatable():
         net.zero_grad()
         peaks.add(peak_live_bytes(lambda: net(x).square().mean().backward(), net, x))
     assert len(peaks) == 1
+
+
+def test_parts_are_told_apart():
+    weight = torch.zeros(10)
+    with LiveParts({'weights': weight, 'again': [weight[2:]]}, part='first') as live:
+        x = weight + 1
+        live.part = 'second'
+        y = x + x
+        live.claim(x, 'claimed')
+        del y
+        live.part = 'first'
+        z = x + 1  # as many bytes as before: the peak was reached already
+    assert live.parts == {'weights': 40, 'first': 40, 'second': 0, 'claimed': 40}
+    assert live.peak_parts == {'weights': 40, 'first': 40, 'second': 40}
+    assert sum(live.parts.values()) == live.current == live.peak == 120
+    assert live.curves()['second'].tolist() == [0, 0, 40, 40, 40, 0, 0]
+    assert sum(live.curves(points=2).values()).max() == 120
+    del z
+
+
+def test_data_samples_count():
+    assert LiveBytes([InstanceData(bboxes=torch.zeros(2, 4), labels=torch.zeros(2, dtype=torch.int64))]).current == 48

@@ -1,0 +1,105 @@
+"""Which part of a training step is running: marks at the boundaries of blocks, without touching what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from mmman.analysis.memory import LiveParts
+from mmman.local.blocks import LocalBlocks
+
+TASK = 'neck, head, loss'
+
+
+def block_outputs(model: BaseModel) -> list[str]:
+    """Paths below the backbone of the modules that end the blocks with a local head; none of a model trained end to end."""
+    local = getattr(model.backbone, 'local', None)
+    return [block[-1].output for block in local.plan.blocks[:-1]] if isinstance(local, LocalBlocks) else []
+
+
+@contextmanager
+def parts_told(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, outputs: Sequence[str]) -> Iterator[None]:
+    """While this context is open, a training step tells ``live`` which part is running.
+
+    Parts are ``input`` until the backbone starts, ``block 1`` to ``block K`` (forward, and backward from where the gradient of
+    the block's output is there), ``local head 1`` to ``K-1``, ``neck, head, loss``, ``optimizer step`` and ``rest``. A gradient
+    belongs to ``gradients`` from the moment it is accumulated.
+
+    Args:
+        outputs: Paths below the backbone of the modules that end the first K-1 blocks.
+    """
+    marks = _Marks(live, last=len(outputs) + 1, has_heads=bool(block_outputs(model)))
+    with ExitStack() as stack:
+
+        def attach(handle: Any) -> None:
+            stack.callback(handle.remove)
+
+        for block, path in enumerate(outputs, start=1):
+            marks.attach_boundary(model.backbone.get_submodule(path), block, attach)
+        attach(model.backbone.register_forward_pre_hook(marks.into_backbone))
+        attach(model.backbone.register_forward_hook(marks.out_of_backbone))
+        attach(optim_wrapper.optimizer.register_step_pre_hook(marks.into_optimizer))
+        attach(optim_wrapper.optimizer.register_step_post_hook(marks.out_of_optimizer))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                attach(parameter.register_post_accumulate_grad_hook(marks.gradient))
+        backward = optim_wrapper.backward
+
+        def marked(*args: Any, **kwargs: Any) -> None:
+            backward(*args, **kwargs)
+            live.part = 'rest'
+
+        optim_wrapper.backward = marked
+        stack.callback(delattr, optim_wrapper, 'backward')
+        yield
+
+
+class _Marks:
+    def __init__(self, live: LiveParts, last: int, has_heads: bool) -> None:
+        self.live, self.last, self.has_heads = live, last, has_heads
+        self.is_in_backbone = False
+        self.suspended = live.part
+
+    def attach_boundary(self, module: nn.Module, block: int, attach: Callable[[Any], None]) -> None:
+        """Mark the end of a block: before its local head, and behind it."""
+
+        def before(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self.is_in_backbone:  # and not recomputed by a checkpoint in the backward pass
+                self.enter_backward_of(block, output)
+                self.live.part = f'local head {block}' if self.has_heads else f'block {block + 1}'
+
+        def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
+            if self.is_in_backbone:
+                self.live.part = f'block {block + 1}'
+
+        attach(module.register_forward_hook(before, prepend=True))
+        attach(module.register_forward_hook(behind))
+
+    def enter_backward_of(self, block: int, output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(lambda gradient: setattr(self.live, 'part', f'block {block}'))
+
+    def into_backbone(self, *_: Any) -> None:
+        self.is_in_backbone = True
+        self.live.part = 'block 1'
+
+    def out_of_backbone(self, module: nn.Module, args: tuple, outputs: object) -> None:
+        self.is_in_backbone = False
+        *_, deepest = (leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor))
+        self.enter_backward_of(self.last, deepest)
+        self.live.part = TASK
+
+    def into_optimizer(self, *_: Any) -> None:
+        self.suspended, self.live.part = self.live.part, 'optimizer step'
+
+    def out_of_optimizer(self, *_: Any) -> None:
+        self.live.part = self.suspended
+
+    def gradient(self, parameter: nn.Parameter) -> None:
+        self.live.claim(parameter.grad, 'gradients')

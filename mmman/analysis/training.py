@@ -1,0 +1,132 @@
+"""What one training step costs: memory by the part that needs it, the floor, FLOPs, seconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from mmengine.runner.amp import autocast
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmman.analysis.memory import LiveBytes, LiveParts
+from mmman.analysis.parts import block_outputs, parts_told
+from mmman.engine import LocalLearningOptimWrapper
+from mmman.local.blocks import LocalBlocks
+
+EMA_MOMENTUM = 0.995
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Live tensor bytes of one step.
+
+    Attributes:
+        peak: The most that were alive at once.
+        parts: What the peak is made of; the sum is the peak.
+        curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
+    """
+
+    peak: int
+    parts: dict[str, int]
+    curves: dict[str, np.ndarray]
+
+
+class StepMeter:
+    """Takes training steps of one model on one batch. The first step, which makes optimizer state, is taken at once.
+
+    Args:
+        model: A model in training mode; its local heads, if any, are started.
+        optim_wrapper: Its optim wrapper, whose learning rate should be 0.
+        data: A batch as the data loader gives it.
+        outputs: Where there are no local heads: paths of the backbone's modules that end a block, for the parts of the peak.
+    """
+
+    def __init__(self, model: BaseModel, optim_wrapper: OptimWrapper, data: dict, outputs: Sequence[str] = ()) -> None:
+        self.model, self.optim_wrapper, self.data = model, optim_wrapper, data
+        local = getattr(model.backbone, 'local', None)
+        self._heads = [*local.values()] if isinstance(local, LocalBlocks) else []
+        known = {name for name, _ in model.backbone.named_modules()}
+        self.outputs = block_outputs(model) or ([*outputs] if known.issuperset(outputs) else [])
+        self.step()
+
+    def step(self) -> None:
+        """One training step, and the update of the momentum copies."""
+        self.model.train_step(self.data, self.optim_wrapper)
+        for head in self._heads:
+            head.transfer.update_(head.source.of(self.model.backbone), EMA_MOMENTUM)
+
+    def memory(self) -> Memory:
+        """Live tensor bytes of one step, exactly, on the CPU or a GPU."""
+        parameters = [*self.model.parameters()]
+        held = {
+            'momentum copies': [head.transfer.momentum for head in self._heads],
+            'parameters': parameters,
+            'buffers': [*self.model.buffers()],
+            'gradients': [p.grad for p in parameters if p.grad is not None],
+            'optimizer state': self.optim_wrapper.optimizer,
+            'input': self.data,
+        }
+        with LiveParts(held, part='input') as live, parts_told(live, self.model, self.optim_wrapper, self.outputs):
+            self.step()
+        return Memory(live.peak, {name: size for name, size in live.peak_parts.items() if size}, live.curves())
+
+    def floor(self) -> int:
+        """Peak of what remains without the backbone.
+
+        Parameters, buffers and optimizer state of the whole model; and neck, head and loss run forward and backward on feature
+        maps that are given.
+        """
+        batch = self.model.data_preprocessor(self.data, True)
+        backbone, wrapper = self.model.backbone, self.optim_wrapper
+        if not isinstance(wrapper, LocalLearningOptimWrapper):
+            precision = wrapper.optim_context(self.model)
+        else:
+            precision = autocast(dtype=wrapper.dtype) if wrapper.dtype else nullcontext()
+        with precision:
+            with torch.no_grad():
+                features = tuple(feature.requires_grad_() for feature in backbone(batch['inputs']))
+            backbone.forward = lambda inputs: features
+            try:
+                with LiveBytes(self.model, wrapper.optimizer, self.data, batch, features) as live:
+                    losses = self.model(**batch, mode='loss')
+                    self.model.parse_losses(losses)[0].backward()
+            finally:
+                del backbone.forward
+        wrapper.zero_grad()
+        return live.peak
+
+    def allocator_peak(self) -> int | None:
+        """Peak bytes of torch's CUDA allocator in one step; None without a GPU."""
+        if not torch.cuda.is_available():
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.step()
+        return torch.cuda.max_memory_allocated()
+
+    def flops(self) -> int:
+        """FLOPs of one step, forward and backward, as torch counts them: of matrix products and convolutions.
+
+        A multiplication and an addition are two. Operators of mmcv (deformable convolution) are not counted.
+        """
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return counter.get_total_flops()
+
+    def seconds(self) -> float:
+        """Wall-clock seconds of one step."""
+        _synchronize()
+        start = time.perf_counter()
+        self.step()
+        _synchronize()
+        return time.perf_counter() - start
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
