@@ -1,0 +1,92 @@
+from dataclasses import astuple
+
+import pytest
+import torch
+
+from mmman import localize_
+from mmman.analysis import LiveBytes
+from mmman.analysis.backbone_cost import Ratios, UnitCost, formula_ratios, predict_cost, summed_ratios, unit_costs
+from mmman.analysis.cost import CHANNEL, UNIT, Bias
+from mmman.errors import CostError
+from tests.toy import ToyNet
+
+SHAPE = (2, 3, 16, 16)
+
+
+def localized(transfer=None, **options):
+    net = ToyNet(**options)
+    return localize_(net, 3, {'type': 'mmman.ToyLocalHead'}, partition='stage', transfer=transfer)
+
+
+def test_unit_costs_are_what_arithmetic_says():
+    big, small = 2 * 4 * 16 * 16, 2 * 8 * 8 * 8  # numbers in a feature map of stage 1 and of stage 2
+    stem, first, second, third = unit_costs(localized(), SHAPE)[:4]
+    # A convolution keeps its input, BatchNorm its input, a mean and a deviation a channel, a ReLU its result.
+    assert stem == UnitCost('stem', 4 * 27 + 4, 2 * big * 27, 0)
+    assert first == UnitCost('layer1.0', 4 * 36 + 8, 2 * big * 36, 4 * (3 * big + 8))  # with the stem's output
+    assert second == UnitCost('layer1.1', 4 * 36 + 8, 2 * big * 36, 4 * (2 * big + 8))
+    assert third == UnitCost('layer2.0', 8 * 36 + 16 + 8 * 4 + 8, 2 * small * (36 + 4), 4 * (2 * small + 16))
+
+
+def test_meta_tensors_keep_what_a_real_forward_pass_keeps():
+    net, images = localized(), torch.randn(SHAPE)
+    with LiveBytes(net, images) as live:
+        before = live.current
+        outputs = net(images)
+    assert outputs and live.current - before == sum(unit.activations for unit in unit_costs(net, SHAPE))
+
+
+def test_the_backbone_stays_as_it_is():
+    net = localized().eval()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    predict_cost(net, SHAPE)
+    assert not net.training and len(net.local) == 2
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_frozen_units_are_left_out():
+    net = ToyNet()
+    net.stem.requires_grad_(False)
+    localize_(net, 3, {'type': 'mmman.ToyLocalHead'}, partition='stage')
+    assert [unit.name for unit in predict_cost(net, SHAPE).blocks[0]] == ['layer1.0', 'layer1.1']
+
+
+def test_formulas_of_a_backbone():
+    """Seven units in three blocks: Eq. 8, 13 and 17 with L = 7, K = 3 and a second copy as bias."""
+    found = predict_cost(localized(), SHAPE)
+    assert [len(block) for block in found.blocks] == [3, 2, 2] and found.bias == UNIT
+    expected = (1 + 2 * 2 / 7, 1 + 2 / 7 * 2, 1 / 3 + 2 / 7)
+    assert (found.formulas.parameters, found.formulas.flops, found.formulas.activations) == pytest.approx(expected)
+
+
+def test_summed_parameters_are_those_of_the_copies():
+    net = localized()
+    copies = sum(p.numel() for head in net.local.values() for copied in head.transfer.copies for p in copied.parameters())
+    own = sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.local.parameters())
+    assert predict_cost(net, SHAPE).summed.parameters == pytest.approx(1 + copies / own)
+
+
+def test_sums_over_unequal_units():
+    blocks = [[UnitCost('a', 1, 10, 70), UnitCost('b', 2, 10, 10)], [UnitCost('c', 5, 20, 40)], [UnitCost('d', 12, 40, 80)]]
+    bias = Bias(parameters=1, flops=0.5, activations=0.25)
+    # Heads: c on the first block, d on the second. Peaks: 80 + 1.25 * 40, 40 + 1.25 * 80, 80.
+    assert summed_ratios(blocks, bias) == Ratios(1 + 2 * 17 / 20, 1 + 1.25 * 60 / 80, 140 / 200)
+
+
+def test_equal_units_and_blocks_give_the_formulas():
+    blocks = [[UnitCost('a', 3, 5, 7)] * 4] * 3
+    summed = summed_ratios(blocks, CHANNEL)
+    formulas = formula_ratios(blocks, CHANNEL)
+    assert astuple(summed) == pytest.approx(astuple(formulas))
+
+
+def test_biases():
+    assert predict_cost(localized({'bias': 'channel'}), SHAPE).bias == CHANNEL
+    assert predict_cost(localized({'bias': False, 'scale': False}), SHAPE).bias == Bias(0, 0, 0)
+    with pytest.raises(CostError, match='set ema=True in transfer'):
+        predict_cost(localized({'ema': False, 'bias': False, 'scale': False}), SHAPE)
+
+
+def test_one_block_costs_what_end_to_end_does():
+    found = predict_cost(localize_(ToyNet(), 1), SHAPE)
+    assert found.formulas == found.summed == Ratios(1, 1, 1)
