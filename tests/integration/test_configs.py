@@ -36,7 +36,8 @@ pytestmark = [
 
 CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
-SHIPPED = [str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_']
+PIPELINES = [path.name for path in FILES if path.stem.endswith('_pipeline')]
+SHIPPED = [str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_' and path.name not in PIPELINES]
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
 SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
 CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS + SEGMENTORS]
@@ -132,6 +133,14 @@ def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     for cfg in (local, twin):
         cfg.merge_from_dict({'optim_wrapper.type': None, 'custom_hooks': None, 'paper': None})
     assert local.to_dict() == twin.to_dict()
+
+
+@pytest.mark.parametrize('name', PIPELINES)
+def test_pipeline_is_another_config_with_another_runner(name: str) -> None:
+    pipeline, whole = config(name).to_dict(), config(name.replace('_pipeline', '')).to_dict()
+    assert pipeline.pop('runner_type') == 'mmman.PipelineRunner'
+    assert pipeline == whole
+    assert f'{name} {whole["model"]["backbone"]["num_blocks"]},' in (CONFIGS / name).read_text()
 
 
 # The last units of the first K-1 blocks, by network and K.
