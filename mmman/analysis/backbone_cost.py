@@ -95,7 +95,8 @@ def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[Un
     """
     plan = backbone.local.plan
     units = [*plan.frozen, *(unit for block in plan.blocks for unit in block)]
-    bare = delocalize_(copy.deepcopy(backbone)).to('meta').train()
+    bare = delocalize_(copy.deepcopy(backbone)).to('meta')
+    bare.train()  # which mmpretrain's backbones return nothing from
     images = torch.empty(shape, device='meta')
     kept = {tensor.untyped_storage()._cdata: tensor for tensor in (images, *bare.parameters(), *bare.buffers())}
     activations, totals = 0, [(0, 0)]

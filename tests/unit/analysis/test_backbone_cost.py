@@ -28,12 +28,41 @@ def test_unit_costs_are_what_arithmetic_says():
     assert third == UnitCost('layer2.0', 8 * 36 + 16 + 8 * 4 + 8, 2 * small * (36 + 4), 4 * (2 * small + 16))
 
 
-def test_meta_tensors_keep_what_a_real_forward_pass_keeps():
-    net, images = localized(), torch.randn(SHAPE)
+def kept_bytes(net):
+    """What is alive after a real forward pass and wasn't before; the outputs are among what their ReLU keeps."""
+    images = torch.randn(SHAPE)
     with LiveBytes(net, images) as live:
         before = live.current
         outputs = net(images)
-    assert outputs and live.current - before == sum(unit.activations for unit in unit_costs(net, SHAPE))
+    assert outputs
+    return live.current - before
+
+
+def test_meta_tensors_keep_what_a_real_forward_pass_keeps():
+    net = localized()
+    assert sum(unit.activations for unit in unit_costs(net, SHAPE)) == kept_bytes(net)
+
+
+def test_a_checkpointed_backbone_of_mmpretrain():
+    models = pytest.importorskip('mmpretrain.models')
+    net = localize_(models.ResNet(18, with_cp=True), 1)
+    with pytest.warns(UserWarning, match='use_reentrant'):
+        assert sum(unit.activations for unit in unit_costs(net, SHAPE)) == kept_bytes(net)
+
+
+def test_frozen_stages_and_norm_eval_of_mmdet():
+    models = pytest.importorskip('mmdet.models')
+    net = localize_(models.ResNet(18, out_indices=(3,), norm_eval=True, frozen_stages=1), 1)
+    net.train()
+    costs = unit_costs(net, SHAPE)
+    # On meta tensors BatchNorm keeps a mean and a deviation a channel in eval mode as well.
+    statistics = sum(8 * module.num_features for stage in (2, 3, 4) for module in batch_norms(net, f'layer{stage}'))
+    assert sum(unit.activations for unit in costs) == kept_bytes(net) + statistics
+    assert [unit.activations for unit in costs[:3]] == [0, 0, 0]
+
+
+def batch_norms(net, path):
+    return [module for module in net.get_submodule(path).modules() if isinstance(module, torch.nn.BatchNorm2d)]
 
 
 def test_the_backbone_stays_as_it_is():
