@@ -113,7 +113,7 @@ def main() -> None:
     if args.tta:
         enable_tta(cfg)
     if is_pipeline(cfg):
-        del cfg.runner_type  # a whole model is evaluated, by one process or data parallel
+        cfg.pop('runner_type')  # a whole model is evaluated, by one process or data parallel
     runner = build_runner(cfg)
     if args.out:
         dump_predictions(runner, args.out)

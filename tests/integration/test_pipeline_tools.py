@@ -1,5 +1,6 @@
-"""A process of a pipeline that dies ends all others, which say who and why; the last checkpoint resumes the run."""
+"""A pipeline by the tools: a process that dies ends all others, which say who and why; its checkpoints resume and evaluate."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,9 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
+from mmengine.registry import MODELS
 
 from tests.conftest import ROOT
-from tests.parity.pipeline_runs import environment, free_port, last_checkpoint, toy_run
+from tests.parity.pipeline_runs import environment, free_port, last_checkpoint, toy_run, with_epochs
 
 STAGES = 4
 TIMEOUT = 15
@@ -78,6 +81,21 @@ def test_killed_process_ends_all_and_the_run_resumes(victim, config, tmp_path):
     errors = finish(processes, seconds=120)
     assert [process.returncode for process in processes] == [0] * STAGES, errors
     assert last_checkpoint(work_dir)['meta']['iter'] == last
+
+
+def test_a_checkpoint_is_evaluated_in_one_piece(tmp_path):
+    cfg = toy_run(tmp_path / 'run')
+    torch.save({'state_dict': MODELS.build(cfg.model).state_dict()}, tmp_path / 'weights.pth')
+    cfg = with_epochs(cfg, epochs=1)
+    cfg.merge_from_dict(
+        {'test_cfg': {'type': 'TestLoop'}, 'test_dataloader': cfg.val_dataloader, 'test_evaluator': cfg.val_evaluator}
+    )
+    cfg.dump(tmp_path / 'config.py')
+    command = [sys.executable, 'tools/test.py', tmp_path / 'config.py', tmp_path / 'weights.pth', '--work-dir', tmp_path]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    subprocess.run([*map(str, command)], cwd=ROOT, env=environment, check=True)
+    scores = json.loads(next(tmp_path.rglob('*.json')).read_text())
+    assert 0 <= scores['toy/accuracy'] <= 1
 
 
 def test_error_of_a_stage_is_told_to_all(config):
