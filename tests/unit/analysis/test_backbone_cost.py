@@ -73,6 +73,14 @@ def test_the_backbone_stays_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_an_eval_mode_does_not_change_what_training_costs():
+    net = ToyNet()
+    net.layer1[0].skip = torch.nn.Dropout()  # which keeps a mask of its input, in training only
+    localize_(net, 1)
+    plain, with_mask = unit_costs(localized(), SHAPE)[1], unit_costs(net.eval(), SHAPE)[1]
+    assert with_mask.activations > plain.activations
+
+
 def test_frozen_units_are_left_out():
     net = ToyNet()
     net.stem.requires_grad_(False)
