@@ -62,10 +62,11 @@ def read_scalars(folder: Path) -> tuple[float, float, float]:
 
 def peak_bytes() -> list[int]:
     """The most bytes alive during one training step of each config, counted on the CPU, everything included."""
-    path = WORK / 'peak_memory.json'
+    path = WORK / 'training_step.json'
     cfg = Config.fromfile(CONFIGS['E2E'])
-    tool, batch = ROOT / 'tools' / 'analysis_tools' / 'peak_memory.py', cfg.train_dataloader.batch_size
-    run(tool, *CONFIGS.values(), '--shape', *cfg.scale, '--batch', batch, '--out', path, stdout=subprocess.DEVNULL)
+    tool = ROOT / 'tools' / 'analysis_tools' / 'measure_training.py'
+    sizes = ('--shape', *cfg.scale, '--batch', cfg.train_dataloader.batch_size, '--iterations', 0)
+    run(tool, *CONFIGS.values(), *sizes, '--out', path, stdout=subprocess.DEVNULL)
     return [row['peak'] for row in json.loads(path.read_text())]
 
 

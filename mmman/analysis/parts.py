@@ -63,20 +63,17 @@ def parts_told(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, o
 class _Marks:
     def __init__(self, live: LiveParts, last: int, has_heads: bool) -> None:
         self.live, self.last, self.has_heads = live, last, has_heads
-        self.is_in_backbone = False
         self.suspended = live.part
 
     def attach_boundary(self, module: nn.Module, block: int, attach: Callable[[Any], None]) -> None:
         """Mark the end of a block: before its local head, and behind it."""
 
         def before(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self.is_in_backbone:  # and not recomputed by a checkpoint in the backward pass
-                self.enter_backward_of(block, output)
-                self.live.part = f'local head {block}' if self.has_heads else f'block {block + 1}'
+            self.enter_backward_of(block, output)
+            self.live.part = f'local head {block}' if self.has_heads else f'block {block + 1}'
 
         def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self.is_in_backbone:
-                self.live.part = f'block {block + 1}'
+            self.live.part = f'block {block + 1}'
 
         attach(module.register_forward_hook(before, prepend=True))
         attach(module.register_forward_hook(behind))
@@ -86,11 +83,9 @@ class _Marks:
             output.register_hook(lambda gradient: setattr(self.live, 'part', f'block {block}'))
 
     def into_backbone(self, *_: Any) -> None:
-        self.is_in_backbone = True
         self.live.part = 'block 1'
 
     def out_of_backbone(self, module: nn.Module, args: tuple, outputs: object) -> None:
-        self.is_in_backbone = False
         *_, deepest = (leaf for leaf in tree_flatten(outputs)[0] if isinstance(leaf, Tensor))
         self.enter_backward_of(self.last, deepest)
         self.live.part = TASK

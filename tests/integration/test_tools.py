@@ -15,15 +15,16 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, check=True, cwd=ROOT).stdout
 
 
-def test_peak_memory_of_the_demo_configs(tmp_path):
+def test_training_step_of_the_demo_configs(tmp_path):
     configs = [f'configs/demo/retinanet_r18_{kind}_shapes.py' for kind in ('e2e', 'manpp_k4')]
     out = tmp_path / 'rows.json'
-    table = run('tools/analysis_tools/peak_memory.py', *configs, '--shape', 64, 64, '--batch', 2, '--out', out)
+    sizes = ('--shape', 64, 64, '--batch', 2, '--iterations', 1)
+    table = run('tools/analysis_tools/measure_training.py', *configs, *sizes, '--out', out)
     end_to_end, local = json.loads(out.read_text())
     assert 'retinanet_r18_manpp_k4_shapes' in table
     for row in (end_to_end, local):
-        assert row['parameters'] < row['floor'] < row['peak']
-    assert local['parameters'] > end_to_end['parameters']
+        assert row['parameters'] < row['floor'] < row['peak'] == sum(row['parts'].values())
+    assert local['parameters'] > end_to_end['parameters'] and local['flops'] > end_to_end['flops']
 
 
 def test_overfitting_comparison(test_data, tmp_path):
