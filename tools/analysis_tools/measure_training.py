@@ -145,7 +145,10 @@ def tables(rows: list[dict], title: str) -> list[Table]:
     """One line a config; and the parts of the peaks, one line a part."""
 
     def spread(values: list[float] | None, digits: str) -> str:
-        return '' if values is None else f'{values[0]:{digits}} ({values[1]:{digits}}-{values[2]:{digits}})'
+        if values is None:
+            return ''
+        median, lower, upper = (f'{value:{digits}}' for value in values)
+        return median if lower == upper else f'{median} ({lower}-{upper})'
 
     names = ('peak, MB', 'to first', 'floor, MB', 'parameters, MB', 'GFLOPs', 'to first', 'seconds', 'to first')
     on_gpu = rows[0]['allocator_peak'] is not None
@@ -175,7 +178,7 @@ def tables(rows: list[dict], title: str) -> list[Table]:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title)
     for i, name in enumerate(columns):
-        table.add_column(name, justify='right' if i else 'left')
+        table.add_column(name, justify='right' if i else 'left', no_wrap=i > 0, overflow='fold')
     return table
 
 
