@@ -120,6 +120,15 @@ def test_flops():
     assert local.flops() > whole.flops()
 
 
+def test_a_step_moves_the_momentum_copies():
+    meter = toy_meter()
+    (head, *_) = meter.model.backbone.local.values()
+    copied, source = head.transfer.momentum.conv.weight, head.source.of(meter.model.backbone).conv.weight
+    copied.zero_()
+    meter.step()
+    torch.testing.assert_close(copied, 0.005 * source.detach())
+
+
 def test_seconds_are_those_of_a_step():
     meter = toy_meter()
     before = meter.optim_wrapper.steps

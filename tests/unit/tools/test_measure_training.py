@@ -96,7 +96,7 @@ def test_side_by_side(tmp_path, capsys):
     whole, autocast, plain, man, manpp = rows
     for row in rows:
         assert sum(row['parts'].values()) == row['peak'] > row['floor'] > row['parameters']
-        assert row['ratio'][0] > 0
+        assert row['ratio'][0] == pytest.approx(row['seconds'][0] / whole['seconds'][0])
     # End to end the blocks are those of the first local config; the output of a convolution takes two bytes for four.
     assert autocast['parts']['block 1'] < 0.8 * whole['parts']['block 1'] and autocast['flops'] == whole['flops']
     assert whole['parts']['block 2'] > 0
