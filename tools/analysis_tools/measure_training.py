@@ -5,13 +5,11 @@
 A KEY=VALUE overrides the config in front of it, in the syntax of --cfg-options; the same config may come several times. End to
 end, with activation checkpointing, under autocast, InfoPro, MAN and MAN++ in one run (num_blocks=1 is end-to-end training):
 
+    C=configs/resnet101_manpp_k4_imagenet.py B=model.backbone
+    E2E="$C $B.num_blocks=1 $B.partition=stage"
     python tools/analysis_tools/measure_training.py \\
-        configs/resnet101_manpp_k4_imagenet.py model.backbone.num_blocks=1 \\
-        configs/resnet101_manpp_k4_imagenet.py model.backbone.num_blocks=1 model.backbone.backbone.with_cp=True \\
-        configs/resnet101_manpp_k4_imagenet.py model.backbone.num_blocks=1 optim_wrapper.dtype=bfloat16 \\
-        configs/resnet101_manpp_k4_imagenet.py model.backbone.transfer.{ema,bias,scale}=False \\
-        configs/resnet101_manpp_k4_imagenet.py model.backbone.transfer.scale=False \\
-        configs/resnet101_manpp_k4_imagenet.py \\
+        $E2E  $E2E $B.backbone.with_cp=True  $E2E optim_wrapper.dtype=bfloat16 \\
+        $C $B.transfer.ema=False $B.transfer.bias=False $B.transfer.scale=False  $C $B.transfer.scale=False  $C \\
         --names E2E checkpointing bf16 InfoPro MAN MAN++ --shape 224 224 --batch 8 --picture memory.png
 
 Bytes are those of live tensors, counted exactly: on the CPU the same command gives the same numbers everywhere. On a GPU the
