@@ -102,12 +102,13 @@ class StepMeter:
         return live.peak
 
     def allocator_peak(self) -> int | None:
-        """Peak bytes of torch's CUDA allocator in one step; None without a GPU."""
+        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None without a GPU."""
         if not torch.cuda.is_available():
             return None
+        others = torch.cuda.memory_allocated() - LiveBytes(self.model, self.optim_wrapper.optimizer).current
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - others
 
     def flops(self) -> int:
         """FLOPs of one step, forward and backward, as torch counts them: of matrix products and convolutions.
