@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import multiprocessing
 from mmman.analysis.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, end_to_end, optimizer_like
 from mmman.analysis.scaling.network import Link, Network
 from mmman.analysis.scaling.pipeline_run import pipeline_seconds
-from mmman.analysis.scaling.profile import Profile
+from mmman.analysis.scaling.profile import Block, Profile
 from mmman.analysis.scaling.simulate import BUCKET, simulate_end_to_end, simulate_local, simulate_pipeline
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.engine import LocalLearningOptimWrapper
@@ -54,6 +54,7 @@ class Measured:
         point_to_point: The link as two messages back and forth see it.
         ring: The link as an all-reduce of one of DDP's buckets sees it.
         iterations: Median seconds an iteration, by what ran.
+        stages: Mean seconds an iteration in which each stage of the pipeline computed, in that very run.
     """
 
     alone: Profile
@@ -61,6 +62,7 @@ class Measured:
     point_to_point: Link
     ring: Link
     iterations: dict[str, float]
+    stages: list[float] | None = None
 
 
 def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: int) -> tuple[Measured, list[Comparison]]:
@@ -76,13 +78,15 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
         multiprocessing.spawn(_process, (folder, cfg, batch, height, width, iterations), nprocs=PROCESSES)
         found = json.loads(Path(folder, 'measured.json').read_text())
     if len(found['beside']['blocks']) == PROCESSES:
-        found['iterations']['pipeline'] = pipeline_seconds(cfg, PROCESSES, batch, height, width, 2 * iterations)
+        seconds, found['stages'] = pipeline_seconds(cfg, PROCESSES, batch, height, width, 4 * iterations)
+        found['iterations']['pipeline'] = seconds
     measured = Measured(
         alone=Profile.from_dict(found['alone']),
         beside=Profile.from_dict(found['beside']),
         point_to_point=Link(**found['point_to_point']),
         ring=Link(**found['ring']),
         iterations=found['iterations'],
+        stages=found.get('stages'),
     )
     return measured, compare(measured)
 
@@ -102,9 +106,19 @@ def compare(measured: Measured) -> list[Comparison]:
         Comparison(blockwise.system, PROCESSES, blockwise.iteration, took['blockwise ddp']),
     ]
     if 'pipeline' in took:
-        pipeline = simulate_pipeline(beside, PROCESSES, Network(measured.point_to_point))
+        link = Network(measured.point_to_point)
+        pipeline = simulate_pipeline(beside, PROCESSES, link)
         rows.append(Comparison(pipeline.system, PROCESSES, pipeline.iteration, took['pipeline']))
+        blocks = tuple(_lasting(block, seconds) for block, seconds in zip(beside.blocks, measured.stages, strict=True))
+        pipeline = simulate_pipeline(replace(beside, blocks=blocks), PROCESSES, link)
+        rows.append(Comparison(f"{pipeline.system}, from its stages' times", PROCESSES, pipeline.iteration, took['pipeline']))
     return rows
+
+
+def _lasting(block: Block, seconds: float) -> Block:
+    """A block whose parts take ``seconds`` in all, in the same proportions."""
+    parts = ('forward', 'head', 'backward', 'update')
+    return replace(block, **{name: getattr(block, name) * seconds / block.seconds for name in parts})
 
 
 def _process(rank: int, folder: str, cfg: Config, batch: int, height: int, width: int, iterations: int) -> None:

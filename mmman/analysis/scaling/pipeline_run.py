@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -22,17 +24,31 @@ WARMUP = 6
 
 
 class StepTimes(Hook):
-    """Notes when every iteration of the first stage ended, in seconds."""
+    """Notes, in seconds, when each iteration of a stage ended, and how long the stage computed for it."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.computed: list[float] = []
+
+    def before_train(self, runner: PipelineRunner) -> None:
+        stage = runner.model
+        begin = stage.neighbours.await_leave
+
+        def await_leave(iteration: int) -> None:
+            begin(iteration)
+            self._began = time.perf_counter()
+
+        stage.neighbours.await_leave = await_leave
 
     def after_train_iter(self, *args, **kwargs) -> None:
         self.ends.append(time.perf_counter())
+        self.computed.append(self.ends[-1] - self._began)
 
 
-def pipeline_seconds(cfg: Config, stages: int, batch: int, height: int, width: int, iterations: int) -> float:
-    """Mean seconds an iteration of a filled pipeline with one thread a process.
+def pipeline_seconds(
+    cfg: Config, stages: int, batch: int, height: int, width: int, iterations: int
+) -> tuple[float, list[float]]:
+    """Mean seconds an iteration of a filled pipeline with one thread a process, and those in which each stage computed.
 
     Args:
         cfg: Its model and optimizer are used; the images are random.
@@ -46,7 +62,8 @@ def pipeline_seconds(cfg: Config, stages: int, batch: int, height: int, width: i
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_stage, (stages, port, folder, cfg, batch, height, width, iterations), nprocs=stages)
-        return float(Path(folder, 'seconds').read_text())
+        found = [json.loads(Path(folder, f'{stage}.json').read_text()) for stage in range(stages)]
+    return found[0][0], [computed for _, computed in found]
 
 
 def _stage(
@@ -66,13 +83,13 @@ def _stage(
         train_cfg={'type': 'IterBasedTrainLoop', 'max_iters': count},
         optim_wrapper=cfg.optim_wrapper,
         default_hooks=dict.fromkeys(['checkpoint', 'logger', 'sampler_seed']),
-        custom_hooks=[{'type': 'mmman.EMABiasHook'}, *([] if rank else [times])],
+        custom_hooks=[{'type': 'mmman.EMABiasHook'}],
         launcher='pytorch',
         default_scope=cfg.default_scope,
         log_level='WARNING',
         cfg=Config({'pipeline': cfg.get('pipeline')}),
     )
+    runner.register_hook(times)
     runner.train()
-    if rank == 0:
-        seconds = (times.ends[-1] - times.ends[WARMUP - 1]) / iterations
-        Path(folder, 'seconds').write_text(str(seconds))
+    seconds = (times.ends[-1] - times.ends[WARMUP - 1]) / iterations, statistics.mean(times.computed[WARMUP:])
+    Path(folder, f'{rank}.json').write_text(json.dumps(seconds))
