@@ -89,7 +89,9 @@ class PipelineRunner(Runner):
         if self.place.is_first:
             super().register_hooks(default_hooks, custom_hooks)
         else:
-            self.register_custom_hooks([hook for hook in custom_hooks or [] if type_name(hook) in FOLLOWERS_HOOKS])
+            names = [type(hook).__name__ if isinstance(hook, Hook) else type_name(hook) for hook in custom_hooks or []]
+            kept = [hook for hook, name in zip(custom_hooks or [], names, strict=True) if name in FOLLOWERS_HOOKS]
+            self.register_custom_hooks(kept)
         self.register_hook(_WholeModelHook())
 
     def build_logger(self, log_level: int | str = 'INFO', log_file: str | None = None, **kwargs) -> MMLogger:
