@@ -135,5 +135,5 @@ def test_a_config_without_blocks_is_refused():
 def test_the_check_runs():
     pytest.importorskip('mmpretrain')
     rows = run(parse_args([str(CONFIG), '--check', *SMALL, '--iterations', '1']))
-    assert [row['processes'] for row in rows] == [1, 1, 2, 2, 2, 2]
+    assert [row['processes'] for row in rows] == [1, 1, 2, 2, 2, 2, 2]
     assert all(row['predicted'] > 0 and row['measured'] > 0 for row in rows)
