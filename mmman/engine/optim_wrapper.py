@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from mmman.engine.checks import check_model
 from mmman.errors import MisuseError, NonFiniteLossError
 from mmman.local.blocks import localized_backbone
+from mmman.local.dense_loss import DenseLoss
 from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
 from mmman.registry import OPTIM_WRAPPERS
@@ -45,6 +46,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
             each right after its own backward, and its gradients are dropped; over several processes at the next boundary, when
             they are reduced. Both come to the same parameters with an optimizer that updates each parameter by itself, as
             torch's do. A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
+        images_per_chunk: Run neck and dense head of a detector, and the dense heads of its blocks, forward and backward on so
+            many images at a time: losses and gradients stay those of the batch, only a chunk's activations are alive. For
+            RetinaNet's, FCOS's and ATSS's kinds of head without BatchNorm. None: all at once.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
             precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for
@@ -66,6 +70,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip_grad: dict | None = None,
         clip_scope: str = 'block',
         update: str = 'synchronous',
+        images_per_chunk: int | None = None,
         dtype: str | torch.dtype | None = None,
         loss_scale: str | float | dict | None = None,
         use_fsdp: bool = False,
@@ -75,12 +80,15 @@ class LocalLearningOptimWrapper(OptimWrapper):
             raise MisuseError(f"clip_scope={clip_scope!r}: choose 'block' or 'global'")
         if update not in ('synchronous', 'immediate'):
             raise MisuseError(f"update={update!r}: choose 'synchronous' or 'immediate'")
+        if images_per_chunk is not None and images_per_chunk < 1:
+            raise MisuseError(f'images_per_chunk={images_per_chunk}: choose 1 or more, or None')
         if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
             raise MisuseError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
         if use_fsdp:
             raise MisuseError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
         self.clip_scope = clip_scope
         self.update = update
+        self.images_per_chunk = images_per_chunk
         self.dtype = _autocast_dtype(dtype, loss_scale)
         self.loss_scaler, self._fixed_scale = _loss_scaler(self.dtype, loss_scale)
         if update == 'immediate' and self.loss_scaler is not None:
@@ -119,7 +127,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
-        with super().optim_context(model), precision, Session(module, local, self.local_backward) as session:
+        dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
+        with super().optim_context(model), precision, Session(module, local, self.local_backward, dense) as session:
             yield
         self._local_log = session.log
 

@@ -17,6 +17,7 @@ from mmman.errors import MisuseError
 
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
+    from mmman.local.dense_loss import DenseLoss
     from mmman.local.heads.base import LocalHead
 
 
@@ -27,15 +28,19 @@ class Session:
         model: The unwrapped model: its ``parse_losses`` turns local losses into one scalar.
         local: The local heads of its backbone.
         backward: Back-propagates the local loss of a block, scaled as the optim wrapper scales the task loss.
+        dense: Where dense heads run on a few images at a time: what computes their losses.
 
     Attributes:
         log: Detached local losses by ``local/<block>/<name>``, scalars.
     """
 
-    def __init__(self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor, int], None]) -> None:
+    def __init__(
+        self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor, int], None], dense: DenseLoss | None = None
+    ) -> None:
         self.model = model
         self.local = local
         self.backward = backward
+        self.dense = dense
         self.log: dict[str, Tensor] = {}
         self._batch: tuple | None = None
         self._pending: set[int] = set()
@@ -44,11 +49,15 @@ class Session:
         self._hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
         self._pending = {head.block for head in self.local.trained()}
         self.local.open(self)
+        if self.dense is not None:
+            self.model.loss = self.dense.of_task
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self._hook.remove()
         self.local.close()
+        if self.dense is not None:
+            del self.model.loss
         self._batch = None
         if error is None and self._pending:
             raise MisuseError(
@@ -75,7 +84,11 @@ class Session:
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
-        loss, log = self.model.parse_losses(head.loss(head.transferred(x, self._batch[0]), *self._batch))
+        y = head.transferred(x, self._batch[0])
+        in_chunks = self.dense is not None and head.dense_head is not None
+        losses = self.dense.of_local(head, y, *self._batch) if in_chunks else head.loss(y, *self._batch)
+        del y
+        loss, log = self.model.parse_losses(losses)
         self.backward(loss * head.loss_weight, head.block)
         self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
         return x.detach()

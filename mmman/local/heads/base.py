@@ -99,6 +99,15 @@ class LocalHead(BaseModule):
         """
         raise NotImplementedError
 
+    @property
+    def dense_head(self) -> nn.Module | None:
+        """The dense head of mmdet that computes all of :meth:`loss`, if it is so: then images can be taken a few at a time."""
+        return None
+
+    def shown(self, data_samples: list) -> list:
+        """What the dense head sees of the batch's data samples."""
+        return data_samples
+
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""
 

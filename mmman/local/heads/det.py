@@ -85,7 +85,15 @@ class DetLocalHead(LocalHead):
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
         levels = self.projection(self.as_map(y, inputs))
-        return self.bbox_head.loss(levels, [self._in_range(sample) for sample in data_samples])
+        return self.bbox_head.loss(levels, self.shown(data_samples))
+
+    @property
+    def dense_head(self) -> nn.Module:
+        return self.bbox_head
+
+    def shown(self, data_samples: list) -> list:
+        """The data samples with the objects of this head's sizes alone."""
+        return [self._in_range(sample) for sample in data_samples]
 
     def _in_range(self, sample):
         """A view of a DetDataSample with the objects of this head's sizes; the sample itself stays whole."""

@@ -1,0 +1,87 @@
+"""Dense heads, the model's own and those of local heads, run on a few images at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.local.chunks import Losses, replaced, run_in_chunks
+from mmman.local.normalisers import batch_normalisers, check_chunks
+
+if TYPE_CHECKING:
+    from mmman.local.heads.base import LocalHead
+
+
+class DenseLoss:
+    """Computes the losses of single-stage detectors in chunks of a batch; gradients and values are those of the whole batch.
+
+    Args:
+        model: The detector.
+        size: Images a chunk.
+        scaled: Multiplies a loss as the loss scaler does.
+
+    Raises:
+        MisuseError: The model is no single-stage detector.
+    """
+
+    def __init__(self, model: BaseModel, size: int, scaled: Callable[[Tensor], Tensor]) -> None:
+        owner = next((cls.__name__ for cls in type(model).__mro__ if 'loss' in vars(cls)), None)
+        if owner != 'SingleStageDetector':
+            raise MisuseError(
+                f'images_per_chunk is for models that compute their loss as SingleStageDetector does, not for '
+                f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
+            )
+        self.model, self.size, self._scaled = model, size, scaled
+        self._loss = model.loss
+
+    def of_task(self, inputs: Tensor, data_samples: list) -> Losses:
+        """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there."""
+        model = self.model
+        features = model.backbone(inputs)
+        modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
+
+        def losses(leaves: list[Tensor], span: slice) -> dict:
+            with replaced(model.backbone, 'forward', lambda _: tuple(leaves)):
+                return self._loss(inputs[span], data_samples[span])
+
+        return self._run(losses, features, modules, model.bbox_head, data_samples)
+
+    def of_local(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
+        """Stands for ``head.loss``: all of it in chunks. Arguments and result as there."""
+        modules = [part for part in head.children() if part is not head.transfer]
+
+        def losses(leaves: list[Tensor], span: slice) -> dict:
+            return head.loss(leaves[0], inputs[span], data_samples[span])
+
+        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples))
+
+    def _run(
+        self,
+        losses: Callable[[list[Tensor], slice], dict],
+        features: Sequence[Tensor],
+        modules: list[nn.Module],
+        head: nn.Module,
+        data_samples: list,
+    ) -> Losses:
+        check_chunks(head, modules)
+        sizes: list[tuple[int, int]] = []
+
+        def note_sizes(maps: Sequence[Tensor], _: list) -> dict:
+            sizes.extend((*level.shape[-2:],) for level in maps)
+            return {}
+
+        with torch.no_grad(), replaced(head, 'loss', note_sizes):
+            losses([feature[:1] for feature in features], slice(0, 1))
+
+        def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
+            loss, log = self.model.parse_losses(losses(leaves, span))
+            share = len(leaves[0]) / len(data_samples)
+            return loss, {n: v if 'loss' in n else v * share for n, v in log.items() if n != 'loss'}
+
+        with batch_normalisers(head, sizes, data_samples, features[-1]):
+            return run_in_chunks(compute, features, modules, self.size, self._scaled(features[-1].new_ones(())))

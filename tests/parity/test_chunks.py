@@ -1,0 +1,206 @@
+"""Dense heads on a few images at a time: losses and gradients are those of the whole batch."""
+
+import pytest
+import torch
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+
+from mmman import LocalDistributedDataParallel, LocalLearningOptimWrapper
+from mmman.analysis.training import StepMeter
+from mmman.errors import MisuseError
+from tests.parity.ranks import run_ranks
+
+pytest.importorskip('mmdet')
+
+CONFIGS = {
+    'RetinaNet': 'retinanet/retinanet_r18_fpn_1x_coco.py',
+    'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
+}
+
+
+def detector(name, **options):
+    from mmdet.registry import MODELS
+
+    init_default_scope('mmdet')
+    torch.manual_seed(0)
+    model = get_config(f'mmdet::{CONFIGS[name]}').model
+    model.backbone.update(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1, norm_eval=False, style='pytorch')
+    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=64)
+    model.bbox_head.update(num_classes=5, in_channels=64, feat_channels=64, stacked_convs=1)
+    local_head = {'type': 'mmman.DetLocalHead', 'bbox_head': model.bbox_head}
+    if 'train_cfg' in model:
+        local_head['train_cfg'] = model.train_cfg
+    model.backbone = {'type': 'mmman.LocalBackbone', 'backbone': model.backbone, 'num_blocks': 4, 'local_head': local_head}
+    model.update(options)
+    built = MODELS.build(model).double().train()
+    for head in built.backbone.local.values():
+        head.transfer.sync_(head.source.of(built.backbone))
+    return built
+
+
+def images(seed=0, objects=(3, 0, 1, 5, 2), size=(64, 96)):
+    """One image an entry, with so many objects."""
+    from mmdet.structures import DetDataSample
+    from mmengine.structures import InstanceData
+
+    generator = torch.Generator().manual_seed(seed)
+    inputs, samples = [], []
+    for count in objects:
+        inputs.append(torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8))
+        corners = torch.rand(count, 2, 2, generator=generator).sort(dim=1).values * torch.tensor(size[::-1])
+        sample = DetDataSample(metainfo={'img_shape': size, 'scale_factor': (1.0, 1.0)})
+        labels = torch.randint(5, (count,), generator=generator)
+        sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=labels)
+        samples.append(sample)
+    return {'inputs': inputs, 'data_samples': samples}
+
+
+def one_step(model, data, parallel=False, lr=0.0, **options):
+    """Losses as logged and the gradients that the optimizer saw, by name."""
+    optim_wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=lr), **options)
+    got = {}
+
+    def note(optimizer, *_):
+        got.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    optim_wrapper.optimizer.register_step_pre_hook(note)
+    log = (LocalDistributedDataParallel(model) if parallel else model).train_step(data, optim_wrapper)
+    return {name: value.item() for name, value in log.items()}, got
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """FCOS and ATSS call ``.float()`` on their predictions."""
+    monkeypatch.setattr(torch.Tensor, 'float', lambda tensor: tensor)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('size', [1, 2, 8])
+@pytest.mark.usefixtures('in_float64')
+def test_losses_and_gradients_are_the_batchs(name, size):
+    model, data = detector(name), images()
+    theirs, expected = one_step(model, data)
+    ours, gradients = one_step(model, data, images_per_chunk=size)
+    loss, rtol, atol = (1e-6, 1e-4, 1e-6) if name == 'ATSS' else (1e-12, 1e-9, 1e-12)  # its centerness is in float32
+    assert ours == pytest.approx(theirs, rel=loss)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=rtol, atol=atol, msg=lambda m, key=key: f'{key}: {m}')
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_batch_without_objects(name):
+    model, data = detector(name), images(objects=(0, 0))
+    theirs, expected = one_step(model, data)
+    ours, gradients = one_step(model, data, images_per_chunk=1)
+    assert ours == pytest.approx(theirs, rel=1e-12)
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-12)
+
+
+def test_local_losses_too():
+    from mmengine.logging import MessageHub
+
+    logs = []
+    for options in ({}, {'images_per_chunk': 2}):
+        MessageHub.get_instance(f'chunks{len(logs)}')
+        model = detector('RetinaNet')
+        model_log = {}
+        wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0), **options)
+        wrapper.message_hub = MessageHub.get_current_instance()
+        model.train_step(images(), wrapper)
+        model_log = {k: v.current() for k, v in wrapper.message_hub.log_scalars.items() if 'local/' in k}
+        logs.append(model_log)
+    assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-12)
+
+
+@pytest.mark.parametrize('options', [{'accumulative_counts': 2}, {'update': 'immediate'}, {'dtype': 'bfloat16'}])
+def test_beside_other_options(options):
+    results = []
+    for more in ({}, {'images_per_chunk': 1}):
+        model = detector('RetinaNet')
+        model = model.float() if 'dtype' in options else model
+        wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.01), **options, **more)
+        for seed in range(2):
+            model.train_step(images(seed), wrapper)
+        results.append(dict(model.named_parameters()))
+    loose = {'rtol': 0, 'atol': 2e-3} if 'dtype' in options else {'rtol': 1e-9, 'atol': 1e-12}
+    for key, parameter in results[1].items():
+        torch.testing.assert_close(parameter, results[0][key], **loose)
+
+
+def test_the_scale_of_a_loss_scaler_is_used_inside():
+    """Half-precision gradients of chunks would underflow without it; what comes out is scaled once."""
+    from mmman.local.chunks import run_in_chunks
+
+    seen = []
+    layer = torch.nn.Linear(3, 1, dtype=torch.float64)
+    x = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
+
+    def compute(leaves, span):
+        loss = layer(leaves[0]).square().sum()
+        loss.register_hook(lambda grad: seen.append(grad.item()))
+        return loss, {'loss': loss}
+
+    losses = run_in_chunks(compute, [x], [layer], 1, torch.tensor(1024.0, dtype=torch.float64))
+    (losses['loss'] * 1024).backward()
+    assert seen == [1024.0] * 4
+    ours = x.grad, layer.weight.grad
+    x.grad = layer.weight.grad = None
+    (layer(x).square().sum() * 1024).backward()
+    for got, expected in zip(ours, (x.grad, layer.weight.grad), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_only_a_chunk_is_alive():
+    peaks = []
+    for options in ({}, {'images_per_chunk': 1}):
+        model, data = detector('RetinaNet'), images(objects=(2,) * 8, size=(128, 192))
+        wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0), **options)
+        curves = StepMeter(model, wrapper, data).memory().curves
+        peaks.append([curves[part].max() for part in ('neck, head, loss', 'local head 1')])
+    assert peaks[1][0] < 0.3 * peaks[0][0]  # the maps' gradients are there for the whole batch
+    assert peaks[1][1] < 0.5 * peaks[0][1]  # and so is the transfer
+
+
+def test_the_model_is_left_as_it_was():
+    model, data = detector('RetinaNet'), images()
+    one_step(model, data)
+    before = {name: {*vars(part)} for name, part in model.named_modules()}
+    parameters = {name: id(p) for name, p in model.named_parameters()}
+    one_step(model, data, images_per_chunk=1)
+    assert parameters == {name: id(p) for name, p in model.named_parameters()}
+    assert {name: {*vars(part)} for name, part in model.named_modules()} == before
+
+
+def test_refused():
+    with pytest.raises(MisuseError, match='images_per_chunk=0: choose'):
+        one_step(detector('RetinaNet'), images(), images_per_chunk=0)
+    model = detector('RetinaNet')
+    model.__class__ = type('Distiller', (type(model),), {'loss': lambda self: None})
+    with pytest.raises(MisuseError, match='images_per_chunk is for models.*SingleStageDetector.*not for Distiller'):
+        one_step(model, images(), images_per_chunk=1)
+    model = detector('RetinaNet')
+    model.neck.lateral_convs[0].bn = torch.nn.BatchNorm2d(4)
+    with pytest.raises(MisuseError, match='BatchNorm in training mode, which mixes the images.*images_per_chunk=None'):
+        one_step(model, images(), images_per_chunk=1)
+    model = detector('RetinaNet')
+    model.bbox_head.__class__ = type('OtherHead', (type(model.bbox_head),), {'loss_by_feat': lambda self: None})
+    with pytest.raises(MisuseError, match='OtherHead cannot run on a few images at a time.*AnchorHead.*images_per_chunk=None'):
+        one_step(model, images(), images_per_chunk=1)
+
+
+def check_rank(rank, world, name):
+    torch.Tensor.float = lambda tensor: tensor
+    mine = images(rank, objects=((2, 0, 1), (4, 1, 3))[rank])
+    _, expected = one_step(detector(name), mine, parallel=True)
+    _, gradients = one_step(detector(name), mine, parallel=True, images_per_chunk=2)
+    assert gradients.keys() == expected.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['RetinaNet', 'FCOS'])
+def test_two_ranks(name, tmp_path):
+    run_ranks(check_rank, 2, tmp_path, name)
