@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.recompute import keep_, recompute_, units_to_recompute
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
@@ -25,6 +26,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     partition: str | Sequence[str] = 'stage',
     transfer: dict | None = None,
     loss_weight: float | Sequence[float] = 1.0,
+    recompute: bool | Sequence[str] = False,
     pretrained: str | None = None,
 ) -> nn.Module:
     """Build a stock backbone and localise it. What a config names: ``type='mmman.LocalBackbone'``.
@@ -32,7 +34,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     Args:
         backbone: Config of the stock backbone, built in the default scope of the config.
         pretrained: Passed on to ``backbone``; mmseg's segmentors set it.
-        num_blocks, local_head, partition, transfer, loss_weight: See :func:`localize_`.
+        num_blocks, local_head, partition, transfer, loss_weight, recompute: See :func:`localize_`.
 
     Returns:
         The backbone: an instance of its own class.
@@ -46,6 +48,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         partition=partition,
         transfer=transfer,
         loss_weight=loss_weight,
+        recompute=recompute,
     )
 
 
@@ -56,6 +59,7 @@ def localize_(
     partition: str | Sequence[str] = 'stage',
     transfer: dict | None = None,
     loss_weight: float | Sequence[float] = 1.0,
+    recompute: bool | Sequence[str] = False,
 ) -> nn.Module:
     """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
 
@@ -70,13 +74,15 @@ def localize_(
             :func:`mmman.partition.plan_blocks`.
         transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
+        recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
+            in a momentum transfer: names, or True for all but the stem. Training ends with the same bits.
 
     Returns:
         ``backbone`` itself.
 
     Raises:
         UnsupportedBackboneError: Its family is not known.
-        PartitionError: The cuts don't fit, or leave a last block that makes no output.
+        PartitionError: The cuts don't fit, or leave a last block that makes no output; ``recompute`` names no unit.
         MisuseError: It is localised already, or options contradict each other.
     """
     if hasattr(backbone, 'local'):
@@ -103,6 +109,7 @@ def localize_(
             'earlier, or drop the stages behind the last of out_indices (num_stages)'
         )
 
+    recomputed = units_to_recompute(backbone, chain, recompute)
     keys = set(backbone.state_dict())
     features = _measure(backbone, chain)
     modules = [unit.of(backbone) for unit in chain.units]
@@ -134,7 +141,14 @@ def localize_(
         )
         heads.append(head)
 
-    # The copies are made: from here on units may carry hooks.
+    # The copies are made: from here on units may carry hooks, and forwards of their own.
+    for unit in recomputed:
+        for path in unit.modules:
+            recompute_(backbone.get_submodule(path))
+    for head in heads:
+        if head.source in recomputed:
+            for copied in head.transfer.copies:
+                recompute_(copied)
     backbone.local = LocalBlocks(chain, plan, heads)
     for cut, head in zip(cuts, heads, strict=True):
         backbone.get_submodule(chain.units[cut].output).register_forward_hook(head.at_boundary)
@@ -162,6 +176,7 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
         raise MisuseError(f'{type(backbone).__name__} is not localised')
     ours = {id(local), *(id(head) for head in local.values())}
     for module in backbone.modules():
+        keep_(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if id(getattr(hook, '__self__', None)) in ours:
