@@ -1,0 +1,94 @@
+"""The planner by memory against brute force over all cuts."""
+
+import random
+from itertools import combinations
+
+import pytest
+
+from mmman.errors import CostError
+from mmman.partition.memory import HeadCost, StepCost, UnitCost, fewest_flops, peak_of, smallest_peak
+
+
+def random_step(seed: int) -> StepCost:
+    """Up to eight units of random costs, with two to four strides, and heads that depend on the other cuts' strides."""
+    draw = random.Random(seed)
+    count = draw.randint(3, 8)
+
+    def size(most: int = 30) -> int:
+        return draw.randint(0, most)
+
+    taps = {count - 1 - draw.randint(0, 1), *(i for i in range(count) if draw.random() < 0.3)}
+    units = tuple(
+        UnitCost(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size()) for i in range(count)
+    )
+    strides = tuple(sorted(2 ** draw.randint(2, 4) for _ in range(count)))
+    costs: dict[tuple, HeadCost] = {}
+
+    def head(*at: int | bool | None) -> HeadCost:
+        return costs.setdefault(at, HeadCost(size(40), size(40), size(40), 1 + size()))
+
+    first = draw.randint(0, 1)
+    return StepCost(size(50), units, HeadCost(0, size(60), size(20), 50), head, strides, first, update=size())
+
+
+def all_cuts(step: StepCost) -> list[tuple[int, ...]]:
+    return [cuts for k in range(len(step.candidates) + 1) for cuts in combinations(step.candidates, k)]
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_smallest_peak_is_that_of_brute_force(seed):
+    step = random_step(seed)
+    peaks = {cuts: peak_of(step, cuts).total for cuts in all_cuts(step)}
+    for blocks in range(1, len(step.candidates) + 2):
+        found = smallest_peak(step, blocks)
+        assert len(found) == blocks - 1
+        assert peaks[found] == min(peak for cuts, peak in peaks.items() if len(cuts) == blocks - 1)
+    assert peaks[smallest_peak(step)] == min(peaks.values())
+
+
+@pytest.mark.parametrize('seed', range(60))
+def test_limits_on_flops_and_memory_are_those_of_brute_force(seed):
+    step = random_step(seed)
+    overheads = {cuts: step.overhead(cuts) for cuts in all_cuts(step)}
+    peaks = {cuts: peak_of(step, cuts).total for cuts in overheads}
+    for limit in (0.0, 0.2, 0.5):
+        found = smallest_peak(step, overhead=limit)
+        assert overheads[found] <= limit
+        assert peaks[found] == min(peaks[cuts] for cuts in peaks if overheads[cuts] <= limit)
+    for target in (min(peaks.values()), sorted(peaks.values())[len(peaks) // 3]):
+        found = fewest_flops(step, target)
+        assert peaks[found] <= target
+        assert overheads[found] == min(overheads[cuts] for cuts in peaks if peaks[cuts] <= target)
+
+
+def test_peak_counted_by_hand():
+    """Two units of which the first is an output, cut between them."""
+    units = (UnitCost(100, 30, 50, 20, tap=20, gradient=7), UnitCost(60, 10, 200, 5, tap=5, gradient=3))
+    step = StepCost(1000, units, HeadCost(0, 40, 4), lambda *_: HeadCost(500, 90, 6), (4, 8), update=2)
+    # block 2 runs backward: all gradients so far, the output of block 1, what it kept, its transient
+    assert peak_of(step, (0,)).total == 1500 + (7 + 6 + 4) + (20 + 60) + 200
+    assert peak_of(step, (0,)).moment == 'block 2, backward'
+    # end to end the gradient of the output of unit 1 waits meanwhile
+    assert peak_of(step, ()).total == 1000 + 4 + (100 + 60) + 20 + 200
+    parts = peak_of(step, (0,)).parts
+    assert parts['local heads'] == 500 and sum(parts.values()) == peak_of(step, (0,)).total
+
+
+def test_many_units_are_planned_in_seconds():
+    """55 units into 32 blocks, as a CIFAR ResNet-110."""
+    units = tuple(UnitCost(100 // (1 + i // 18), 9, 50 // (1 + i // 18), 8, int(i > 50), 1 + i // 18, 10) for i in range(55))
+    heads = [HeadCost(3 + i // 18, 40 - i // 18, 2 + i // 18, 5 + i // 18) for i in range(55)]
+    step = StepCost(1000, units, HeadCost(0, 20, 3, 10), lambda cut, *_: heads[cut], (1,) * 55)
+    assert len(smallest_peak(step, 32)) == 31
+    best = peak_of(step, smallest_peak(step)).total
+    assert peak_of(step, fewest_flops(step, best)).total == best
+
+
+def test_what_can_not_be_reached_is_said():
+    step = random_step(0)
+    with pytest.raises(CostError, match=r'smallest peak is'):
+        fewest_flops(step, 1)
+    with pytest.raises(CostError, match='choose from 1 to'):
+        smallest_peak(step, 99)
+    with pytest.raises(CostError, match='raise the overhead'):
+        smallest_peak(step, len(step.candidates) + 1, overhead=0.0)
