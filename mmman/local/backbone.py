@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import Boundary, LocalHead
-from mmman.local.recompute import keep_, recompute_, units_to_recompute
+from mmman.local.recompute import keep_, recompute_, recompute_unit_, units_to_recompute
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
@@ -75,7 +75,8 @@ def localize_(
         transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
         recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
-            in a momentum transfer: names, or True for all but the stem. Training ends with the same bits.
+            in a momentum transfer: names, or True for all but the stem. Training ends with the same bits. A ``'stem'`` in the
+            list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
 
     Returns:
         ``backbone`` itself.
@@ -143,8 +144,7 @@ def localize_(
 
     # The copies are made: from here on units may carry hooks, and forwards of their own.
     for unit in recomputed:
-        for path in unit.modules:
-            recompute_(backbone.get_submodule(path))
+        recompute_unit_(backbone, unit)
     for head in heads:
         if head.source in recomputed:
             for copied in head.transfer.copies:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mmman.errors import MisuseError, PartitionError
+from mmman.local.stem import StemByImage, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
@@ -26,7 +27,8 @@ def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequ
 
     Raises:
         PartitionError: A name that is no unit.
-        MisuseError: The stem, a unit that checkpoints itself (``with_cp``) or whose forward was replaced, or no list of names.
+        MisuseError: A stem that :func:`stem_paths` doesn't know; a unit that checkpoints itself (``with_cp``) or whose forward
+            was replaced; or no list of names.
     """
     if isinstance(recompute, str):
         raise MisuseError(f'recompute={recompute!r}: choose True, False or a list of unit names, e.g. [{recompute!r}]')
@@ -36,8 +38,11 @@ def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequ
         units = {unit.name: unit for unit in chain.units}
         if unknown := [name for name in recompute if name not in units]:
             raise PartitionError(f'recompute names {unknown}, which are no units; the units are {", ".join(units)}')
-        if STEM in recompute:
-            raise MisuseError(f'recompute={STEM!r} is not supported, its modules are not all the stem does: leave it out')
+        if STEM in recompute and stem_paths(backbone, units[STEM]) is None:
+            raise MisuseError(
+                f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
+                'at most a pooling: leave it out'
+            )
         chosen = [units[name] for name in dict.fromkeys(recompute)]
     for unit in chosen:
         for module in (backbone.get_submodule(path) for path in unit.modules):
@@ -48,14 +53,23 @@ def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequ
     return chosen
 
 
+def recompute_unit_(backbone: nn.Module, unit: Unit) -> None:
+    """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem image by image."""
+    if unit.name == STEM:
+        backbone.get_submodule(unit.modules[0]).forward = StemByImage(backbone, stem_paths(backbone, unit))
+        return
+    for path in unit.modules:
+        recompute_(backbone.get_submodule(path))
+
+
 def recompute_(module: nn.Module) -> None:
     """From now on ``module`` computes its forward pass again in the backward pass. Its hooks stay outside, and fire once."""
     module.forward = Recomputed(module)
 
 
 def keep_(module: nn.Module) -> None:
-    """Undo :func:`recompute_`, if it was done."""
-    if isinstance(vars(module).get('forward'), Recomputed):
+    """Undo what was done to the forward of ``module``, if anything was."""
+    if isinstance(vars(module).get('forward'), (Recomputed, StemByImage)):
         del module.forward
 
 

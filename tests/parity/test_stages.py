@@ -34,26 +34,26 @@ class Mailbox:
         assert next(tensors, None) is None
 
 
-def wrapper_of(model, iters):
-    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': OPTIMIZER})
+def wrapper_of(model, iters, **options):
+    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': OPTIMIZER, **options})
     wrapper.initialize_count_status(model, 0, iters)
     return wrapper
 
 
-def stage_of(model, stage, iters):
+def stage_of(model, stage, iters, **options):
     module = copy.deepcopy(model)
     place = Place(stage, len(model.backbone.local.plan.blocks), 0, 1)
     wrapped = PipelineStage(module, place, staleness=iters)
-    wrapper = wrapper_of(module, iters)
+    wrapper = wrapper_of(module, iters, **options)
     wrapped.start_(wrapper.optimizer, 'cpu', 0)
     wrapped.neighbours._to_next = Mailbox()
     return wrapped, wrapper
 
 
-def compare(model, batches):
+def compare(model, batches, **options):
     """Train ``model`` in one piece and in stages on the same batches, and compare weights and optimizer state."""
-    stages = [stage_of(model, stage, len(batches)) for stage in range(len(model.backbone.local.plan.blocks))]
-    whole = wrapper_of(model, len(batches))
+    stages = [stage_of(model, stage, len(batches), **options) for stage in range(len(model.backbone.local.plan.blocks))]
+    whole = wrapper_of(model, len(batches), **options)
     for batch in batches:
         torch.manual_seed(1)
         model.train_step(copy.deepcopy(batch), whole)
@@ -100,14 +100,15 @@ def test_segmentors(partition):
     compare(model, [segmentors.images(0), segmentors.images(1)])
 
 
+@pytest.mark.parametrize('options', [{}, {'images_per_chunk': 1}], ids=str)
 @pytest.mark.parametrize('partition', ['stage', ['stem', 'layer2.0', 'layer3.1']], ids=str)
-def test_detectors(partition):
+def test_detectors(partition, options):
     torch.manual_seed(0)
     model = detectors.retinanet(detectors.ROWS['manpp'], num_blocks=4, partition=partition).train()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
     batches = [detectors.pseudo_collate(detectors.images(2, seed=i)) for i in range(2)]
-    stages = compare(model, batches)
+    stages = compare(model, batches, **options)
     assert [stage._sends_images for stage, _ in stages] == [False] * 4
     held = [sum(p.numel() for p in stage.parameters() if not p.is_meta) for stage, _ in stages]
     assert sum(held) == sum(p.numel() for p in model.parameters())

@@ -6,6 +6,7 @@ import copy
 import inspect
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
@@ -28,6 +29,8 @@ class DetLocalHead(LocalHead):
         train_cfg: Its training config, which mmdet injects at model level: ``_base_.model.train_cfg``.
         num_classes: In place of ``bbox_head`` and ``train_cfg``, for two-stage detectors: RetinaNet's head for so many classes.
         stacked_convs: Convolutions a tower; the model's own head usually has 4.
+        downsample: Pool the features by this factor along a side: the dense head sits on a grid so much coarser, with anchors
+            of the same sizes, and takes its square less memory and time. Not in the paper.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
@@ -44,9 +47,12 @@ class DetLocalHead(LocalHead):
         train_cfg: dict | None = None,
         num_classes: int | None = None,
         stacked_convs: int = 2,
+        downsample: int = 1,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
+        if downsample < 1:
+            raise MisuseError(f'local_head.downsample={downsample}: choose 1 or more')
         if (bbox_head is None) == (num_classes is None):
             raise MisuseError(
                 'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
@@ -67,16 +73,20 @@ class DetLocalHead(LocalHead):
             )
         strides = [stride[0] for stride in priors.strides]
         levels = assign_levels(boundary.stride, boundary.strides, strides)
-        self.level_strides = [strides[i] for i in levels]
+        self.downsample = downsample
+        self.level_strides = [strides[i] * downsample for i in levels]
         anchors = getattr(priors, 'base_anchors', None)
         self.size_range = None
         if anchors is not None:
             sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
             self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
 
-        self.projection = LevelProjection(boundary.channels, config['in_channels'], boundary.stride, self.level_strides)
+        self.projection = LevelProjection(
+            boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
+        )
+        config = _coarser(_at_levels(config, whole, levels), downsample)
         try:
-            self.bbox_head = MODELS.build({**_at_levels(config, whole, levels), 'stacked_convs': stacked_convs})
+            self.bbox_head = MODELS.build({**config, 'stacked_convs': stacked_convs})
         except (AssertionError, IndexError, ValueError) as error:
             raise MisuseError(
                 f'{type(whole).__name__} cannot be built for the strides {self.level_strides}: {error}'
@@ -84,7 +94,10 @@ class DetLocalHead(LocalHead):
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
-        levels = self.projection(self.as_map(y, inputs))
+        y = self.as_map(y, inputs)
+        if self.downsample > 1:
+            y = F.avg_pool2d(y, self.downsample, ceil_mode=True)
+        levels = self.projection(y)
         return self.bbox_head.loss(levels, self.shown(data_samples))
 
     @property
@@ -169,6 +182,17 @@ def _at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
         for name in names & part.keys():
             if _is_per_level(part[name], count):
                 part[name] = [part[name][i] for i in levels]
+    return config
+
+
+def _coarser(config: dict, factor: int) -> dict:
+    """The dense head's config on grids ``factor`` times coarser, with anchors as large as before."""
+    generator = next((config[key] for key in ('anchor_generator', 'prior_generator') if key in config), {})
+    if 'anchor_generator' in config:
+        generator.setdefault('base_sizes', generator['strides'])
+    for part in (config, generator):
+        if 'strides' in part:
+            part['strides'] = [stride * factor for stride in part['strides']]
     return config
 
 

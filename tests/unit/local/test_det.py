@@ -20,12 +20,17 @@ HEADS = {
 }
 
 
-def backbone_with(head, num_blocks=4, transfer=None, **options):
+def backbone_with(head, num_blocks=4, transfer=None, downsample=1, **options):
     from mmdet.models import ResNet
 
     init_default_scope('mmdet')
     bbox_head = {'type': head, 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32, **HEADS.get(head, {}), **options}
-    return localize_(ResNet(18), num_blocks, {'type': 'mmman.DetLocalHead', 'bbox_head': bbox_head}, transfer=transfer)
+    return localize_(
+        ResNet(18),
+        num_blocks,
+        {'type': 'mmman.DetLocalHead', 'bbox_head': bbox_head, 'downsample': downsample},
+        transfer=transfer,
+    )
 
 
 def levels(backbone):
@@ -92,3 +97,34 @@ RPN = {'num_classes': 1, **HEADS['RetinaHead']}
 def test_heads_of_another_kind_are_refused_by_name(head, options):
     with pytest.raises(MisuseError, match=f'^{head} cannot be a local detection head.*RetinaHead, FCOSHead'):
         backbone_with(head, num_blocks=2, **options)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_a_coarser_grid_keeps_the_sizes(head):
+    from mmdet.structures import DetDataSample
+
+    plain, coarse = (backbone_with(head, downsample=factor).local.values() for factor in (1, 2))
+    for theirs, ours in zip(plain, coarse, strict=True):
+        assert ours.level_strides == [2 * stride for stride in theirs.level_strides]
+        assert [stride[0] for stride in ours.bbox_head.prior_generator.strides] == ours.level_strides
+        assert ours.size_range == theirs.size_range
+        if head == 'FCOSHead':
+            assert ours.bbox_head.regress_ranges == theirs.bbox_head.regress_ranges
+        else:
+            pairs = zip(ours.bbox_head.prior_generator.base_anchors, theirs.bbox_head.prior_generator.base_anchors, strict=True)
+            assert all(torch.equal(mine, other) for mine, other in pairs)
+    sample = DetDataSample(metainfo={'img_shape': (96, 128), 'pad_shape': (96, 128)})
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 60.0]])
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([1]))
+    local = next(iter(coarse))
+    y = torch.rand(1, local.projection.lateral.in_channels, 13, 17, requires_grad=True)
+    maps = local.projection(torch.nn.functional.avg_pool2d(y, 2, ceil_mode=True))
+    assert maps[0].shape[-2:] == (7, 9)
+    if head == 'FCOSHead':
+        sum(loss.sum() for loss in local.loss(y, torch.zeros(1, 3, 96, 128), [sample]).values()).backward()
+        assert y.grad.abs().sum() > 0
+
+
+def test_downsample_is_refused_below_one():
+    with pytest.raises(MisuseError, match='downsample=0: choose 1 or more'):
+        backbone_with('RetinaHead', downsample=0)

@@ -189,7 +189,7 @@ def test_names():
     ('recompute', 'error', 'message'),
     [
         (['layer1.0', 'layer9.0'], PartitionError, r"\['layer9.0'\].* stem, layer1.0, layer1.1, .*layer3.1$"),
-        (['stem'], MisuseError, "'stem' is not supported"),
+        (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
         ('layer1.0', MisuseError, r"choose True, False or a list of unit names, e.g. \['layer1.0'\]"),
     ],
 )
@@ -280,3 +280,33 @@ def test_an_input_that_is_overwritten_is_noticed():
     kept[0].detach().add_(1)
     with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         loss.backward()
+
+
+@pytest.mark.parametrize('partition', ['stage', ['stem', 'layer2.0']], ids=str)
+def test_a_stem_image_by_image(partition):
+    pytest.importorskip('mmdet')
+    models = []
+    for recompute in (False, ['stem', 'layer1.0']):
+        torch.manual_seed(0)
+        net = {'type': 'mmdet.ResNet', 'depth': 18, 'base_channels': 8, 'norm_eval': False, 'frozen_stages': -1}
+        net |= {'out_indices': (3,), 'num_stages': 4}
+        backbone = {'type': 'mmman.LocalBackbone', 'backbone': net, 'num_blocks': 3, 'partition': partition}
+        backbone |= {'local_head': {'type': 'PooledHead'}, 'recompute': recompute}
+        model = MODELS.build({'type': 'mmman.ToyClassifier', 'backbone': backbone, 'channels': (64,)}).double()
+        sync(model)
+        models.append(model.train())
+    plain, again = models
+    boundaries = []
+    again.backbone.maxpool.register_forward_hook(lambda module, args, out: boundaries.append(out.shape))
+    for batch in toy_batches(2, pixels=64):
+        for model in models:
+            step(model, wrapper(model, lr=0.01), batch)
+    for (name, ours), theirs in zip(again.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-10, msg=lambda text, name=name: f'{name}: {text}')
+    assert boundaries == [(4, 8, 16, 16)] * 2 and recomputed(again)[0] == 'backbone.conv1'
+    again.eval().load_state_dict(plain.eval().state_dict())
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    assert torch.equal(again.backbone.conv1(x), plain.backbone.conv1(x))
+    copy.deepcopy(again).train()
+    delocalize_(again.backbone)
+    assert not recomputed(again)

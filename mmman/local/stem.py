@@ -1,0 +1,182 @@
+"""A stem of convolution, BatchNorm, ReLU and pooling, run image by image in both directions.
+
+Its maps are the largest of a backbone. BatchNorm mixes a batch only through the mean and variance of each channel; so with one
+pass more over the images in each direction everything is computed for one image at a time, and the only map of the whole batch
+is the pooled one. Results are those of the stem at once, but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+
+import torch
+from mmengine.dist import get_world_size
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mmman.errors import MisuseError
+from mmman.partition import Unit
+
+Post = Callable[[Tensor], Tensor]
+
+
+class StemByImage:
+    """The ``forward`` of a backbone's first convolution, which runs the whole stem; norm, ReLU and pooling then pass that on.
+
+    The backbone's own forward calls the four one after the other. They are looked up at every call, because conversions
+    (SyncBN) replace modules. Outside training, and with gradients disabled, the forward is the plain one.
+
+    Args:
+        backbone: The backbone.
+        paths: Its convolution, norm, and what follows up to the stem's output.
+    """
+
+    def __init__(self, backbone: nn.Module, paths: tuple[str, ...]) -> None:
+        self.backbone, self.paths = backbone, paths
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv, norm, *rest = (self.backbone.get_submodule(path) for path in self.paths)
+        if not (self.backbone.training and torch.is_grad_enabled()):
+            return type(conv).forward(conv, x)
+        if isinstance(norm, nn.SyncBatchNorm) and norm.training and get_world_size() > 1:
+            raise MisuseError(
+                "a stem with SyncBN cannot run image by image in several processes: leave 'stem' out of recompute"
+            )
+        out = run_stem(x, conv, norm, partial(_without_hooks, rest))
+        for module in (norm, *rest):
+            module.forward = partial(_pass_once, module)
+        return out
+
+
+def _without_hooks(modules: list[nn.Module], x: Tensor) -> Tensor:
+    for module in modules:
+        x = type(module).forward(module, x)
+    return x
+
+
+def _pass_once(module: nn.Module, x: Tensor) -> Tensor:
+    del module.forward
+    return x
+
+
+def stem_paths(backbone: nn.Module, stem: Unit) -> tuple[str, ...] | None:
+    """Paths of a stem's convolution, norm, ReLU and, if it has one, pooling; None where it is something else."""
+    if stem.modules[0] != 'conv1' or len(stem.modules) != 3:
+        return None
+    conv, norm = (backbone.get_submodule(path) for path in stem.modules[:2])
+    fits = isinstance(conv, nn.Conv2d) and conv.bias is None and isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    return tuple(dict.fromkeys((*stem.modules[:2], 'relu', stem.output))) if fits else None
+
+
+def run_stem(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, post: Post) -> Tensor:
+    """``post(norm(conv(x)))`` with only x kept for the backward pass, computed for one image at a time.
+
+    Args:
+        x: (B, C, H, W).
+        conv: A convolution without bias.
+        norm: Affine BatchNorm in either mode; in training mode its running statistics are updated once.
+        post: What follows, without parameters, e.g. ReLU and max pooling; it must treat every image by itself.
+
+    Returns:
+        What ``post`` makes of the batch.
+    """
+    return _Stem.apply(x, conv.weight, norm.weight, norm.bias, conv, norm, post)
+
+
+class _Stem(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, kernel, gamma, beta, conv, norm, post) -> Tensor:
+        ctx.conv, ctx.eps, ctx.post, ctx.precision = conv, norm.eps, post, _precision(x)
+        ctx.mixes = norm.training or norm.running_mean is None
+        images = x.split(1)
+        if ctx.mixes:
+            var, mean = map(torch.stack, zip(*(_moments(_conv(conv, image, kernel)) for image in images), strict=True))
+            var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
+        else:
+            mean, var = norm.running_mean.clone(), norm.running_var.clone()
+        scale, shift = _affine(mean, var, gamma, beta, norm.eps)
+        out = None
+        for i, image in enumerate(images):
+            z = _conv(conv, image, kernel)
+            y = post(_normalised(z, scale, shift))
+            out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
+            out[i : i + 1] = y
+        ctx.count = len(x) * z[0, 0].numel()
+        if norm.training and norm.track_running_stats:
+            _track(norm, mean, var * (ctx.count / max(ctx.count - 1, 1)))
+        ctx.save_for_backward(x, kernel, gamma, beta, mean, var)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, kernel, gamma, beta, *moments = ctx.saved_tensors
+        mean, var, gamma, beta = leaves = [t.detach().requires_grad_() for t in (*moments, gamma, beta)]
+        with torch.enable_grad(), ctx.precision():
+            affine = _affine(mean, var, gamma, beta, ctx.eps)
+            scale, shift = (t.detach().requires_grad_() for t in affine)
+            sums = [torch.zeros_like(scale), torch.zeros_like(shift)]
+            for image, g in zip(x.split(1), grad.split(1), strict=True):
+                with torch.no_grad():
+                    z = _conv(ctx.conv, image, kernel)
+                y = ctx.post(_normalised(z, scale, shift))
+                for total, part in zip(sums, torch.autograd.grad(y, (scale, shift), g), strict=True):
+                    total += part
+            del y, z
+            to_mean, to_var, to_gamma, to_beta = torch.autograd.grad(affine, leaves, sums)
+            scale, shift = scale.detach(), shift.detach()
+            to_kernel = torch.zeros_like(kernel)
+            to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            kernel = kernel.detach().requires_grad_()
+            for i, (image, g) in enumerate(zip(x.split(1), grad.split(1), strict=True)):
+                image = image.detach().requires_grad_(to_x is not None)
+                z = _conv(ctx.conv, image, kernel)
+                cut = z.detach().requires_grad_()
+                (g,) = torch.autograd.grad(ctx.post(_normalised(cut, scale, shift)), cut, g)
+                if ctx.mixes:
+                    with torch.no_grad():
+                        direct = (to_mean + 2 * to_var * (_wide(z).movedim(1, -1) - mean)) / ctx.count
+                        g = g + direct.movedim(-1, 1).to(g.dtype)
+                inputs = (kernel,) if to_x is None else (kernel, image)
+                parts = torch.autograd.grad(z, inputs, g)
+                to_kernel += parts[0]
+                if to_x is not None:
+                    to_x[i : i + 1] = parts[1]
+        return to_x, to_kernel, to_gamma, to_beta, None, None, None
+
+
+def _conv(conv: nn.Conv2d, image: Tensor, kernel: Tensor) -> Tensor:
+    return conv._conv_forward(image, kernel, None)
+
+
+def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(_wide(z), (0, 2, 3), correction=0)
+
+
+def _affine(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    scale = gamma * (var + eps).rsqrt()
+    return scale, beta - mean * scale
+
+
+def _normalised(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (z * scale[:, None, None] + shift[:, None, None]).to(z.dtype)
+
+
+def _wide(z: Tensor) -> Tensor:
+    return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+    norm.num_batches_tracked += 1
+    momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+
+
+def _precision(x: Tensor) -> Callable[[], AbstractContextManager]:
+    """The autocast that is on now, for the backward pass, where it is off."""
+    kind = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
