@@ -69,5 +69,5 @@ def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
                 raise MisuseError(
                     f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped '
                     '(activation_checkpointing?): '
-                    'local learning frees these activations already; use with_cp=True of the stock backbone to checkpoint units'
+                    'local learning frees these activations already; use recompute=True of LocalBackbone to checkpoint units'
                 )

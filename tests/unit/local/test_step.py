@@ -202,7 +202,7 @@ def test_checkpointing_around_blocks_is_refused():
     for path in ('backbone', 'backbone.layer2'):
         model = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
         turn_on_activation_checkpointing(model, [path])
-        with pytest.raises(MisuseError, match=f'^{path} has blocks .*activation_checkpointing.*with_cp=True'):
+        with pytest.raises(MisuseError, match=f'^{path} has blocks .*activation_checkpointing.*recompute=True'):
             step(model)
     inside = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
     plain = gradients(toy(partition=['layer1.1', 'layer2.0'], num_blocks=3))
