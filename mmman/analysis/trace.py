@@ -1,0 +1,107 @@
+"""Allocations and releases of a small run, and what they would be on a larger batch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from difflib import SequenceMatcher
+
+import numpy as np
+
+from mmman.analysis.memory import LiveBytes
+
+
+class Trace(LiveBytes):
+    """Records every allocation and release from :meth:`begin` on, with marks between them.
+
+    Args:
+        held: What is alive from the start. It doesn't count, unless it is released.
+
+    Attributes:
+        numbers: Other numbers of the run that grow with the batch.
+        operators: The operators that allocated, in order; '' where a storage that was there already is released.
+        sizes: Bytes of their storages.
+        events: i + 1 where storage i appears, -(i + 1) where it goes.
+        marks: Number of events before each mark.
+    """
+
+    def __init__(self, *held: object) -> None:
+        self._operator = ''
+        self.numbers: dict[Hashable, int] = {}
+        self.begin()
+        super().__init__(*held)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was recorded: what is alive now is what the run starts with."""
+        self.operators: list[str] = []
+        self.sizes: list[int] = []
+        self.events: list[int] = []
+        self.marks: dict[Hashable, int] = {'start': 0}
+        self._index: dict[int, int] = {}
+
+    def mark(self, name: Hashable) -> None:
+        """Give this moment a name. The first moment of a name counts."""
+        self.marks.setdefault(name, len(self.events))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self._operator = str(func)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _grow(self, key: int, size: int) -> None:
+        super()._grow(key, size)
+        self.events.append(self._number(key, self._operator, size))
+
+    def _remove(self, key: int) -> None:
+        if key not in self._index:
+            self._number(key, '', self._sizes[key])
+        super()._remove(key)
+        self.events.append(-self._index.pop(key))
+
+    def _number(self, key: int, operator: str, size: int) -> int:
+        self.operators.append(operator)
+        self.sizes.append(size)
+        self._index[key] = len(self.sizes)
+        return self._index[key]
+
+
+class Extrapolation:
+    """A run on a larger batch, from two runs on small ones: every storage is linear in the pixels of the batch.
+
+    So the peak may be at another moment than in the small runs. Storages of the two runs are paired in the order of the
+    operators that allocated them; the few of the larger run without a partner (assigners loop over what they find) keep their
+    size.
+
+    Args:
+        small, large: The two runs.
+        pixels: The pixels of their batches and of the batch asked for.
+    """
+
+    def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
+        self._traces, self._pixels = (small, large), pixels
+        sizes = np.array(large.sizes, dtype=float)
+        for first, second, count in SequenceMatcher(None, small.operators, large.operators, False).get_matching_blocks():
+            for i in range(count):
+                sizes[second + i] = linear((small.sizes[first + i], large.sizes[second + i]), pixels)
+        moves = np.array(large.events, dtype=int)
+        self._alive = np.concatenate([[0.0], np.cumsum(np.sign(moves) * sizes[np.abs(moves) - 1])])
+
+    def alive(self, moment: Hashable) -> int:
+        """Bytes alive at a mark, above those at the start."""
+        return round(self._alive[self._traces[1].marks[moment]])
+
+    def peak(self, start: Hashable, end: Hashable) -> int:
+        """The most bytes alive between two marks, above those at the start of the run."""
+        marks = self._traces[1].marks
+        return round(self._alive[marks[start] : marks[end] + 1].max())
+
+    def number(self, name: Hashable) -> int:
+        """One of the runs' ``numbers``."""
+        small, large = (trace.numbers[name] for trace in self._traces)
+        return linear((small, large), self._pixels)
+
+
+def linear(values: tuple[int, int], pixels: tuple[int, int, int]) -> int:
+    """What two values, of which the second is larger or both are alike, become on a batch of ``pixels[2]`` pixels."""
+    small, large = values
+    first, second, asked = pixels
+    return round(small + (large - small) * (asked - first) / (second - first)) if large > small else large

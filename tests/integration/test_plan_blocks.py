@@ -1,0 +1,42 @@
+"""The command that plans cuts, on a small classifier."""
+
+import pytest
+
+from mmman import LocalLearningError
+from tests.conftest import ROOT
+from tools.plan_blocks import parse_args, run, size
+
+CONFIG = str(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
+
+
+def command(*words: str) -> list:
+    return run(parse_args([CONFIG, '--shape', '32', '32', '--batch', '64', *words]))
+
+
+def test_plan_with_blocks_is_checked_and_can_be_pasted(capsys):
+    planned, stage, uniform, whole = command('--blocks', '3', '--check')
+    assert len(planned.cuts) == 2 and whole.cuts == ()
+    assert planned.peak.total <= min(stage.peak.total, uniform.peak.total)
+    text = capsys.readouterr().out
+    assert 'num_blocks=3, partition=[' in text
+    assert 'the prediction is' in text
+    assert abs(float(text.partition('the prediction is ')[2].partition('%')[0])) < 5
+
+
+def test_least_overhead_within_a_target():
+    fewest, *_ = command('--max-overhead', '0.0')
+    assert fewest.cuts == ()
+    smallest, *_ = command('--max-overhead', '9')
+    target = (smallest.peak.total + fewest.peak.total) // 2
+    planned, *_ = command('--target-memory', f'{target / 1e3:.3f}kB')
+    assert planned.peak.total <= target + 1
+    assert 0 < planned.overhead <= smallest.overhead
+    with pytest.raises(LocalLearningError, match=rf'the smallest peak is {smallest.peak.total / 1e6:.1f} MB'):
+        command('--target-memory', '1kB')
+
+
+def test_sizes():
+    assert size('8GB') == 8_000_000_000
+    assert size('1.5MiB') == 1_572_864
+    with pytest.raises(Exception, match='such as 8GB'):
+        size('8')

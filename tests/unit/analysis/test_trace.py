@@ -1,0 +1,47 @@
+"""Bytes of a run on a larger batch, from two small ones, against that run."""
+
+import torch
+
+from mmman.analysis.memory import LiveBytes
+from mmman.analysis.trace import Extrapolation, Trace
+
+
+def work(pixels: int, weight: torch.Tensor, objects: int) -> torch.Tensor:
+    """Its peak is in the gradient of the weight for few pixels, in the two maps for many; it loops over objects."""
+    map_ = torch.zeros(pixels)
+    for _ in range(objects):
+        torch.eye(1)
+    both = map_.sin() + map_.cos()
+    gradient = weight * 2 + weight.exp()
+    return both.sum() + gradient.sum()
+
+
+def traced(pixels: int, weight: torch.Tensor, objects: int) -> Trace:
+    with Trace(weight) as trace:
+        torch.ones(10)
+        trace.begin()
+        work(pixels, weight, objects)
+        trace.mark('end')
+        trace.numbers['pixels'] = pixels
+    return trace
+
+
+def test_peak_moves_to_another_moment_than_in_the_small_runs():
+    weight = torch.zeros(5000)
+    for objects in ((3, 3), (3, 5), (5, 3)):
+        pixels = (100, 200, 10000)
+        scaled = Extrapolation(traced(100, weight, objects[0]), traced(200, weight, objects[1]), pixels)
+        with LiveBytes(weight) as live:
+            work(10000, weight, objects[1])
+        assert scaled.peak('start', 'end') == live.peak - weight.nbytes
+        assert scaled.number('pixels') == 10000
+        assert scaled.alive('start') == scaled.alive('end') == 0
+
+
+def test_what_was_there_before_counts_when_it_is_released():
+    with Trace() as first:
+        early = torch.zeros(10)
+        first.begin()
+        del early
+        first.mark('released')
+    assert Extrapolation(first, first, (1, 2, 3)).alive('released') == -40
