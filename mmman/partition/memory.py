@@ -24,6 +24,8 @@ class UnitCost:
         tap: What stays alive of an output of a non-final block until the task loss's backward; 0 where it is no output.
         gradient: Gradients of its parameters.
         flops: Of its forward and backward pass.
+        holds: Index of the unit whose output the backbone's forward pass holds while this one runs, below 0 for none: what
+            its stage was called with.
     """
 
     kept: int
@@ -33,6 +35,7 @@ class UnitCost:
     tap: int = 0
     gradient: int = 0
     flops: int = 0
+    holds: int = -1
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,22 @@ def _moments(step: StepCost, start: int, end: int, head: HeadCost, is_last: bool
     taps = sum(unit.tap for unit in units[:start])
     given = units[start - 1].output if start and not units[start - 1].tap else 0
     alive = [taps + given]
-    for unit in units[start : end + 1]:
-        yield 'forward', alive[-1], unit.forward, 0
-        alive.append(alive[-1] + unit.kept)
-    yield 'head', alive[-1], head.peak, 0
+    for i in range(start, end + 1):
+        yield 'forward', alive[-1] + _stage_input(units, start, i), units[i].forward, 0
+        alive.append(alive[-1] + units[i].kept)
+    interrupted = 0 if is_last else _stage_input(units, start, end)
+    yield 'head', alive[-1] + interrupted, head.peak, 0
     gradients = head.gradient
     for i in range(end, max(start, step.first) - 1, -1):
-        yield 'backward', alive[i - start + 1] + _held(units, start, i, end, is_last), units[i].backward, gradients
+        held = interrupted + _held(units, start, i, end, is_last)
+        yield 'backward', alive[i - start + 1] + held, units[i].backward, gradients
         gradients += units[i].gradient
+
+
+def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
+    """Bytes of what the forward pass holds while unit i of a block runs, if nothing else does: it is from an earlier block."""
+    held = units[i].holds
+    return units[held].output if 0 <= held < start - 1 and not units[held].tap else 0
 
 
 def _held(units: Sequence[UnitCost], start: int, i: int, end: int, is_last: bool) -> int:

@@ -19,7 +19,8 @@ def random_step(seed: int) -> StepCost:
 
     taps = {count - 1 - draw.randint(0, 1), *(i for i in range(count) if draw.random() < 0.3)}
     units = tuple(
-        UnitCost(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size()) for i in range(count)
+        UnitCost(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size(), draw.randint(-1, i - 1))
+        for i in range(count)
     )
     strides = tuple(sorted(2 ** draw.randint(2, 4) for _ in range(count)))
     costs: dict[tuple, HeadCost] = {}
