@@ -128,7 +128,7 @@ def _unit_costs(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> 
         record.mark('end')
 
     costs, flops = runs.extrapolate(run, pixels), runs.flops(run, pixels)
-    holds = _held_inputs(runs, chain)
+    holds, read = _held_inputs(runs, chain), _outputs_read(runs)
     units, later = [], 0
     for i in range(count - 1, -1, -1):
         unit = chain.units[i]
@@ -152,6 +152,7 @@ def _unit_costs(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> 
                 tap=output * max((1 + (element in chain.norms) for element in taps), default=0),  # a norm's output too
                 gradient=gradient,
                 holds=holds[i],
+                is_read=any(read[element] for element in taps),
                 flops=flops['forward', i] - flops[before] + flops_backward,
             )
         )
@@ -176,6 +177,27 @@ def _held_inputs(runs: SmallRuns, chain: Chain) -> list[int]:
     return [i - 1 if stage is None else stages.index(stage) - 1 for i, stage in enumerate(stages)]
 
 
+def _outputs_read(runs: SmallRuns) -> list[bool]:
+    """For every output of the backbone, whether a gradient comes back to it."""
+    model, batch = runs.model, runs.batches[0]
+    with torch.no_grad(), runs.precision():
+        features = model.backbone(batch.inputs)
+    leaves = [[leaf.requires_grad_() for leaf in tree_flatten(one)[0] if isinstance(leaf, Tensor)] for one in features]
+    _task_loss(runs, batch, features).backward()
+    return [any(leaf.grad is not None for leaf in own) for own in leaves]
+
+
+def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
+    """The model's loss on outputs of the backbone that are given."""
+    model = runs.model
+    model.backbone.forward = lambda *_, **__: features
+    try:
+        with runs.precision():
+            return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
+    finally:
+        del model.backbone.forward
+
+
 def _task_cost(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> HeadCost:
     model = runs.model
     backbone = model.backbone
@@ -186,13 +208,7 @@ def _task_cost(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> H
             features = backbone(batch.inputs)
         _last_tensor(features).requires_grad_()
         record.begin()
-        backbone.forward = lambda *_, **__: features
-        try:
-            with runs.precision():
-                loss = model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
-        finally:
-            del backbone.forward
-        loss.backward()
+        _task_loss(runs, batch, features).backward()
         record.mark('end')
 
     costs, flops = runs.extrapolate(run, pixels), runs.flops(run, pixels)

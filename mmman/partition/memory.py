@@ -26,6 +26,7 @@ class UnitCost:
         flops: Of its forward and backward pass.
         holds: Index of the unit whose output the backbone's forward pass holds while this one runs, below 0 for none: what
             its stage was called with.
+        is_read: Of an output, whether neck, head or loss read it. One that they don't is gone when they run.
     """
 
     kept: int
@@ -36,6 +37,7 @@ class UnitCost:
     gradient: int = 0
     flops: int = 0
     holds: int = -1
+    is_read: bool = True
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,14 @@ def _moments(step: StepCost, start: int, end: int, head: HeadCost, is_last: bool
     for i in range(start, end + 1):
         yield 'forward', alive[-1] + _stage_input(units, start, i), units[i].forward, 0
         alive.append(alive[-1] + units[i].kept)
-    interrupted = 0 if is_last else _stage_input(units, start, end)
-    yield 'head', alive[-1] + interrupted, head.peak, 0
+    if is_last:
+        beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
+    else:
+        beside = _stage_input(units, start, end)
+    yield 'head', alive[-1] + beside, head.peak, 0
     gradients = head.gradient
     for i in range(end, max(start, step.first) - 1, -1):
-        held = interrupted + _held(units, start, i, end, is_last)
+        held = beside + _held(units, start, i, end, is_last)
         yield 'backward', alive[i - start + 1] + held, units[i].backward, gradients
         gradients += units[i].gradient
 

@@ -1,6 +1,7 @@
 """The planner by memory against brute force over all cuts."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
@@ -19,7 +20,11 @@ def random_step(seed: int) -> StepCost:
 
     taps = {count - 1 - draw.randint(0, 1), *(i for i in range(count) if draw.random() < 0.3)}
     units = tuple(
-        UnitCost(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size(), draw.randint(-1, i - 1))
+        UnitCost(
+            *(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size()),
+            holds=draw.randint(-1, i - 1),
+            is_read=draw.random() < 0.7,
+        )
         for i in range(count)
     )
     strides = tuple(sorted(2 ** draw.randint(2, 4) for _ in range(count)))
@@ -73,6 +78,23 @@ def test_peak_counted_by_hand():
     assert peak_of(step, ()).total == 1000 + 4 + (100 + 60) + 20 + 200
     parts = peak_of(step, (0,)).parts
     assert parts['local heads'] == 500 and sum(parts.values()) == peak_of(step, (0,)).total
+
+
+def test_what_the_forward_pass_holds_is_counted_by_hand():
+    """Four units, an output of the first that nothing reads; the third block starts in the stage that the second unit began."""
+    units = (
+        UnitCost(1, 0, 0, output=100, tap=100, is_read=False),
+        UnitCost(2, 0, 0, output=20, holds=0),
+        UnitCost(4, 0, 0, output=40, holds=0),
+        UnitCost(8, 0, 0, output=80, tap=80, holds=1),
+    )
+    step = StepCost(0, units, HeadCost(0, 1000, 0), lambda *_: HeadCost(0, 5, 0), (1,) * 4)
+    peak = peak_of(step, (0, 1, 2))
+    # the unread output is gone; what the second unit handed on is held no more, the third's output is what came in
+    assert (peak.moment, peak.total) == ('neck, head, loss', 40 + 8 + 1000)
+    units = (replace(units[0], tap=0), *units[1:])
+    step = StepCost(0, units, HeadCost(0, 0, 0), lambda *_: HeadCost(0, 1000, 0), (1,) * 4)
+    assert peak_of(step, (1, 2)).total == 100 + 20 + 4 + 1000  # of block 2, which was called with the first unit's output
 
 
 def test_many_units_are_planned_in_seconds():
