@@ -37,7 +37,10 @@ pytestmark = [
 CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
 PIPELINES = [path.name for path in FILES if path.stem.endswith('_pipeline')]
-SHIPPED = [str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_' and path.name not in PIPELINES]
+LEAN = [path.name for path in FILES if path.stem.endswith('_lean')]
+SHIPPED = [
+    str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_' and path.name not in PIPELINES + LEAN
+]
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
 SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
 CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS + SEGMENTORS]
@@ -498,6 +501,24 @@ def test_step_reaches_every_parameter(name: str) -> None:
     reached = {key for key, gradient in gradients.items() if gradient.isfinite().all() and gradient.any()}
     assert [key for key in gradients.keys() - reached if '.scales.' not in key] == []
     assert {f'train/local/{j}/loss' for j in range(1, len(levels) + 1)} <= hub.log_scalars.keys()
+
+
+@pytest.mark.parametrize('name', LEAN)
+def test_a_lean_config_trains_what_its_cuts_train(name: str) -> None:
+    """Less memory is all that its other options change."""
+    cfg = copy.deepcopy(config(name))
+    cfg.merge_from_dict({'model.backbone.backbone.init_cfg': None})
+    plain = copy.deepcopy(cfg)
+    plain.model.backbone.recompute = False
+    plain.optim_wrapper.update(images_per_chunk=None, update='synchronous')
+    batch = {key: 2 * value for key, value in image_batch(96, 160).items()}
+    states = []
+    for one in (cfg, plain):
+        model = build_for_training(one).double()
+        model.train_step(copy.deepcopy(batch), build_optim_wrapper(model, one.optim_wrapper))
+        states.append(model.state_dict())
+    for (key, ours), theirs in zip(states[0].items(), states[1].values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9, msg=lambda text, key=key: f'{key}: {text}')
 
 
 # Smaller models and images of the same kind, and how many local heads they have.
