@@ -32,6 +32,7 @@ from mmman.analysis.trace import Trace, linear
 from mmman.analysis.trial import build_trial
 from mmman.errors import MisuseError
 from mmman.partition import Chain, chain_of
+from mmman.partition.chain import STEM
 from mmman.partition.memory import HeadCost, StepCost, UnitCost
 
 
@@ -61,9 +62,15 @@ def profile_step(cfg: Config, batch: int, height: int, width: int) -> Profile:
         height, width: Pixels.
 
     Raises:
-        MisuseError: The backbone isn't localised, or ``local_head`` isn't set.
+        MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or parts run image by image.
     """
     cfg = end_to_end(cfg)
+    recompute = cfg.model.backbone.get('recompute')
+    if cfg.optim_wrapper.get('images_per_chunk') or (isinstance(recompute, (list, tuple)) and STEM in recompute):
+        raise MisuseError(
+            'what runs image by image is not predicted: plan without it (optim_wrapper.images_per_chunk=None, no stem in '
+            'model.backbone.recompute); its peak will be lower'
+        )
     model, optim_wrapper = build_trial(cfg, height, width)
     chain = chain_of(model.backbone)
     sizes = small_batches(chain, height, width)

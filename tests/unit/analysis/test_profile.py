@@ -72,3 +72,11 @@ def test_a_config_without_local_heads_is_refused():
     cfg = load('retinanet_r18_e2e.py')
     with pytest.raises(MisuseError, match='localize_config'):
         profile_step(cfg, 1, 64, 64)
+
+
+@pytest.mark.parametrize('options', [{'optim_wrapper.images_per_chunk': 1}, {'model.backbone.recompute': ['stem']}], ids=str)
+def test_image_by_image_is_refused(options):
+    cfg = load('retinanet_r18_manpp_k4.py')
+    cfg.merge_from_dict(options)
+    with pytest.raises(MisuseError, match='what runs image by image is not predicted: plan without it'):
+        profile_step(cfg, 1, 64, 64)
