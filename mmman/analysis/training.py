@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,8 @@ from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.analysis.parts import block_outputs, parts_told
 from mmman.engine import LocalLearningOptimWrapper
 from mmman.local.blocks import LocalBlocks
+from mmman.local.chunks import replaced
+from mmman.local.dense_loss import DenseLoss
 
 EMA_MOMENTUM = 0.995
 
@@ -76,11 +78,14 @@ class StepMeter:
             self.step()
         return Memory(live.peak, {name: size for name, size in live.peak_parts.items() if size}, live.curves())
 
-    def floor(self) -> int:
+    def floor(self, in_chunks: bool = True) -> int:
         """Peak of what remains without the backbone.
 
         Parameters, buffers and optimizer state of the whole model; and neck, head and loss run forward and backward on feature
         maps that are given.
+
+        Args:
+            in_chunks: Whether they run on as few images at a time as the optim wrapper's ``images_per_chunk`` says.
         """
         batch = self.model.data_preprocessor(self.data, True)
         backbone, wrapper = self.model.backbone, self.optim_wrapper
@@ -91,13 +96,14 @@ class StepMeter:
         with precision:
             with torch.no_grad():
                 features = tuple(feature.requires_grad_() for feature in backbone(batch['inputs']))
-            backbone.forward = lambda inputs: features
-            try:
-                with LiveBytes(self.model, wrapper.optimizer, self.data, batch, features) as live:
-                    losses = self.model(**batch, mode='loss')
-                    self.model.parse_losses(losses)[0].backward()
-            finally:
-                del backbone.forward
+            size = getattr(wrapper, 'images_per_chunk', None) if in_chunks else None
+            with ExitStack() as stack:
+                stack.enter_context(replaced(backbone, 'forward', lambda inputs: features))
+                if size is not None:
+                    stack.enter_context(replaced(self.model, 'loss', DenseLoss(self.model, size, lambda loss: loss).of_task))
+                live = stack.enter_context(LiveBytes(self.model, wrapper.optimizer, self.data, batch, features))
+                losses = self.model(**batch, mode='loss')
+                self.model.parse_losses(losses)[0].backward()
         wrapper.zero_grad()
         return live.peak
 

@@ -158,10 +158,13 @@ def test_only_a_chunk_is_alive():
     for options in ({}, {'images_per_chunk': 1}):
         model, data = detector('RetinaNet'), images(objects=(2,) * 8, size=(128, 192))
         wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0), **options)
-        curves = StepMeter(model, wrapper, data).memory().curves
+        meter = StepMeter(model, wrapper, data)
+        curves = meter.memory().curves
         peaks.append([curves[part].max() for part in ('neck, head, loss', 'local head 1')])
     assert peaks[1][0] < 0.3 * peaks[0][0]  # the maps' gradients are there for the whole batch
     assert peaks[1][1] < 0.5 * peaks[0][1]  # and so is the transfer
+    assert meter.floor() < 0.7 * meter.floor(in_chunks=False)
+    assert 'loss' not in vars(model) and 'forward' not in vars(model.backbone)
 
 
 def test_the_model_is_left_as_it_was():

@@ -14,7 +14,7 @@ end, with activation checkpointing, under autocast, InfoPro, MAN and MAN++ in on
 
 Bytes are those of live tensors, counted exactly: on the CPU the same command gives the same numbers everywhere. On a GPU the
 peak of torch's allocator is told as well. The step is the second one, so that optimizer state is there. docs/results.md says
-what the floor is.
+what the floor is; in brackets, where neck and heads run on a few images at a time, that of all images at once.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], b
         'options': one.options,
         'peak': memory.peak,
         'floor': meter.floor(),
+        'floor_at_once': meter.floor(in_chunks=False),
         'parameters': sum(p.numel() * p.element_size() for p in meter.model.parameters()),
         'allocator_peak': meter.allocator_peak(),
         'parts': {part: memory.parts[part] for part in in_order(memory.parts)},
@@ -157,7 +158,8 @@ def tables(rows: list[dict], title: str) -> list[Table]:
             row['config'],
             f'{row["peak"] / MB:.1f}',
             f'{row["peak"] / first["peak"] - 1:+.1%}',
-            f'{row["floor"] / MB:.1f}',
+            f'{row["floor"] / MB:.1f}'
+            + (f' ({row["floor_at_once"] / MB:.1f})' if row['floor_at_once'] != row['floor'] else ''),
             f'{row["parameters"] / MB:.1f}',
             f'{row["flops"] / 1e9:.2f}',
             f'{row["flops"] / first["flops"] - 1:+.1%}',
