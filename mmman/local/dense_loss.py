@@ -76,7 +76,7 @@ class DenseLoss:
             return {}
 
         with torch.no_grad(), replaced(head, 'loss', note_sizes):
-            losses([feature[:1] for feature in features], slice(0, 1))
+            losses([feature.detach()[:1] for feature in features], slice(0, 1))
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
             loss, log = self.model.parse_losses(losses(leaves, span))

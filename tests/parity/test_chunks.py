@@ -164,6 +164,7 @@ def test_only_a_chunk_is_alive():
     assert peaks[1][0] < 0.3 * peaks[0][0]  # the maps' gradients are there for the whole batch
     assert peaks[1][1] < 0.5 * peaks[0][1]  # and so is the transfer
     assert meter.floor() < 0.7 * meter.floor(in_chunks=False)
+    assert meter.flops() > 0
     assert 'loss' not in vars(model) and 'forward' not in vars(model.backbone)
 
 
