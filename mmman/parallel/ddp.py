@@ -10,6 +10,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mmman.errors import MisuseError
+from mmman.local.chunks import replaced
 from mmman.local.scopes import trained_parameters
 from mmman.registry import MODEL_WRAPPERS
 
@@ -248,13 +249,7 @@ def _launch(buckets: _Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
 @contextmanager
 def _hidden_from_ddp(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
     """DDP of ``module`` that is made in this context leaves ``parameters`` alone, beside what it was told before."""
-    before = getattr(module, IGNORED, None)
+    before = getattr(module, IGNORED, [])
     names = [name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter in parameters]
-    setattr(module, IGNORED, [*(before or []), *names])
-    try:
+    with replaced(module, IGNORED, [*before, *names]):
         yield
-    finally:
-        if before is None:
-            delattr(module, IGNORED)
-        else:
-            setattr(module, IGNORED, before)
