@@ -31,6 +31,7 @@ from mmman.analysis.small_runs import (
 from mmman.analysis.trace import Trace, linear
 from mmman.analysis.trial import build_trial
 from mmman.errors import MisuseError
+from mmman.local.chunks import replaced
 from mmman.partition import Chain, chain_of
 from mmman.partition.chain import STEM
 from mmman.partition.memory import HeadCost, StepCost, UnitCost
@@ -197,12 +198,8 @@ def _outputs_read(runs: SmallRuns) -> list[bool]:
 def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
     """The model's loss on outputs of the backbone that are given."""
     model = runs.model
-    model.backbone.forward = lambda *_, **__: features
-    try:
-        with runs.precision():
-            return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
-    finally:
-        del model.backbone.forward
+    with replaced(model.backbone, 'forward', lambda *_, **__: features), runs.precision():
+        return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
 
 
 def _task_cost(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> HeadCost:

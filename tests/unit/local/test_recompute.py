@@ -307,6 +307,7 @@ def test_a_stem_image_by_image(partition):
     again.eval().load_state_dict(plain.eval().state_dict())
     x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
     assert torch.equal(again.backbone.conv1(x), plain.backbone.conv1(x))
-    copy.deepcopy(again).train()
+    copied = copy.deepcopy(again).backbone
+    assert copied.conv1.forward.backbone is copied
     delocalize_(again.backbone)
     assert not recomputed(again)
