@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from mmengine.hub import get_config
-from mmengine.registry import init_default_scope
 
 from mmman import LocalDistributedDataParallel, LocalLearningOptimWrapper
 from mmman.analysis.training import StepMeter
 from mmman.errors import MisuseError
+from tests.parity import test_ddp_models
 from tests.parity.ranks import run_ranks
 
 pytest.importorskip('mmdet')
@@ -19,24 +18,9 @@ CONFIGS = {
 }
 
 
-def detector(name, **options):
-    from mmdet.registry import MODELS
-
-    init_default_scope('mmdet')
+def detector(name):
     torch.manual_seed(0)
-    model = get_config(f'mmdet::{CONFIGS[name]}').model
-    model.backbone.update(depth=18, base_channels=8, init_cfg=None, frozen_stages=-1, norm_eval=False, style='pytorch')
-    model.neck.update(in_channels=[8, 16, 32, 64], out_channels=64)
-    model.bbox_head.update(num_classes=5, in_channels=64, feat_channels=64, stacked_convs=1)
-    local_head = {'type': 'mmman.DetLocalHead', 'bbox_head': model.bbox_head}
-    if 'train_cfg' in model:
-        local_head['train_cfg'] = model.train_cfg
-    model.backbone = {'type': 'mmman.LocalBackbone', 'backbone': model.backbone, 'num_blocks': 4, 'local_head': local_head}
-    model.update(options)
-    built = MODELS.build(model).double().train()
-    for head in built.backbone.local.values():
-        head.transfer.sync_(head.source.of(built.backbone))
-    return built
+    return test_ddp_models.detector(CONFIGS[name], with_train_cfg=name != 'FCOS')[0]
 
 
 def images(seed=0, objects=(3, 0, 1, 5, 2), size=(64, 96)):
