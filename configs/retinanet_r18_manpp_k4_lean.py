@@ -5,7 +5,7 @@ _base_ = './retinanet_r18_manpp_k4.py'
 model = dict(
     backbone=dict(
         partition=['stem', 'layer1.1', 'layer2.1'],
-        recompute=['stem', *(f'layer{stage}.{unit}' for stage, units in enumerate((2, 2, 2, 2), 1) for unit in range(units))],
+        recompute=['stem', 'layer1', 'layer2', 'layer3', 'layer4'],
     )
 )
 optim_wrapper = dict(images_per_chunk=1, update='immediate')

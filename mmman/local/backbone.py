@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import Boundary, LocalHead
-from mmman.local.recompute import keep_, recompute_, recompute_unit_, units_to_recompute
+from mmman.local.recompute import keep_, recompute_unit_, units_to_recompute
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
@@ -75,7 +75,7 @@ def localize_(
         transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
         recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
-            in a momentum transfer: names, or True for all but the stem. Training ends with the same bits. A ``'stem'`` in the
+            in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A ``'stem'`` in the
             list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
 
     Returns:
@@ -113,6 +113,8 @@ def localize_(
     recomputed = units_to_recompute(backbone, chain, recompute)
     keys = set(backbone.state_dict())
     features = _measure(backbone, chain)
+    for unit in recomputed:  # the copies that local heads make of them are, too
+        recompute_unit_(backbone, unit)
     modules = [unit.of(backbone) for unit in chain.units]
     options = dict(transfer or {})
     has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'
@@ -142,13 +144,7 @@ def localize_(
         )
         heads.append(head)
 
-    # The copies are made: from here on units may carry hooks, and forwards of their own.
-    for unit in recomputed:
-        recompute_unit_(backbone, unit)
-    for head in heads:
-        if head.source in recomputed:
-            for copied in head.transfer.copies:
-                recompute_(copied)
+    # The copies are made: from here on units may carry hooks.
     backbone.local = LocalBlocks(chain, plan, heads)
     for cut, head in zip(cuts, heads, strict=True):
         backbone.get_submodule(chain.units[cut].output).register_forward_hook(head.at_boundary)

@@ -23,10 +23,10 @@ def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequ
     Args:
         backbone: The backbone.
         chain: Its units.
-        recompute: False: none. True: all but the stem. Or names of units.
+        recompute: False: none. True: all but the stem. Or names of units, or of what has units in it: a stage.
 
     Raises:
-        PartitionError: A name that is no unit.
+        PartitionError: A name of neither.
         MisuseError: A stem that :func:`stem_paths` doesn't know; a unit that checkpoints itself (``with_cp``) or whose forward
             was replaced; or no list of names.
     """
@@ -36,14 +36,15 @@ def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequ
         chosen = [unit for unit in chain.units if unit.name != STEM] if recompute else []
     else:
         units = {unit.name: unit for unit in chain.units}
-        if unknown := [name for name in recompute if name not in units]:
+        named = {name: [unit for unit in units.values() if f'{unit.name}.'.startswith(f'{name}.')] for name in recompute}
+        if unknown := [name for name, own in named.items() if not own]:
             raise PartitionError(f'recompute names {unknown}, which are no units; the units are {", ".join(units)}')
         if STEM in recompute and stem_paths(backbone, units[STEM]) is None:
             raise MisuseError(
                 f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
                 'at most a pooling: leave it out'
             )
-        chosen = [units[name] for name in dict.fromkeys(recompute)]
+        chosen = list(dict.fromkeys(unit for own in named.values() for unit in own))
     for unit in chosen:
         for module in (backbone.get_submodule(path) for path in unit.modules):
             if any(getattr(layer, 'with_cp', False) for layer in module.modules()):

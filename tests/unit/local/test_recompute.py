@@ -106,6 +106,19 @@ def test_every_unit_runs_again_and_its_hooks_fire_once(family):
     assert count == Counter({name: 1 for name in modules}) + Counter({f'inside {name}': 2 for name in modules})
 
 
+@pytest.mark.parametrize(('family', 'head', 'beyond'), [('vit', 'ViTLocalHead', 'layers'), ('cifar', 'AugLocalHead', 'units')])
+def test_what_a_local_head_copies_beyond_is_computed_again(family, head, beyond):
+    pytest.importorskip('mmpretrain')
+    local_head = {'type': f'mmman.{head}', 'head': {'type': 'mmpretrain.LinearClsHead', 'num_classes': 2, 'in_channels': 16}}
+    backbone = {'type': 'mmman.LocalBackbone', 'backbone': FAMILIES[family][0], 'num_blocks': 3, 'recompute': True}
+    backbone = MODELS.build({**backbone, 'partition': 'uniform', 'local_head': local_head})
+    for head in backbone.local.values():
+        copies = [*head.transfer.copies, *getattr(head, beyond)]
+        assert len(copies) > 2
+        for copied in copies:
+            assert isinstance(copied.forward, Recomputed) and copied.forward.module is copied
+
+
 def test_end_to_end_training_needs_no_session():
     grads = []
     for recompute in (False, True):
@@ -179,6 +192,7 @@ def test_names():
     assert recomputed(toy(num_blocks=1)) == recomputed(toy(num_blocks=1, recompute=[])) == []
     assert recomputed(toy(num_blocks=1, recompute=True).backbone) == units
     assert recomputed(toy(num_blocks=1, recompute=['layer3.1', 'layer1.0']).backbone) == ['layer1.0', 'layer3.1']
+    assert recomputed(toy(num_blocks=1, recompute=['layer2', 'layer1.0', 'layer2.0']).backbone) == ['layer1.0', *units[2:4]]
     model = toy(num_blocks=3, partition='stage', recompute=['layer1.1', 'layer2.0'])
     copies = [f'local.layer1_1.transfer.{copied}' for copied in ('momentum', 'bias')]
     assert recomputed(model.backbone) == ['layer1.1', 'layer2.0', *copies]
