@@ -75,8 +75,8 @@ def localize_(
         transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
         recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
-            in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A ``'stem'`` in the
-            list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
+            in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A
+            ``'stem'`` in the list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
 
     Returns:
         ``backbone`` itself.
