@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -17,7 +17,7 @@ OBJECTS = 10
 """Boxes an image."""
 
 
-def without_pretrained(cfg: dict) -> dict:
+def without_pretrained(cfg: ConfigDict) -> ConfigDict:
     """The config without weights to download: only sizes count here."""
     kept = {
         key: value
@@ -26,10 +26,10 @@ def without_pretrained(cfg: dict) -> dict:
     }
     if isinstance(kept.get('pretrained'), str):
         kept['pretrained'] = None
-    return {key: without_pretrained(value) if isinstance(value, dict) else value for key, value in kept.items()}
+    return ConfigDict({key: without_pretrained(value) if isinstance(value, dict) else value for key, value in kept.items()})
 
 
-def model_config(cfg: Config, height: int, width: int) -> dict:
+def model_config(cfg: Config, height: int, width: int) -> ConfigDict:
     """The model of a config without weights to download.
 
     Args:

@@ -1,0 +1,27 @@
+"""Models of configs, built to be measured."""
+
+import pytest
+
+pytest.importorskip('mmdet')
+
+from mmengine.hub import get_config
+
+from mmman.analysis.training import StepMeter
+from mmman.analysis.trial import build_trial, random_batch
+
+
+def test_a_two_stage_detector_is_measured():
+    """Its head reads nested options by attribute, so they have to stay a config's."""
+    cfg = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    narrow = {
+        'backbone.base_channels': 4,
+        'neck': {'in_channels': [16, 32, 64, 128], 'out_channels': 16},
+        'rpn_head': {'in_channels': 16, 'feat_channels': 16},
+        'roi_head.bbox_roi_extractor.out_channels': 16,
+        'roi_head.bbox_head': {'in_channels': 16, 'fc_out_channels': 32},
+    }
+    cfg.merge_from_dict({f'model.{name}': value for name, value in narrow.items()})
+    model, optim_wrapper = build_trial(cfg, 64, 96)
+    meter = StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, 1, 64, 96))
+    memory = meter.memory()
+    assert sum(memory.parts.values()) == memory.peak > meter.floor() and meter.flops() > 0
