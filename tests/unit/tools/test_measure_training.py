@@ -103,3 +103,20 @@ def test_side_by_side(tmp_path, capsys):
     assert whole['flops'] < plain['flops'] < man['flops'] == manpp['flops']
     assert 'momentum copies' not in plain['parts'] and man['parts']['momentum copies'] > 0
     assert 0 <= manpp['parameters'] - man['parameters'] <= 4  # the scale
+
+
+def test_the_focal_loss_of_a_gpu_holds_for_all_that_is_measured(tmp_path, capsys):
+    pytest.importorskip('mmdet')
+    out = tmp_path / 'rows.json'
+    config = [str(ROOT / 'configs' / 'retinanet_r18_e2e.py'), 'model.backbone.base_channels=4']
+    config += ['model.neck.in_channels=[4,8,16,32]', 'model.neck.out_channels=16']
+    config += ['model.bbox_head.in_channels=16', 'model.bbox_head.feat_channels=16']
+    words = [*config, '--shape', '128', '128', '--batch', '1', '--iterations', '0', '--out', str(out)]
+    (python,), (fused,) = run(parse_args(words)), run(parse_args([*words, '--fused-focal-loss']))
+    first, second = capsys.readouterr().out.split('parts of the peak')[:2]
+    assert 'fused focal loss' not in first and 'fused focal loss' in second
+    assert json.loads(out.read_text())[0]['fused_focal_loss'] and not python['fused_focal_loss']
+    scores = 4 * 80 * 9 * (16 * 16 + 8 * 8 + 4 * 4 + 2 * 2 + 1)
+    for size in ('peak', 'floor', 'floor_at_once'):
+        assert fused[size] < python[size] - 3 * scores
+    assert fused['peak'] == sum(fused['parts'].values()) and fused['flops'] == python['flops']
