@@ -24,7 +24,8 @@ SLICE = 1 << 16
 def fused_focal_loss() -> Iterator[None]:
     """While this context is open, every ``FocalLoss`` of mmdet has the memory of mmcv's kernel on any device.
 
-    It takes the path that it takes on a GPU: class indices go to the kernel; one-hot targets and probabilities don't.
+    It takes the path that it takes on a GPU: class indices go to the kernel; one-hot targets and probabilities don't. Logits in
+    bfloat16 are taken like those in float16, though mmcv 2.1's kernel refuses them.
 
     Raises:
         MisuseError: mmdet is not installed.
