@@ -5,7 +5,8 @@
     python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --max-overhead 0.1
 
 CONFIG is one with an mmman.LocalBackbone; its num_blocks and partition don't count. It prints the line to paste into the
-config, what the peak of a training step will be and of what it is made, and the same of other cuts. Bytes are those of live
+config, what the peak of a training step will be and of what it is made, and the same of other cuts and of end-to-end training
+without recompute and chunks. Bytes are those of live
 tensors, as tools/analysis_tools/measure_training.py counts them. docs/howto/plan_memory.md says more.
 """
 
@@ -40,7 +41,7 @@ UNITS = {'kB': 1e3, 'MB': 1e6, 'GB': 1e9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**
 
 @dataclass(frozen=True)
 class Choice:
-    """Cuts and what is expected of them; ``overhead`` is FLOPs relative to those of end-to-end training."""
+    """Cuts and what is expected of them; ``overhead`` is how many more FLOPs there are than end to end, relative to those."""
 
     name: str
     cuts: tuple[int, ...]
@@ -49,7 +50,9 @@ class Choice:
 
 
 def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
-    """The plan that was asked for, then the cuts by stage and by number of units with as many blocks, then none.
+    """The plan that was asked for, then the cuts by stage and by number of units with as many blocks, then end to end.
+
+    End to end nothing is recomputed, and all images run at once.
 
     Raises:
         CostError: There is no such plan.
@@ -59,8 +62,9 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
         planned = fewest_flops(step, args.target_memory)
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
-    choices = {'planned': planned, **_library_cuts(profile, len(planned) + 1), 'end to end': ()}
-    return [Choice(name, cuts, peak_of(step, cuts), step.overhead(cuts)) for name, cuts in choices.items()]
+    cuts_of = {'planned': planned, **_library_cuts(profile, len(planned) + 1)}
+    choices = [Choice(name, cuts, peak_of(step, cuts), step.overhead(cuts)) for name, cuts in cuts_of.items()]
+    return [*choices, Choice('end to end', (), profile.whole, 0.0)]
 
 
 def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:

@@ -6,18 +6,18 @@ import copy
 import logging
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
-from mmman.analysis.small_runs import Batch, Flops, SmallRuns, gradient_bytes, outputs_told, static_bytes
+from mmman.analysis.small_runs import Batch, SmallRuns, gradient_bytes, outputs_told, static_bytes
 from mmman.analysis.trace import Trace
 from mmman.local import delocalize_, localize_
 from mmman.local.heads.base import LocalHead
 from mmman.local.heads.det import DetLocalHead
-from mmman.partition import Chain
 from mmman.partition.memory import HeadCost
 
 FOLLOWING = 3
@@ -31,14 +31,14 @@ class HeadCosts:
     levels. The layers that a head copies beyond that (AugLocal, ViT) are taken to be alike where as many follow.
     """
 
-    def __init__(self, runs: SmallRuns, chain: Chain, options: dict, pixels: tuple[int, int, int], state: float) -> None:
-        self.runs, self.chain, self.pixels, self.state = runs, chain, pixels, state
+    def __init__(self, runs: SmallRuns, options: dict, state: float) -> None:
+        self.runs, self.chain, self.state = runs, runs.chain, state
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone
         self._outputs: list[dict[int, Tensor]] = []
         for batch in runs.batches:
             outputs: dict[int, Tensor] = {}
-            with outputs_told(backbone, chain, outputs.__setitem__), torch.no_grad(), runs.precision():
+            with outputs_told(backbone, self.chain, outputs.__setitem__), torch.no_grad(), runs.precision():
                 backbone(batch.inputs)
             self._outputs.append(outputs)
         self._stock = delocalize_(copy.deepcopy(backbone))
@@ -107,22 +107,23 @@ class HeadCosts:
 
     def _cost(self, head: LocalHead, cut: int) -> HeadCost:
         model = self.runs.model
+        in_chunks = self.runs.dense is not None and head.dense_head is not None
+        losses = partial(self.runs.dense.of_local, head) if in_chunks else head.loss
         outputs = {id(batch): own[cut] for batch, own in zip(self.runs.batches, self._outputs, strict=True)}
 
-        def run(batch: Batch, record: Trace | Flops) -> None:
+        def run(batch: Batch, trace: Trace) -> None:
             x = outputs[id(batch)].detach().requires_grad_()
             head.zero_grad()
-            record.begin()
+            trace.begin()
             with self.runs.precision():
-                loss, _ = model.parse_losses(head.loss(head.transferred(x, batch.inputs), batch.inputs, batch.samples))
+                loss, _ = model.parse_losses(losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples))
             loss.backward()
-            record.mark('end')
+            trace.mark('end')
 
-        costs = self.runs.extrapolate(run, self.pixels, head, self._outputs)
-        flops = self.runs.flops(run, self.pixels)
+        costs = self.runs.extrapolate(run, head, self._outputs)
         gradients = gradient_bytes(head.parameters())
         peak = costs.peak('start', 'end')
-        return HeadCost(static_bytes(head, self.state), peak, gradients, flops['end'])
+        return HeadCost(static_bytes(head, self.state), peak, gradients, costs.flops('end'))
 
 
 @contextmanager

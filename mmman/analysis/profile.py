@@ -7,7 +7,7 @@ two small batches, and every tensor of theirs is extrapolated to the asked one, 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mmengine.config import Config
@@ -17,24 +17,11 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.analysis.head_profile import HeadCosts
 from mmman.analysis.memory import LiveBytes
-from mmman.analysis.small_runs import (
-    Batch,
-    Flops,
-    SmallRuns,
-    gradient_bytes,
-    held_bytes,
-    outputs_told,
-    random_small_batch,
-    small_batches,
-    static_bytes,
-)
+from mmman.analysis.small_runs import Batch, SmallRuns, gradient_bytes, held_bytes, outputs_told, static_bytes
 from mmman.analysis.trace import Trace, linear
-from mmman.analysis.trial import build_trial
 from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
-from mmman.partition import Chain, chain_of
-from mmman.partition.chain import STEM
-from mmman.partition.memory import HeadCost, StepCost, UnitCost
+from mmman.partition.memory import HeadCost, Peak, StepCost, UnitCost, peak_of
 
 
 @dataclass(frozen=True)
@@ -43,12 +30,14 @@ class Profile:
 
     Attributes:
         step: The costs.
+        whole: The peak of end-to-end training that computes nothing twice, and all images at once.
         names: The names of the backbone's units.
         config: The config, trained end to end: ``num_blocks=1``.
         shape: (B, C, H, W) of the batch.
     """
 
     step: StepCost
+    whole: Peak
     names: tuple[str, ...]
     config: Config
     shape: tuple[int, int, int, int]
@@ -63,36 +52,33 @@ def profile_step(cfg: Config, batch: int, height: int, width: int) -> Profile:
         height, width: Pixels.
 
     Raises:
-        MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or parts run image by image.
+        MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or its dense heads can't run on a few images at
+            a time, as asked.
     """
-    cfg = end_to_end(cfg)
-    recompute = cfg.model.backbone.get('recompute')
-    if cfg.optim_wrapper.get('images_per_chunk') or (isinstance(recompute, (list, tuple)) and STEM in recompute):
-        raise MisuseError(
-            'what runs image by image is not predicted: plan without it (optim_wrapper.images_per_chunk=None, no stem in '
-            'model.backbone.recompute); its peak will be lower'
-        )
-    model, optim_wrapper = build_trial(cfg, height, width)
-    chain = chain_of(model.backbone)
-    sizes = small_batches(chain, height, width)
-    runs = SmallRuns(model, optim_wrapper, [random_small_batch(model, cfg.default_scope, *size) for size in sizes])
-    pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
+    cfg, asked = end_to_end(cfg), (batch, height, width)
+    runs = SmallRuns.of(cfg, *asked)
+    units, task = _unit_costs(runs), _task_cost(runs)
+    plain, once = (units, task), computed_at_once(cfg)
+    if (once.model, once.optim_wrapper) != (cfg.model, cfg.optim_wrapper):
+        small = SmallRuns.of(once, *asked)
+        plain = _unit_costs(small), _task_cost(small)
     state, update = _optimizer_bytes(cfg.optim_wrapper.optimizer)
     options = {k: v for k, v in cfg.model.backbone.items() if k not in ('type', 'backbone', 'num_blocks', 'pretrained')}
-
-    units = _unit_costs(runs, chain, pixels)
-    heads = HeadCosts(runs, chain, options, pixels, state)
-    largest = max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    heads, model = HeadCosts(runs, options, state), runs.model
     step = StepCost(
-        base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), pixels),
+        base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), runs.pixels),
         units=units,
-        task=_task_cost(runs, chain, pixels),
+        task=task,
         head=heads,
         strides=heads.strides,
-        first=next(i for i, unit in enumerate(chain.units) if unit.is_trainable(model.backbone)),
-        update=round(update * largest),
+        flops=sum(unit.flops for unit in plain[0]) + plain[1].flops,
+        first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
+        update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
+        is_immediate=getattr(runs.optim_wrapper, 'update', None) == 'immediate',
+        in_chunks=runs.dense is not None,
     )
-    return Profile(step, tuple(unit.name for unit in chain.units), cfg, (batch, 3, height, width))
+    whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), ())
+    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), cfg, (batch, 3, height, width))
 
 
 def end_to_end(cfg: Config) -> Config:
@@ -112,43 +98,52 @@ def end_to_end(cfg: Config) -> Config:
     return cfg
 
 
-def _unit_costs(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> tuple[UnitCost, ...]:
-    backbone, count = runs.model.backbone, len(chain.units)
+def computed_at_once(cfg: Config) -> Config:
+    """The config without what is computed twice or for a few images at a time."""
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.pop('recompute', None)
+    cfg.optim_wrapper.pop('images_per_chunk', None)
+    return cfg
 
-    def run(batch: Batch, record: Trace | Flops) -> None:
+
+def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
+    backbone, chain = runs.model.backbone, runs.chain
+    count = len(chain.units)
+
+    def run(batch: Batch, trace: Trace) -> None:
         runs.model.zero_grad()
-        record.begin()
+        trace.begin()
         last: list[Tensor] = []
 
         def behind(i: int, output: Tensor) -> None:
-            record.mark(('forward', i))
-            record.numbers[i] = output.untyped_storage().nbytes()
+            trace.mark(('forward', i))
+            trace.numbers[i] = output.untyped_storage().nbytes()
             if output.requires_grad:
-                output.register_hook(lambda _: record.mark(('gradient', i)))
+                output.register_hook(lambda _: trace.mark(('gradient', i)))
             if i == count - 1:
                 last.append(output)
 
         with outputs_told(backbone, chain, behind), runs.precision():
             backbone(batch.inputs)
         loss = (last.pop() * 1.0).sum()  # whose backward makes a gradient of the whole output
-        record.mark('backward')
+        trace.mark('backward')
         loss.backward()
-        record.mark('end')
+        trace.mark('end')
 
-    costs, flops = runs.extrapolate(run, pixels), runs.flops(run, pixels)
-    holds, read = _held_inputs(runs, chain), _outputs_read(runs)
+    costs = runs.extrapolate(run)
+    holds, read = _held_inputs(runs), _outputs_read(runs)
     units, later = [], 0
     for i in range(count - 1, -1, -1):
         unit = chain.units[i]
         before, end = ('forward', i - 1) if i else 'start', ('gradient', i - 1)
         kept, start = costs.alive(('forward', i)), 'backward' if i == count - 1 else ('gradient', i)
         gradient = gradient_bytes(unit.parameters(backbone))
-        if start not in flops:  # frozen
+        if start not in costs:  # frozen
             backward, flops_backward = 0, 0
         else:
-            end = end if end in flops else 'end'
+            end = end if end in costs else 'end'
             backward = max(0, costs.peak(start, end) - kept - later)
-            flops_backward = flops[end] - flops[start]
+            flops_backward = costs.flops(end) - costs.flops(start)
         output = costs.number(i)
         taps = [element for element, tap in enumerate(chain.taps) if tap == i]
         units.append(
@@ -161,17 +156,17 @@ def _unit_costs(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> 
                 gradient=gradient,
                 holds=holds[i],
                 is_read=any(read[element] for element in taps),
-                flops=flops['forward', i] - flops[before] + flops_backward,
+                flops=costs.flops(('forward', i)) - costs.flops(before) + flops_backward,
             )
         )
         later += gradient
     return tuple(reversed(units))
 
 
-def _held_inputs(runs: SmallRuns, chain: Chain) -> list[int]:
+def _held_inputs(runs: SmallRuns) -> list[int]:
     """For every unit, the one in front of the stage that runs it: a stage that is called as a module gets its output."""
     backbone, called = runs.model.backbone, set()
-    paths = [unit.output.split('.') for unit in chain.units]
+    paths = [unit.output.split('.') for unit in runs.chain.units]
     owners = [['.'.join(path[:i]) for i in range(1, len(path))] for path in paths]
     handles = [
         backbone.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: called.add(owner))
@@ -198,27 +193,29 @@ def _outputs_read(runs: SmallRuns) -> list[bool]:
 def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
     """The model's loss on outputs of the backbone that are given."""
     model = runs.model
-    with replaced(model.backbone, 'forward', lambda *_, **__: features), runs.precision():
+    loss = model.loss if runs.dense is None else runs.dense.of_task
+    given = replaced(model.backbone, 'forward', lambda *_, **__: features)
+    with given, replaced(model, 'loss', loss), runs.precision():
         return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
 
 
-def _task_cost(runs: SmallRuns, chain: Chain, pixels: tuple[int, int, int]) -> HeadCost:
+def _task_cost(runs: SmallRuns) -> HeadCost:
     model = runs.model
     backbone = model.backbone
 
-    def run(batch: Batch, record: Trace | Flops) -> None:
+    def run(batch: Batch, trace: Trace) -> None:
         model.zero_grad()
         with torch.no_grad(), runs.precision():
             features = backbone(batch.inputs)
         _last_tensor(features).requires_grad_()
-        record.begin()
+        trace.begin()
         _task_loss(runs, batch, features).backward()
-        record.mark('end')
+        trace.mark('end')
 
-    costs, flops = runs.extrapolate(run, pixels), runs.flops(run, pixels)
-    in_units = {id(p) for unit in chain.units for p in unit.parameters(backbone)}
+    costs = runs.extrapolate(run)
+    in_units = {id(p) for unit in runs.chain.units for p in unit.parameters(backbone)}
     own = [p for p in model.parameters() if id(p) not in in_units]
-    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), flops['end'])
+    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), costs.flops('end'))
 
 
 def _optimizer_bytes(config: dict) -> tuple[float, float]:

@@ -1,25 +1,27 @@
-"""Parts of a model run on two small batches: bytes that are extrapolated to a larger one, and FLOPs."""
+"""Parts of a model run on two small batches: bytes and FLOPs that are extrapolated to a larger one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Extrapolation, Trace
-from mmman.analysis.trial import random_batch
-from mmman.partition import Chain
+from mmman.analysis.trial import build_trial, random_batch
+from mmman.local.dense_loss import DenseLoss
+from mmman.partition import Chain, chain_of
+from mmman.partition.chain import STEM
 
-Run = Callable[['Batch', 'Trace | Flops'], None]
-"""Runs a part of the model on a batch, and records from where on and until where what counts."""
+Run = Callable[['Batch', Trace], None]
+"""Runs a part of the model on a batch, and tells the trace from where on it counts, and its marks."""
 
 
 @dataclass(frozen=True)
@@ -33,54 +35,63 @@ class Batch:
 
 @dataclass(frozen=True)
 class SmallRuns:
-    """A model in one block, and the two small batches to run parts of it on."""
+    """A model in one block, and the two small batches to run parts of it on.
+
+    Attributes:
+        chain: The units of its backbone.
+        batches: The two batches.
+        pixels: Pixels of the two and of the batch asked for.
+        dense: What runs dense heads on a few images at a time, where the config asks for that.
+    """
 
     model: BaseModel
     optim_wrapper: OptimWrapper
+    chain: Chain
     batches: list[Batch]
+    pixels: tuple[int, int, int]
+    dense: DenseLoss | None
+
+    @classmethod
+    def of(cls, cfg: Config, batch: int, height: int, width: int) -> SmallRuns:
+        """For a config in one block, and so many images of so many pixels."""
+        model, optim_wrapper = build_trial(copy.deepcopy(cfg), height, width)
+        chain, chunk = chain_of(model.backbone), getattr(optim_wrapper, 'images_per_chunk', None)
+        recompute = cfg.model.backbone.recompute if 'recompute' in cfg.model.backbone else False
+        by_image = chunk is not None or (not isinstance(recompute, bool) and STEM in recompute)
+        sizes = small_batches(chain, height, width, batch if by_image else None, cfg.default_scope)
+        batches = [random_small_batch(model, cfg.default_scope, *size) for size in sizes]
+        pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
+        dense = None if chunk is None else DenseLoss(model, chunk, lambda loss: loss)
+        return cls(model, optim_wrapper, chain, batches, pixels, dense)
 
     def precision(self) -> AbstractContextManager:
         dtype = getattr(self.optim_wrapper, 'dtype', None)
         return autocast(dtype=dtype) if dtype else nullcontext()
 
-    def extrapolate(self, run: Run, pixels: tuple[int, int, int], *held: object) -> Extrapolation:
+    def extrapolate(self, run: Run, *held: object) -> Extrapolation:
         traces = []
         for batch in self.batches:
             with Trace(self.model, *held, batch.data, batch.inputs, batch.samples) as trace:
                 run(batch, trace)
             traces.append(trace)
-        return Extrapolation(*traces, pixels)
-
-    def flops(self, run: Run, pixels: tuple[int, int, int]) -> dict[Hashable, int]:
-        """FLOPs until each mark."""
-        with FlopCounterMode(display=False) as counter:
-            record = Flops(counter)
-            run(self.batches[0], record)
-        return {name: flops * pixels[2] // pixels[0] for name, flops in record.marks.items()}
+        return Extrapolation(*traces, self.pixels)
 
 
-class Flops:
-    """What a :class:`Trace` is for bytes: FLOPs from :meth:`begin` to every mark."""
+def small_batches(chain: Chain, height: int, width: int, images: int | None, scope: str) -> list[tuple[int, int, int]]:
+    """Images, height and width of two batches: of small images, or for units that see all tokens, another number of them.
 
-    def __init__(self, counter: FlopCounterMode) -> None:
-        self._counter = counter
-        self.numbers: dict[Hashable, int] = {}
-
-    def begin(self) -> None:
-        self._before = self._counter.get_total_flops()
-        self.marks: dict[Hashable, int] = {'start': 0}
-
-    def mark(self, name: Hashable) -> None:
-        self.marks.setdefault(name, self._counter.get_total_flops() - self._before)
-
-
-def small_batches(chain: Chain, height: int, width: int) -> list[tuple[int, int, int]]:
-    """Images, height and width of two batches: of small images, or for units that see all tokens, another number of them."""
+    Args:
+        chain: The backbone's units.
+        height, width: Of the images asked for.
+        images: How many there are, where some parts run image by image: their tensors don't grow with the number.
+        scope: The library; a detector's pyramid needs larger images.
+    """
     attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.takes_grid)
-    if height * width <= 256 * 256 or attends_everywhere:
+    if images is None and (height * width <= 256 * 256 or attends_everywhere):
         return [(2, height, width), (4, height, width)]
-    side = 224 if chain.takes_grid else 128  # whole windows of 7 at stride 32
-    return [(2, side, side), (2, side, 2 * side)]
+    side = 224 if chain.takes_grid else 128 if scope == 'mmdet' or images is None else 64  # whole windows of 7 at stride 32
+    side, images = min(side, height, width), images or 2
+    return [(images, side, side), (images, side, 2 * side)]
 
 
 def random_small_batch(model: BaseModel, scope: str, size: int, height: int, width: int) -> Batch:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from difflib import SequenceMatcher
 
 import numpy as np
+from torch.utils.flop_counter import flop_registry
 
 from mmman.analysis.memory import LiveBytes
 
+WINDOW = 200
+"""How many storages are searched for where two runs go on alike."""
+
 
 class Trace(LiveBytes):
-    """Records every allocation and release from :meth:`begin` on, with marks between them.
+    """Records every allocation and release, and FLOPs, from :meth:`begin` on, with marks between them.
 
     Args:
         held: What is alive from the start. It doesn't count, unless it is released.
 
     Attributes:
         numbers: Other numbers of the run that grow with the batch.
+        flops: FLOPs since then, of matrix products and convolutions.
         operators: The operators that allocated, in order; '' where a storage that was there already is released.
         sizes: Bytes of their storages.
         events: i + 1 where storage i appears, -(i + 1) where it goes.
-        marks: Number of events before each mark.
+        marks: Number of events, and FLOPs, before each mark.
     """
 
     def __init__(self, *held: object) -> None:
@@ -36,16 +41,20 @@ class Trace(LiveBytes):
         self.operators: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
-        self.marks: dict[Hashable, int] = {'start': 0}
+        self.flops = 0
+        self.marks: dict[Hashable, tuple[int, int]] = {'start': (0, 0)}
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
         """Give this moment a name. The first moment of a name counts."""
-        self.marks.setdefault(name, len(self.events))
+        self.marks.setdefault(name, (len(self.events), self.flops))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._operator = str(func)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
 
     def _grow(self, key: int, size: int) -> None:
         super()._grow(key, size)
@@ -79,25 +88,48 @@ class Extrapolation:
     def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
         self._traces, self._pixels = (small, large), pixels
         sizes = np.array(large.sizes, dtype=float)
-        for first, second, count in SequenceMatcher(None, small.operators, large.operators, False).get_matching_blocks():
-            for i in range(count):
-                sizes[second + i] = linear((small.sizes[first + i], large.sizes[second + i]), pixels)
+        for i, j in _pairs(small.operators, large.operators):
+            sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         moves = np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(moves) * sizes[np.abs(moves) - 1])])
 
+    def __contains__(self, moment: Hashable) -> bool:
+        return moment in self._traces[1].marks
+
     def alive(self, moment: Hashable) -> int:
         """Bytes alive at a mark, above those at the start."""
-        return round(self._alive[self._traces[1].marks[moment]])
+        return round(self._alive[self._traces[1].marks[moment][0]])
 
     def peak(self, start: Hashable, end: Hashable) -> int:
         """The most bytes alive between two marks, above those at the start of the run."""
-        marks = self._traces[1].marks
-        return round(self._alive[marks[start] : marks[end] + 1].max())
+        (first, _), (last, _) = (self._traces[1].marks[moment] for moment in (start, end))
+        return round(self._alive[first : last + 1].max())
+
+    def flops(self, moment: Hashable) -> int:
+        """FLOPs before a mark."""
+        small, large = (trace.marks[moment][1] for trace in self._traces)
+        return linear((small, large), self._pixels)
 
     def number(self, name: Hashable) -> int:
         """One of the runs' ``numbers``."""
         small, large = (trace.numbers[name] for trace in self._traces)
         return linear((small, large), self._pixels)
+
+
+def _pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
+    """Indices of the elements of two sequences that are alike, in order. Where they differ, they soon go on alike."""
+    i = j = 0
+    while i < len(first) and j < len(second):
+        if first[i] == second[j]:
+            yield i, j
+            i, j = i + 1, j + 1
+            continue
+        matcher = SequenceMatcher(None, first[i : i + WINDOW], second[j : j + WINDOW], False)
+        end = (WINDOW, WINDOW)
+        for a, b, count in matcher.get_matching_blocks()[:-1]:
+            yield from zip(range(i + a, i + a + count), range(j + b, j + b + count), strict=True)
+            end = a + count, b + count
+        i, j = i + end[0], j + end[1]
 
 
 def linear(values: tuple[int, int], pixels: tuple[int, int, int]) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from mmman.errors import CostError
 
@@ -68,8 +69,12 @@ class StepCost:
         head: The cost of the local head after a unit, given its index, the smallest stride among the cuts that is larger than
             its own (None if there is none), and whether no cut has a smaller one. Heads of detectors depend on both.
         strides: For every unit, the stride that a local head after it sees; not descending.
+        flops: Of end-to-end training that computes nothing twice: what overheads are relative to.
         first: The first unit with a trainable parameter.
         update: Bytes that the optimizer's step needs above parameters, state and gradients.
+        is_immediate: Whether a block steps, and drops its gradients, before the next one starts.
+        in_chunks: Whether neck, head and loss run on a few images at a time: the gradients of all outputs that get one are then
+            there while they run.
     """
 
     base: int
@@ -77,8 +82,11 @@ class StepCost:
     task: HeadCost
     head: Callable[[int, int | None, bool], HeadCost]
     strides: tuple[int, ...]
+    flops: int
     first: int = 0
     update: int = 0
+    is_immediate: bool = False
+    in_chunks: bool = False
 
     @property
     def candidates(self) -> range:
@@ -92,8 +100,12 @@ class StepCost:
         return [self.head(cut, *at) for cut, *at in zip(cuts, larger, (s == min(strides) for s in strides), strict=True)]
 
     def overhead(self, cuts: Sequence[int]) -> float:
-        """FLOPs of the local heads relative to those of end-to-end training."""
-        return sum(head.flops for head in self.heads(cuts)) / (sum(unit.flops for unit in self.units) + self.task.flops)
+        """How many more FLOPs there are than in end-to-end training that computes nothing twice, relative to those."""
+        return self.overhead_with(sum(head.flops for head in self.heads(cuts)))
+
+    def overhead_with(self, flops: int) -> float:
+        """The overhead where local heads have so many FLOPs."""
+        return (sum(unit.flops for unit in self.units) + self.task.flops + flops) / self.flops - 1
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,7 @@ def peak_of(step: StepCost, cuts: Sequence[int]) -> Peak:
     static = {'without local heads': step.base, 'local heads': sum(head.static for head in heads[:-1])}
     gradients, found = 0, []
     for j, (start, end, head) in enumerate(zip(starts, ends, heads, strict=True), start=1):
+        gradients = 0 if step.is_immediate else gradients
         for phase, activations, extra, own in _moments(step, start, end, head, is_last=j == len(heads)):
             what = f'block {j}, {phase}' if phase != 'head' else f'local head {j}' if j < len(heads) else 'neck, head, loss'
             parts = {'gradients': gradients + own, 'activations and outputs': activations, 'transient': extra}
@@ -129,7 +142,10 @@ def peak_of(step: StepCost, cuts: Sequence[int]) -> Peak:
 
 
 def _moments(step: StepCost, start: int, end: int, head: HeadCost, is_last: bool) -> Iterator[tuple[str, int, int, int]]:
-    """The moments of a block's training: phase, bytes of activations, of transients, of its own gradients so far."""
+    """The moments of a block's training: phase, bytes of activations, of transients, of its own gradients so far.
+
+    A step of all blocks is none of them; nor is the last block's, after which nothing is left but gradients.
+    """
     units = step.units
     taps = sum(unit.tap for unit in units[:start])
     given = units[start - 1].output if start and not units[start - 1].tap else 0
@@ -139,14 +155,17 @@ def _moments(step: StepCost, start: int, end: int, head: HeadCost, is_last: bool
         alive.append(alive[-1] + units[i].kept)
     if is_last:
         beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
+        sent = sum([unit.output for unit in units[start:] if unit.tap][:-1]) if step.in_chunks else 0  # head.peak has the last
     else:
-        beside = _stage_input(units, start, end)
-    yield 'head', alive[-1] + beside, head.peak, 0
+        beside, sent = _stage_input(units, start, end), 0
+    yield 'head', alive[-1] + beside + sent, head.peak, 0
     gradients = head.gradient
     for i in range(end, max(start, step.first) - 1, -1):
         held = beside + _held(units, start, i, end, is_last)
         yield 'backward', alive[i - start + 1] + held, units[i].backward, gradients
         gradients += units[i].gradient
+    if step.is_immediate and not is_last:
+        yield 'optimizer step', alive[0] + beside + _held(units, start, start - 1, end, is_last), step.update, gradients
 
 
 def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
@@ -158,12 +177,14 @@ def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
 def _held(units: Sequence[UnitCost], start: int, i: int, end: int, is_last: bool) -> int:
     """Bytes beside the graph while unit i of a block runs backward.
 
-    The last block: gradients of outputs that the task loss has sent to earlier units. Others: the block's output and the input
-    of its last unit, which the interrupted forward pass holds.
+    The last block: gradients of outputs that the task loss has sent to earlier units. Others: what the interrupted forward pass
+    holds, which is outputs for the neck, the block's output and the input of its last unit.
     """
     if is_last:
         return sum(unit.output for unit in units[start:i] if unit.tap)
-    return (units[end].output if i < end else 0) + (units[end - 1].output if i < end - 1 else 0)
+    taps = sum(unit.tap for unit in units[i + 1 : end])
+    given = units[end - 1].output if i < end - 1 and not units[end - 1].tap else 0
+    return taps + given + (units[end].output if i < end else 0)
 
 
 @dataclass(frozen=True)
@@ -188,7 +209,7 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     Args:
         step: The costs.
         blocks: K; default: any.
-        overhead: FLOPs of the local heads at most, relative to those of end-to-end training.
+        overhead: :meth:`StepCost.overhead` at most.
 
     Raises:
         CostError: K is not between 1 and the number of candidates and one, or no cuts are within the overhead.
@@ -199,7 +220,9 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     plans = _plans(step, blocks, None, overhead)
     if not plans:
         asked = 'cuts' if blocks is None else f'cuts into {blocks} blocks'
-        raise CostError(f'no {asked} cost at most {overhead:.1%} more FLOPs: raise the overhead, or ask for fewer blocks')
+        raise CostError(
+            f'no {asked} cost at most {overhead:.1%} more FLOPs: raise the overhead, ask for fewer blocks, or recompute less'
+        )
     return min(plans, key=lambda plan: (plan.static + plan.peak, plan.flops, plan.cuts)).cuts
 
 
@@ -223,16 +246,16 @@ def _plans(step: StepCost, blocks: int | None, target: int | None, overhead: flo
     """All plans that no other one beats in static bytes, peak and, where they are limited, FLOPs.
 
     Blocks are put in front of each other from the last to the first. So a block's own peak is known when it is put in front,
-    the gradients of its head only raise the peak of what follows, and of two plans for the same units one that is not better
-    in anything is dropped. What is smallest among the strides of the cuts is assumed, each possible value in turn.
+    the gradients of its head only raise the peak of what follows (if they stay that long), and of two plans for the same
+    units one that is not better in anything is dropped. What is smallest among the strides of the cuts is assumed, each
+    possible value in turn.
     """
-    total = sum(unit.flops for unit in step.units) + step.task.flops
-    limit = None if overhead is None else overhead * total
     with_flops = target is not None or overhead is not None
     spans = _Spans(step)
 
     def fits(plan: _Suffix) -> bool:
-        return (target is None or step.base + plan.static + plan.peak <= target) and (limit is None or plan.flops <= limit)
+        is_small = target is None or step.base + plan.static + plan.peak <= target
+        return is_small and (overhead is None or step.overhead_with(plan.flops) <= overhead)
 
     whole = _Suffix(0, spans.last(0), 0)
     found = [whole] if blocks in (None, 1) and fits(whole) else []
@@ -252,7 +275,8 @@ def _plans(step: StepCost, blocks: int | None, target: int | None, overhead: flo
                 head = step.head(cut, following, stride == smallest)
                 state = (count + 1 if blocks is not None else 1, stride, following)
                 for plan in _undominated(plans, with_flops):
-                    static, flops, behind = plan.static + head.static, plan.flops + head.flops, head.gradient + plan.peak
+                    static, flops = plan.static + head.static, plan.flops + head.flops
+                    behind = plan.peak + (0 if step.is_immediate else head.gradient)
                     for start in starts:
                         if start > cut:
                             break
@@ -272,27 +296,29 @@ class _Spans:
     def __init__(self, step: StepCost) -> None:
         self.step = step
         self._known: dict[tuple[int, int], tuple[int, int, int]] = {}
-        self._before = [0]
-        for unit in step.units:
-            self._before.append(self._before[-1] + unit.gradient)
+        self._made = [0, *accumulate(unit.gradient for unit in step.units)]
 
     def local(self, start: int, end: int, head: HeadCost) -> int:
         """Of a block with a local head."""
         if (start, end) not in self._known:
-            nothing = HeadCost(0, 0, 0)
-            peaks = {'forward': 0, 'head': 0, 'backward': 0}
-            for phase, *sizes in _moments(self.step, start, end, nothing, is_last=False):
+            peaks = {'forward': 0, 'head': 0, 'afterwards': 0}
+            for phase, *sizes in _moments(self.step, start, end, HeadCost(0, 0, 0), is_last=False):
+                phase = phase if phase in peaks else 'afterwards'
                 peaks[phase] = max(peaks[phase], sum(sizes))
             self._known[start, end] = tuple(peaks.values())
-        forward, at_head, backward = self._known[start, end]
-        return self._before[start] + max(forward, at_head + head.peak, backward + head.gradient)
+        forward, at_head, afterwards = self._known[start, end]
+        return self._before(start) + max(forward, at_head + head.peak, afterwards + head.gradient)
 
     def last(self, start: int) -> int:
         """Of the last block with the task's head; and of the optimizer's step, if that is more."""
         step = self.step
         moments = _moments(step, start, len(step.units) - 1, step.task, is_last=True)
-        peak = max(sum(sizes) for _, *sizes in moments)
-        return max(self._before[start] + peak, self._before[-1] + step.task.gradient + step.update)
+        peak, before = max(sum(sizes) for _, *sizes in moments), self._before(start)
+        return before + max(peak, self._made[-1] - self._made[start] + step.task.gradient + step.update)
+
+    def _before(self, start: int) -> int:
+        """Gradients of the units in front."""
+        return 0 if self.step.is_immediate else self._made[start]
 
 
 def _undominated(plans: list[_Suffix], with_flops: bool) -> list[_Suffix]:

@@ -35,6 +35,13 @@ def test_least_overhead_within_a_target():
         command('--target-memory', '1kB')
 
 
+def test_end_to_end_is_without_recompute():
+    *_, stock = command('--blocks', '2')
+    planned, *_, whole = command('model.backbone.recompute=True', '--blocks', '2')
+    assert (whole.peak, whole.overhead) == (stock.peak, 0.0)
+    assert planned.overhead > 0.3  # the forward pass of all units but the stem, beside the local head
+
+
 def test_sizes():
     assert size('8GB') == 8_000_000_000
     assert size('1.5MiB') == 1_572_864
