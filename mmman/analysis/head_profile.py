@@ -85,7 +85,7 @@ class HeadCosts:
 
     def _localised(self, cuts: list[int]) -> nn.Module:
         names = [self.chain.units[cut].name for cut in cuts]
-        with _quiet():
+        with quiet():
             backbone = localize_(copy.deepcopy(self._stock), partition=names, **self.options)
         backbone.train()
         return backbone
@@ -127,11 +127,11 @@ class HeadCosts:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the line that every localised backbone logs."""
+def quiet(least: int = logging.WARNING) -> Iterator[None]:
+    """While this context is open, nothing below the level ``least`` is logged: a localised backbone logs a line."""
     logger = MMLogger.get_current_instance()
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(least)
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     backbone: dict,
     num_blocks: int | None = None,
     local_head: dict | None = None,
-    partition: str | Sequence[str] = 'stage',
+    partition: str | Sequence[str] | dict = 'stage',
     transfer: dict | None = None,
     loss_weight: float | Sequence[float] = 1.0,
     recompute: bool | Sequence[str] = False,
@@ -34,13 +34,20 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     Args:
         backbone: Config of the stock backbone, built in the default scope of the config.
         pretrained: Passed on to ``backbone``; mmseg's segmentors set it.
-        num_blocks, local_head, partition, transfer, loss_weight, recompute: See :func:`localize_`.
+        partition: As in :func:`localize_`, or ``dict(type='memory', ...)`` with the arguments of
+            :class:`mmman.analysis.memory_cuts.MemoryCuts`: the cuts with the smallest peak of a training step.
+        num_blocks, local_head, transfer, loss_weight, recompute: See :func:`localize_`.
 
     Returns:
         The backbone: an instance of its own class.
     """
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
+    if isinstance(partition, dict):
+        from mmman.analysis.memory_cuts import MemoryCuts  # which builds models itself
+
+        options = {'backbone': backbone, 'local_head': local_head, 'transfer': transfer, 'recompute': recompute}
+        partition = MemoryCuts.of(partition).plan(options, num_blocks)
     return localize_(
         MODELS.build(backbone),
         num_blocks=num_blocks,

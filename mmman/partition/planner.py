@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -10,6 +10,9 @@ from mmman.errors import PartitionError
 from mmman.partition.chain import STEM, Chain, Unit
 
 Block = tuple[Unit, ...]
+
+BY_MEMORY = "partition=dict(type='memory', model=_base_.model, optim_wrapper=_base_.optim_wrapper, batch=8, shape=(416, 640))"
+"""How a config asks for cuts by memory."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,14 @@ def plan_blocks(
             the last unit of every block but the last, e.g. ``['layer2.2', 'layer3.8']``.
 
     Raises:
-        PartitionError: K is below 1 or above the number of trainable units, or a cut names no unit, a frozen one, or the last.
+        PartitionError: K is below 1 or above the number of trainable units; a cut names no unit, a frozen one, or the last; or
+            cuts are asked for by memory, which only :func:`mmman.local.backbone.LocalBackbone` plans.
     """
+    if partition == 'memory' or isinstance(partition, Mapping):
+        raise PartitionError(
+            f'cuts by memory depend on the whole model and its images, and are planned where mmman.LocalBackbone is built by a '
+            f'config: {BY_MEMORY}; elsewhere name the cuts'
+        )
     first = next((i for i, trains in enumerate(trainable) if trains), len(chain.units))
     frozen, units = chain.units[:first], chain.units[first:]
     names = [unit.name for unit in units]
@@ -66,7 +75,9 @@ def plan_blocks(
         return Plan(frozen, _evenly(units, num_blocks))
     if partition == 'stage':
         return Plan(frozen, _by_stage(units, num_blocks))
-    raise PartitionError(f"partition={partition!r}: choose 'stage', 'uniform' or a list of unit names")
+    raise PartitionError(
+        f"partition={partition!r}: choose 'stage', 'uniform' or a list of unit names; by memory it is {BY_MEMORY}"
+    )
 
 
 def _named(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:

@@ -53,7 +53,7 @@ CASES = {
     'batch': ('resnet32_manpp_k16_cifar10.py', (12, 32, 32), 6, {}),
     'levels': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 3, NARROW),
     'frozen units, SGD': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 2, {**NARROW, **FROZEN}),
-    'image by image': ('retinanet_r18_manpp_k4.py', (2, 192, 256), 2, {**NARROW, **LEAN}),
+    'image by image': ('retinanet_r18_manpp_k4.py', (3, 256, 320), 2, {**NARROW, **LEAN}),
     'stem by image': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, R18),
     'tokens': ('paper/table2/vit-tiny_k4_manpp.py', (3, 224, 224), 4, {}),
 }
