@@ -2,12 +2,12 @@
 
     python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --batch 2 --blocks 4
     python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --target-memory 4GB
-    python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --max-overhead 0.1
+    python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --max-overhead 0.3 --recompute
 
 CONFIG is one with an mmman.LocalBackbone; its num_blocks and partition don't count. It prints the line to paste into the
 config, what the peak of a training step will be and of what it is made, and the same of other cuts and of end-to-end training
-without recompute and chunks. Bytes are those of live
-tensors, as tools/analysis_tools/measure_training.py counts them. docs/howto/plan_memory.md says more.
+without recompute and chunks. Bytes are those of live tensors, as tools/analysis_tools/measure_training.py counts them.
+docs/howto/plan_memory.md says more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
 from mmman.partition import chain_of, plan_blocks
-from mmman.partition.memory import Peak, fewest_flops, peak_of, smallest_peak
+from mmman.partition.memory import Peak, MemoryPlan, peak_of
+from mmman.partition.search import fewest_flops, smallest_peak
 
 CONSOLE = Console(width=140)
 MB = 1e6
@@ -41,10 +42,10 @@ UNITS = {'kB': 1e3, 'MB': 1e6, 'GB': 1e9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**
 
 @dataclass(frozen=True)
 class Choice:
-    """Cuts and what is expected of them; ``overhead`` is how many more FLOPs there are than end to end, relative to those."""
+    """A plan and what is expected of it; ``overhead`` is how many more FLOPs there are than end to end, relative to those."""
 
     name: str
-    cuts: tuple[int, ...]
+    plan: MemoryPlan
     peak: Peak
     overhead: float
 
@@ -52,7 +53,8 @@ class Choice:
 def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
     """The plan that was asked for, then the cuts by stage and by number of units with as many blocks, then end to end.
 
-    End to end nothing is recomputed, and all images run at once.
+    End to end nothing is recomputed, and all images run at once. Where the plan chooses what to recompute, the other cuts
+    recompute all that can be.
 
     Raises:
         CostError: There is no such plan.
@@ -62,9 +64,11 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
         planned = fewest_flops(step, args.target_memory)
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
-    cuts_of = {'planned': planned, **_library_cuts(profile, len(planned) + 1)}
-    choices = [Choice(name, cuts, peak_of(step, cuts), step.overhead(cuts)) for name, cuts in cuts_of.items()]
-    return [*choices, Choice('end to end', (), profile.whole, 0.0)]
+    count = len(planned.again)
+    others = {name: MemoryPlan(cuts, (step.again is not None,) * count) for name, cuts in _library_cuts(profile, count).items()}
+    plans = {'planned': planned, **others}
+    choices = [Choice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
+    return [*choices, Choice('end to end', MemoryPlan(), profile.whole, 0.0)]
 
 
 def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:
@@ -84,18 +88,11 @@ def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def localized(profile: Profile, cuts: tuple[int, ...]) -> Config:
-    """The config with these cuts."""
+def localized(profile: Profile, plan: MemoryPlan) -> Config:
+    """The config as planned."""
     cfg = copy.deepcopy(profile.config)
-    if cuts:
-        cfg.model.backbone.num_blocks = len(cuts) + 1
-        cfg.model.backbone.partition = [profile.names[cut] for cut in cuts]
+    cfg.model.backbone.update(profile.options(plan))
     return cfg
-
-
-def pasted(profile: Profile, cuts: tuple[int, ...]) -> str:
-    """What to write into ``model.backbone`` of the config."""
-    return f'num_blocks={len(cuts) + 1}, partition={[profile.names[cut] for cut in cuts]}' if cuts else 'num_blocks=1'
 
 
 def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
@@ -112,7 +109,7 @@ def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
     for choice in choices:
         summary.add_row(
             choice.name,
-            ' '.join(profile.names[cut] for cut in choice.cuts),
+            ' '.join(profile.names[cut] for cut in choice.plan.cuts),
             f'{choice.peak.total / MB:.1f}',
             f'{choice.peak.total / whole - 1:+.1%}',
             f'{choice.overhead:+.1%}',
@@ -126,9 +123,9 @@ def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
 
 def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
     """What the paper's cost model says of the same cuts: it counts the backbone's activations and the transfers alone."""
-    if not planned.cuts:
+    if not planned.plan.cuts:
         return []
-    cfg = localized(profile, planned.cuts)
+    cfg = localized(profile, planned.plan)
     transfer = cfg.model.backbone.get('transfer') or {}
     ratio, layers = round(planned.peak.total / whole.peak.total, 3), len(profile.names)
     lines = []
@@ -143,9 +140,9 @@ def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
     return lines
 
 
-def measured_peak(profile: Profile, cuts: tuple[int, ...]) -> int:
+def measured_peak(profile: Profile, plan: MemoryPlan) -> int:
     """Bytes at the peak of one real training step."""
-    cfg = localized(profile, cuts)
+    cfg = localized(profile, plan)
     batch, _, height, width = profile.shape
     model, optim_wrapper = build_trial(cfg, height, width)
     return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width)).memory().peak
@@ -173,6 +170,11 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     wish.add_argument('--blocks', type=int, metavar='K', help='the smallest peak with K blocks')
     wish.add_argument('--target-memory', type=size, metavar='8GB', help='the fewest FLOPs within that peak')
     wish.add_argument('--max-overhead', type=float, metavar='0.1', help='the smallest peak with at most so many more FLOPs')
+    parser.add_argument(
+        '--recompute',
+        action='store_true',
+        help="also choose the blocks to recompute, among the units of the config's recompute (default: all)",
+    )
     parser.add_argument('--check', action='store_true', help='take one real step with the planned cuts, and compare')
     given = parser.parse_intermixed_args(args)
     if not Path(given.config).is_file():
@@ -188,15 +190,16 @@ def run(args: argparse.Namespace) -> list[Choice]:
     words = argparse.ArgumentParser()
     words.add_argument('--options', nargs='*', action=DictAction, default={})
     cfg.merge_from_dict(words.parse_args(['--options', *args.options]).options)
-    profile = profile_step(cfg, args.batch or cfg.train_dataloader.batch_size, *args.shape)
+    profile = profile_step(cfg, args.batch or cfg.train_dataloader.batch_size, *args.shape, args.recompute)
     choices = choose(profile, args)
     planned, whole = choices[0], choices[-1]
     CONSOLE.print(*tables(profile, choices), sep='\n')
     for line in guideline(profile, planned, whole):
         CONSOLE.print(line, highlight=False)
-    CONSOLE.print(f'\nin model.backbone:  {pasted(profile, planned.cuts)}', markup=False, highlight=False, soft_wrap=True)
+    pasted = ', '.join(f'{key}={value!r}' for key, value in profile.options(planned.plan).items())
+    CONSOLE.print(f'\nin model.backbone:  {pasted}', markup=False, highlight=False, soft_wrap=True)
     if args.check:
-        peak = measured_peak(profile, planned.cuts)
+        peak = measured_peak(profile, planned.plan)
         CONSOLE.print(f'measured: {peak / MB:.1f} MB, the prediction is {planned.peak.total / peak - 1:+.2%} off')
     return choices
 

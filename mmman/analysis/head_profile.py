@@ -29,10 +29,16 @@ class HeadCosts:
 
     Heads are alike that see the same shapes and copy units of the same structure; heads of detectors also predict on the same
     levels. The layers that a head copies beyond that (AugLocal, ViT) are taken to be alike where as many follow.
+
+    Args:
+        runs: The model and the batches to run it on.
+        options: Of ``mmman.LocalBackbone``.
+        state: Bytes of optimizer state, relative to the parameters.
+        has_choice: Whether a block's units are computed again, as ``options`` have it, where a plan says so, or in all plans.
     """
 
-    def __init__(self, runs: SmallRuns, options: dict, state: float) -> None:
-        self.runs, self.chain, self.state = runs, runs.chain, state
+    def __init__(self, runs: SmallRuns, options: dict, state: float, has_choice: bool = False) -> None:
+        self.runs, self.chain, self.state, self.has_choice = runs, runs.chain, state, has_choice
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone
         self._outputs: list[dict[int, Tensor]] = []
@@ -45,13 +51,13 @@ class HeadCosts:
         self._known: dict[Hashable, HeadCost] = {}
         self.strides = self._strides()
 
-    def __call__(self, cut: int, larger: int | None, is_smallest: bool) -> HeadCost:
-        asked = (cut, larger, is_smallest)
+    def __call__(self, cut: int, larger: int | None, is_smallest: bool, again: bool) -> HeadCost:
+        asked = (cut, larger, is_smallest, again)
         if asked not in self._known:
-            kind = (self._kind(cut), larger, is_smallest)
+            kind = (self._kind(cut), larger, is_smallest, again)
             if kind not in self._known:
-                head = self._build(cut, larger, is_smallest)
-                alike = (kind[0], tuple(getattr(head, 'level_strides', ())))
+                head = self._build(*asked)
+                alike = (kind[0], tuple(getattr(head, 'level_strides', ())), again)
                 if alike not in self._known:
                     self._known[alike] = self._cost(head, cut)
                 self._known[kind] = self._known[alike]
@@ -62,7 +68,7 @@ class HeadCosts:
         """What a detector's head sees after each unit; all alike for other heads, which don't depend on it."""
         candidates = range(max(self.chain.taps))
         first = next(i for i, unit in enumerate(self.chain.units) if unit.is_trainable(self._stock))
-        head = self._localised([first]).local.values()
+        head = self._localised([first], again=False).local.values()
         if not isinstance(next(iter(head)), DetLocalHead):
             return (1,) * len(self.chain.units)
         reads_next = next(iter(head)).transfer.copies != []
@@ -83,20 +89,21 @@ class HeadCosts:
         following = min(len(self.chain.units) - cut - 2, FOLLOWING)
         return modules, tensors, self._outputs[0][cut].shape, self._outputs[0][cut + 1].shape, following
 
-    def _localised(self, cuts: list[int]) -> nn.Module:
+    def _localised(self, cuts: list[int], again: bool) -> nn.Module:
         names = [self.chain.units[cut].name for cut in cuts]
+        options = {**self.options, 'recompute': False} if self.has_choice and not again else self.options
         with quiet():
-            backbone = localize_(copy.deepcopy(self._stock), partition=names, **self.options)
+            backbone = localize_(copy.deepcopy(self._stock), partition=names, **options)
         backbone.train()
         return backbone
 
-    def _build(self, cut: int, larger: int | None, is_smallest: bool) -> LocalHead:
+    def _build(self, cut: int, larger: int | None, is_smallest: bool, again: bool) -> LocalHead:
         cuts = {cut}
         if larger is not None:
             cuts.add(self.strides.index(larger))
         if not is_smallest:
             cuts.add(next(i for i, s in enumerate(self.strides) if s < self.strides[cut] and self._is_trainable(i)))
-        backbone = self._localised(sorted(cuts))
+        backbone = self._localised(sorted(cuts), again)
         backbone.local.sync_modes(backbone)
         head = backbone.local[self.chain.units[cut].name.replace('.', '_')]
         head.session = SimpleNamespace(model=self.runs.model)

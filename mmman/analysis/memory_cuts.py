@@ -18,8 +18,9 @@ from mmengine.registry import DefaultScope
 from mmman.analysis.head_profile import quiet
 from mmman.analysis.profile import profile_step
 from mmman.errors import MisuseError, PartitionError
-from mmman.partition.memory import peak_of, smallest_peak
+from mmman.partition.memory import peak_of
 from mmman.partition.planner import BY_MEMORY
+from mmman.partition.search import smallest_peak
 
 SGD = {'type': 'SGD', 'lr': 0.01, 'momentum': 0.9}
 
@@ -99,9 +100,9 @@ class MemoryCuts:
         )
         with _aside(), DefaultScope.overwrite_default_scope(scope.scope_name):
             profile = profile_step(cfg, self.batch, *self.shape)
-            cuts = smallest_peak(profile.step, num_blocks)
-            peak = peak_of(profile.step, cuts).total
-        names = [profile.names[cut] for cut in cuts]
+            plan = smallest_peak(profile.step, num_blocks)
+            peak = peak_of(profile.step, plan).total
+        names = [profile.names[cut] for cut in plan.cuts]
         print_log(
             f'cuts by memory, predicted peak {peak / 1e6:.1f} MB: to plan only once, set num_blocks={num_blocks}, '
             f'partition={names} in model.backbone',

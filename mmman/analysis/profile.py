@@ -21,7 +21,10 @@ from mmman.analysis.small_runs import Batch, SmallRuns, gradient_bytes, held_byt
 from mmman.analysis.trace import Trace, linear
 from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
-from mmman.partition.memory import HeadCost, Peak, StepCost, UnitCost, peak_of
+from mmman.local.recompute import units_to_recompute
+from mmman.local.stem import stem_paths
+from mmman.partition.chain import STEM
+from mmman.partition.memory import HeadCost, Peak, MemoryPlan, StepCost, UnitCost, peak_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Profile:
         step: The costs.
         whole: The peak of end-to-end training that computes nothing twice, and all images at once.
         names: The names of the backbone's units.
+        recompute: Those that are computed again in the backward pass, or may be where plans choose.
         config: The config, trained end to end: ``num_blocks=1``.
         shape: (B, C, H, W) of the batch.
     """
@@ -39,46 +43,72 @@ class Profile:
     step: StepCost
     whole: Peak
     names: tuple[str, ...]
+    recompute: tuple[str, ...]
     config: Config
     shape: tuple[int, int, int, int]
 
+    def options(self, plan: MemoryPlan) -> dict[str, object]:
+        """What a plan is in the options of ``mmman.LocalBackbone``."""
+        found: dict[str, object] = {'num_blocks': len(plan.again)}
+        if plan.cuts:
+            found['partition'] = [self.names[cut] for cut in plan.cuts]
+        if self.step.again is not None:
+            blocks = [self.names[start : end + 1] for start, end, again in self.step.blocks(plan) if again]
+            found['recompute'] = self._in_short({name for block in blocks for name in block if name in self.recompute})
+        return found
 
-def profile_step(cfg: Config, batch: int, height: int, width: int) -> Profile:
+    def _in_short(self, units: set[str]) -> list[str]:
+        """Names of units, of whole stages by their name."""
+        stage_of = {name: name.rpartition('.')[0] for name in self.names}
+        parts = {stage for stage in stage_of.values() if not units >= {n for n in self.names if stage_of[n] == stage}}
+        return list(dict.fromkeys(n if stage_of[n] in parts else stage_of[n] or n for n in self.names if n in units))
+
+
+def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute: bool = False) -> Profile:
     """The costs of a training step of a config's model, whatever its cuts are.
 
     Args:
         cfg: Of a model whose backbone is an ``mmman.LocalBackbone``. Its ``num_blocks`` and ``partition`` don't count.
         batch: Images.
         height, width: Pixels.
+        may_recompute: Whether plans choose the blocks whose units are computed again: those of the config's ``recompute``, by
+            default all.
 
     Raises:
         MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or its dense heads can't run on a few images at
             a time, as asked.
     """
     cfg, asked = end_to_end(cfg), (batch, height, width)
-    runs = SmallRuns.of(cfg, *asked)
-    units, task = _unit_costs(runs), _task_cost(runs)
-    plain, once = (units, task), computed_at_once(cfg)
-    if (once.model, once.optim_wrapper) != (cfg.model, cfg.optim_wrapper):
-        small = SmallRuns.of(once, *asked)
-        plain = _unit_costs(small), _task_cost(small)
+    once = computed_at_once(cfg)
+    small = SmallRuns.of(once, *asked)
+    plain = _unit_costs(small), _task_cost(small)
+    if may_recompute and not cfg.model.backbone.get('recompute'):
+        cfg.model.backbone.recompute = _what_can_be_recomputed(small)
+    recompute = units_to_recompute(small.model.backbone, small.chain, cfg.model.backbone.get('recompute', False))
+    if (once.model, once.optim_wrapper) == (cfg.model, cfg.optim_wrapper):
+        runs, (units, task) = small, plain
+    else:
+        runs = SmallRuns.of(cfg, *asked)
+        units, task = _unit_costs(runs), _task_cost(runs)
     state, update = _optimizer_bytes(cfg.optim_wrapper.optimizer)
     options = {k: v for k, v in cfg.model.backbone.items() if k not in ('type', 'backbone', 'num_blocks', 'pretrained')}
-    heads, model = HeadCosts(runs, options, state), runs.model
+    heads, model = HeadCosts(runs, options, state, may_recompute), runs.model
     step = StepCost(
         base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), runs.pixels),
-        units=units,
+        units=plain[0] if may_recompute else units,
         task=task,
         head=heads,
         strides=heads.strides,
         flops=sum(unit.flops for unit in plain[0]) + plain[1].flops,
+        again=units if may_recompute else None,
         first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
         update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
         is_immediate=getattr(runs.optim_wrapper, 'update', None) == 'immediate',
         in_chunks=runs.dense is not None,
     )
-    whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), ())
-    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), cfg, (batch, 3, height, width))
+    whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), MemoryPlan())
+    names, recompute = (tuple(unit.name for unit in units) for units in (runs.chain.units, recompute))
+    return Profile(step, whole, names, recompute, cfg, (batch, 3, height, width))
 
 
 def end_to_end(cfg: Config) -> Config:
@@ -104,6 +134,11 @@ def computed_at_once(cfg: Config) -> Config:
     cfg.model.backbone.pop('recompute', None)
     cfg.optim_wrapper.pop('images_per_chunk', None)
     return cfg
+
+
+def _what_can_be_recomputed(runs: SmallRuns) -> list[str]:
+    backbone = runs.model.backbone
+    return [unit.name for unit in runs.chain.units if unit.name != STEM or stem_paths(backbone, unit) is not None]
 
 
 def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:

@@ -15,7 +15,7 @@ def command(*words: str) -> list:
 
 def test_plan_with_blocks_is_checked_and_can_be_pasted(capsys):
     planned, stage, uniform, whole = command('--blocks', '3', '--check')
-    assert len(planned.cuts) == 2 and whole.cuts == ()
+    assert len(planned.plan.cuts) == 2 and whole.plan.cuts == ()
     assert planned.peak.total <= min(stage.peak.total, uniform.peak.total)
     text = capsys.readouterr().out
     assert 'num_blocks=3, partition=[' in text
@@ -25,7 +25,7 @@ def test_plan_with_blocks_is_checked_and_can_be_pasted(capsys):
 
 def test_least_overhead_within_a_target():
     fewest, *_ = command('--max-overhead', '0.0')
-    assert fewest.cuts == ()
+    assert fewest.plan.cuts == ()
     smallest, *_ = command('--max-overhead', '9')
     target = (smallest.peak.total + fewest.peak.total) // 2
     planned, *_ = command('--target-memory', f'{target / 1e3:.3f}kB')
@@ -40,6 +40,17 @@ def test_end_to_end_is_without_recompute():
     planned, *_, whole = command('model.backbone.recompute=True', '--blocks', '2')
     assert (whole.peak, whole.overhead) == (stock.peak, 0.0)
     assert planned.overhead > 0.3  # the forward pass of all units but the stem, beside the local head
+
+
+def test_blocks_to_recompute_are_planned_too(capsys):
+    without, *_ = command('--blocks', '3')
+    planned, stage, uniform, _ = command('--blocks', '3', '--recompute', '--check')
+    assert planned.peak.total < without.peak.total
+    assert planned.peak.total <= min(stage.peak.total, uniform.peak.total)
+    assert any(planned.plan.again) and all(stage.plan.again + uniform.plan.again)
+    text = capsys.readouterr().out
+    assert 'recompute=[' in text
+    assert abs(float(text.partition('the prediction is ')[2].partition('%')[0])) < 1
 
 
 def test_sizes():

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmman.analysis.profile import Profile, profile_step
 from mmman.errors import LocalLearningError, PartitionError
 from mmman.partition import chain_of, plan_blocks
-from mmman.partition.memory import peak_of
+from mmman.partition.memory import MemoryPlan, peak_of
 from tests.conftest import ROOT
 
 CIFAR = Config.fromfile(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
@@ -53,7 +53,7 @@ def test_the_model_is_that_of_named_cuts(monkeypatch):
     profile = profile_step(CIFAR, 16, 32, 32)
     units = chain_of(planned)
     peaks = [
-        peak_of(profile.step, [profile.names.index(block[-1].name) for block in plan.blocks[:-1]]).total
+        peak_of(profile.step, MemoryPlan(tuple(profile.names.index(block[-1].name) for block in plan.blocks[:-1]))).total
         for plan in (planned.local.plan, *(plan_blocks(units, [True] * 16, 3, kind) for kind in ('stage', 'uniform')))
     ]
     assert peaks[0] == min(peaks) < max(peaks)

@@ -10,7 +10,8 @@ from mmman.analysis.profile import Profile, profile_step
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import MisuseError
-from mmman.partition.memory import peak_of, smallest_peak
+from mmman.partition.memory import MemoryPlan, peak_of
+from mmman.partition.search import smallest_peak
 from tests.conftest import ROOT
 
 
@@ -20,11 +21,9 @@ def load(name: str, **options: object) -> Config:
     return cfg
 
 
-def measured(profile: Profile, cuts: tuple[int, ...]) -> StepMeter:
+def measured(profile: Profile, plan: MemoryPlan) -> StepMeter:
     cfg, (batch, _, height, width) = copy.deepcopy(profile.config), profile.shape
-    if cuts:
-        cfg.model.backbone.num_blocks = len(cuts) + 1
-        cfg.model.backbone.partition = [profile.names[cut] for cut in cuts]
+    cfg.model.backbone.update(profile.options(plan))
     model, optim_wrapper = build_trial(cfg, height, width)
     return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width))
 
@@ -63,32 +62,52 @@ CASES = {
 def test_peak_is_that_of_a_real_step(case):
     name, shape, blocks, options = CASES[case]
     profile = profile_step(load(name, **options), *shape)
-    for cuts in (smallest_peak(profile.step, blocks), ()):
-        assert peak_of(profile.step, cuts).total == pytest.approx(measured(profile, cuts).memory().peak, rel=0.01)
+    for plan in (smallest_peak(profile.step, blocks), MemoryPlan()):
+        assert peak_of(profile.step, plan).total == pytest.approx(measured(profile, plan).memory().peak, rel=0.01)
+
+
+def test_blocks_that_are_computed_again_are_chosen():
+    """Peak and FLOPs of a plan in which some are; those of plans without a choice in which none or all are."""
+    name, shape, _, options = CASES['stem by image']
+    plan = MemoryPlan((2, 5), (True, False, True))
+    limited = profile_step(load(name, **options), *shape, may_recompute=True)
+    assert limited.options(plan)['recompute'] == ['stem']
+    profile = profile_step(load(name, **{**options, 'model__backbone__recompute': False}), *shape, may_recompute=True)
+    assert profile.options(plan)['recompute'] == ['stem', 'layer1', 'layer3.1', 'layer4']
+    meter = measured(profile, plan)
+    assert peak_of(profile.step, plan).total == pytest.approx(meter.memory().peak, rel=0.01)
+    stock = measured(profile, MemoryPlan()).flops()
+    assert profile.step.overhead(plan) == pytest.approx(meter.flops() / stock - 1, abs=0.04)
+    for again in (False, True):
+        options['model__backbone__recompute'] = UNITS if again else False
+        fixed = profile_step(load(name, **options), *shape)
+        assert peak_of(fixed.step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (again,) * 3))
 
 
 def test_what_is_computed_twice_is_overhead():
     """Relative to the stock step, whose peak is told as well."""
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py', model__backbone__recompute=True), 4, 32, 32)
-    cuts = (3, 9)
-    stock = measured(replace(profile, config=load('resnet32_manpp_k16_cifar10.py', model__backbone__num_blocks=1)), ())
-    assert profile.step.overhead(cuts) == pytest.approx(measured(profile, cuts).flops() / stock.flops() - 1, abs=0.04)
+    plan = MemoryPlan((3, 9))
+    stock = measured(
+        replace(profile, config=load('resnet32_manpp_k16_cifar10.py', model__backbone__num_blocks=1)), MemoryPlan()
+    )
+    assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).flops() / stock.flops() - 1, abs=0.04)
     assert profile.whole.total == pytest.approx(stock.memory().peak, rel=0.01)
 
 
 def test_flops_are_those_of_a_real_step():
     """A block's first unit sends no gradient further, which is not told apart: a few per cent more than there are."""
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 4, 32, 32)
-    cuts = (3, 9)
-    whole = measured(profile, ()).flops()
-    assert profile.step.overhead(cuts) == pytest.approx(measured(profile, cuts).flops() / whole - 1, abs=0.04)
+    plan = MemoryPlan((3, 9))
+    whole = measured(profile, MemoryPlan()).flops()
+    assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).flops() / whole - 1, abs=0.04)
     units = sum(unit.flops for unit in profile.step.units)
     assert units + profile.step.task.flops == pytest.approx(whole, rel=1e-3)
 
 
 def test_heads_that_are_alike_are_run_once():
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 2, 32, 32)
-    heads = {id(profile.step.head(cut, None, True)) for cut in profile.step.candidates}
+    heads = {id(profile.step.head(cut, None, True, False)) for cut in profile.step.candidates}
     assert len(profile.step.candidates) == 15
     assert len(heads) == 5 + 3  # a copy of a stage's first unit and of its others; the last three have fewer units behind
 
