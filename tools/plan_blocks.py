@@ -32,7 +32,7 @@ from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
 from mmman.partition import chain_of, plan_blocks
-from mmman.partition.memory import Peak, MemoryPlan, peak_of
+from mmman.partition.memory import MemoryPlan, Peak, peak_of
 from mmman.partition.search import fewest_flops, smallest_peak
 
 CONSOLE = Console(width=140)

@@ -24,7 +24,7 @@ from mmman.local.chunks import replaced
 from mmman.local.recompute import units_to_recompute
 from mmman.local.stem import stem_paths
 from mmman.partition.chain import STEM
-from mmman.partition.memory import HeadCost, Peak, MemoryPlan, StepCost, UnitCost, peak_of
+from mmman.partition.memory import HeadCost, MemoryPlan, Peak, StepCost, UnitCost, peak_of
 
 
 @dataclass(frozen=True)
