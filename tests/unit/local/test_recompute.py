@@ -203,6 +203,7 @@ def test_names():
     ('recompute', 'error', 'message'),
     [
         (['layer1.0', 'layer9.0'], PartitionError, r"\['layer9.0'\].* stem, layer1.0, layer1.1, .*layer3.1$"),
+        (['layer1', 'layer'], PartitionError, r"\['layer'\]"),
         (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
         ('layer1.0', MisuseError, r"choose True, False or a list of unit names, e.g. \['layer1.0'\]"),
     ],
