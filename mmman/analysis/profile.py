@@ -152,7 +152,7 @@ def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
 
         def behind(i: int, output: Tensor) -> None:
             trace.mark(('forward', i))
-            trace.numbers[i] = output.untyped_storage().nbytes()
+            trace.name(i, output)
             if output.requires_grad:
                 output.register_hook(lambda _: trace.mark(('gradient', i)))
             if i == count - 1:
@@ -174,18 +174,19 @@ def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
         kept, start = costs.alive(('forward', i)), 'backward' if i == count - 1 else ('gradient', i)
         gradient = gradient_bytes(unit.parameters(backbone))
         if start not in costs:  # frozen
-            backward, flops_backward = 0, 0
+            backward, backward_held, flops_backward = 0, 0, 0
         else:
             end = end if end in costs else 'end'
-            backward = max(0, costs.peak(start, end) - kept - later)
+            backward, backward_held = (max(0, costs.peak(start, end, held) - kept - later) for held in (None, i))
             flops_backward = costs.flops(end) - costs.flops(start)
-        output = costs.number(i)
+        output = costs.size(i)
         taps = [element for element, tap in enumerate(chain.taps) if tap == i]
         units.append(
             UnitCost(
                 kept=kept - costs.alive(before),
                 forward=costs.peak(before, ('forward', i)) - costs.alive(before),
                 backward=backward,
+                backward_held=backward_held,
                 output=output,
                 tap=output * max((1 + (element in chain.norms) for element in taps), default=0),  # a norm's output too
                 gradient=gradient,

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Iterator
 from difflib import SequenceMatcher
 
 import numpy as np
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from mmman.analysis.memory import LiveBytes
@@ -21,7 +22,7 @@ class Trace(LiveBytes):
         held: What is alive from the start. It doesn't count, unless it is released.
 
     Attributes:
-        numbers: Other numbers of the run that grow with the batch.
+        named: The numbers i of storages that have a name.
         flops: FLOPs since then, of matrix products and convolutions.
         operators: The operators that allocated, in order; '' where a storage that was there already is released.
         sizes: Bytes of their storages.
@@ -31,7 +32,6 @@ class Trace(LiveBytes):
 
     def __init__(self, *held: object) -> None:
         self._operator = ''
-        self.numbers: dict[Hashable, int] = {}
         self.begin()
         super().__init__(*held)
         self.begin()
@@ -43,11 +43,16 @@ class Trace(LiveBytes):
         self.events: list[int] = []
         self.flops = 0
         self.marks: dict[Hashable, tuple[int, int]] = {'start': (0, 0)}
+        self.named: dict[Hashable, int] = {}
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
         """Give this moment a name. The first moment of a name counts."""
         self.marks.setdefault(name, (len(self.events), self.flops))
+
+    def name(self, name: Hashable, tensor: Tensor) -> None:
+        """Give the storage of a tensor that was made since :meth:`begin` a name."""
+        self.named[name] = self._index[tensor.untyped_storage()._cdata] - 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._operator = str(func)
@@ -90,8 +95,8 @@ class Extrapolation:
         sizes = np.array(large.sizes, dtype=float)
         for i, j in _pairs(small.operators, large.operators):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
-        moves = np.array(large.events, dtype=int)
-        self._alive = np.concatenate([[0.0], np.cumsum(np.sign(moves) * sizes[np.abs(moves) - 1])])
+        self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
+        self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
 
     def __contains__(self, moment: Hashable) -> bool:
         return moment in self._traces[1].marks
@@ -100,20 +105,27 @@ class Extrapolation:
         """Bytes alive at a mark, above those at the start."""
         return round(self._alive[self._traces[1].marks[moment][0]])
 
-    def peak(self, start: Hashable, end: Hashable) -> int:
-        """The most bytes alive between two marks, above those at the start of the run."""
+    def peak(self, start: Hashable, end: Hashable, held: Hashable | None = None) -> int:
+        """The most bytes alive between two marks, above those at the start of the run.
+
+        ``held`` names a storage that is taken to stay alive to the end of the run.
+        """
         (first, _), (last, _) = (self._traces[1].marks[moment] for moment in (start, end))
-        return round(self._alive[first : last + 1].max())
+        alive = self._alive[first : last + 1]
+        if held is not None:
+            i = self._traces[1].named[held]
+            is_released = np.concatenate([[0], np.cumsum(self._moves == -(i + 1))])
+            alive = alive + self._sizes[i] * is_released[first : last + 1]
+        return round(alive.max())
 
     def flops(self, moment: Hashable) -> int:
         """FLOPs before a mark."""
         small, large = (trace.marks[moment][1] for trace in self._traces)
         return linear((small, large), self._pixels)
 
-    def number(self, name: Hashable) -> int:
-        """One of the runs' ``numbers``."""
-        small, large = (trace.numbers[name] for trace in self._traces)
-        return linear((small, large), self._pixels)
+    def size(self, name: Hashable) -> int:
+        """Bytes of the storage of that name."""
+        return round(self._sizes[self._traces[1].named[name]])
 
 
 def _pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:

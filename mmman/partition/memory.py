@@ -37,6 +37,7 @@ class UnitCost:
     flops: int = 0
     holds: int = -1
     is_read: bool = True
+    backward_held: int = 0
 
 
 @dataclass(frozen=True)
@@ -187,13 +188,14 @@ def moments(
     else:
         beside, sent = _stage_input(units, start, end), 0
     yield 'head', alive[-1] + beside + sent, head.peak, 0
-    gradients = head.gradient
+    gradients, held = head.gradient, _held(units, start, end, is_last)
     for i in range(end, max(start, step.first) - 1, -1):
-        held = beside + _held(units, start, i, end, is_last)
-        yield 'backward', alive[i - start + 1] + held, units[i].backward, gradients
+        of_others = sum(size for j, size in held.items() if (j < i if is_last else j > i))
+        backward = max(units[i].backward, units[i].backward_held if i in held and not is_last else 0)
+        yield 'backward', alive[i - start + 1] + beside + of_others, backward, gradients
         gradients += units[i].gradient
     if step.is_immediate and not is_last:
-        yield 'optimizer step', alive[0] + beside + _held(units, start, start - 1, end, is_last), step.update, gradients
+        yield 'optimizer step', alive[0] + beside + sum(held.values()), step.update, gradients
 
 
 def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
@@ -202,14 +204,14 @@ def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
     return units[held].output if 0 <= held < start - 1 and not units[held].tap else 0
 
 
-def _held(units: Sequence[UnitCost], start: int, i: int, end: int, is_last: bool) -> int:
-    """Bytes beside the graph while unit i of a block runs backward.
+def _held(units: Sequence[UnitCost], start: int, end: int, is_last: bool) -> dict[int, int]:
+    """Bytes that stay alive beside the graph until a block has run backward, by the unit they are of.
 
     The last block: gradients of outputs that the task loss has sent to earlier units. Others: what the interrupted forward pass
-    holds, which is outputs for the neck, the block's output and the input of its last unit.
+    holds, which is outputs for the neck, the block's output, the input of its last unit and that of its last stage.
     """
+    block = range(start, end + 1)
     if is_last:
-        return sum(unit.output for unit in units[start:i] if unit.tap)
-    taps = sum(unit.tap for unit in units[i + 1 : end])
-    given = units[end - 1].output if i < end - 1 and not units[end - 1].tap else 0
-    return taps + given + (units[end].output if i < end else 0)
+        return {i: units[i].output for i in block if units[i].tap}
+    others = (end - 1, end, units[end].holds)
+    return {i: units[i].tap if i < end and units[i].tap else units[i].output for i in block if units[i].tap or i in others}

@@ -84,6 +84,15 @@ def test_blocks_that_are_computed_again_are_chosen():
         assert peak_of(fixed.step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (again,) * 3))
 
 
+def test_outputs_of_recomputed_units_that_something_holds_are_counted():
+    """The input of a block's last unit, say, while that one runs backward: in end-to-end training nothing holds it."""
+    profile = profile_step(load('resnet32_manpp_k16_cifar10.py', model__backbone__recompute=True), 12, 32, 32)
+    for cuts, moment in (((5,), 'block 1, backward'), ((3, 6), 'block 2, backward')):
+        predicted = peak_of(profile.step, MemoryPlan(cuts))
+        assert predicted.moment == moment
+        assert predicted.total == pytest.approx(measured(profile, MemoryPlan(cuts)).memory().peak, rel=1e-4)
+
+
 def test_what_is_computed_twice_is_overhead():
     """Relative to the stock step, whose peak is told as well."""
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py', model__backbone__recompute=True), 4, 32, 32)

@@ -29,6 +29,7 @@ def random_step(seed: int) -> StepCost:
             *(size(), size(), size(), 1 + size(9), (1 + size(9)) * (i in taps), size(), size()),
             holds=draw.randint(-1, i - 1),
             is_read=draw.random() < 0.7,
+            backward_held=size(40),
         )
         for i in range(count)
     )
@@ -113,6 +114,23 @@ def test_what_the_forward_pass_holds_is_counted_by_hand():
     assert (
         peak_of(step, MemoryPlan((1, 2))).total == 100 + 20 + 4 + 1000
     )  # of block 2, which was called with the first unit's output
+
+
+def test_held_outputs_are_counted_by_hand():
+    """A block of five units, of which the first is an output and the last three are a stage, in front of another one."""
+    units = [UnitCost(1, 0, 0, output=10 ** (i + 1), tap=10 * (i == 0), holds=1 if i > 1 else -1) for i in range(5)]
+    units.append(UnitCost(1, 0, 0, output=1, tap=1))
+
+    def peak_with(i: int) -> int:
+        changed = tuple(replace(u, backward=10**7, backward_held=2 * 10**7) if j == i else u for j, u in enumerate(units))
+        step = StepCost(0, changed, HeadCost(0, 0, 0), lambda *_: HeadCost(0, 0, 0), (1,) * 6, 0)
+        return peak_of(step, MemoryPlan((4,))).total
+
+    assert peak_with(4) == 5 + 2 * 10**7  # the block's output
+    assert peak_with(3) == 4 + 10**5 + 2 * 10**7  # the last unit's input
+    assert peak_with(2) == 3 + 10**5 + 10**4 + 10**7
+    assert peak_with(1) == 2 + 10**5 + 10**4 + 2 * 10**7  # the stage's input
+    assert peak_with(0) == 1 + 10**5 + 10**4 + 100 + 2 * 10**7  # an output for the neck
 
 
 def test_immediate_updates_and_chunks_are_counted_by_hand():
