@@ -2,7 +2,7 @@
 
     python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --batch 2 --blocks 4
     python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --target-memory 4GB
-    python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --max-overhead 0.3 --recompute
+    python tools/plan_blocks.py CONFIG [KEY=VALUE ...] --shape 608 1024 --max-overhead 0.3 --recompute [--blocks 4]
 
 CONFIG is one with an mmman.LocalBackbone; its num_blocks and partition don't count. It prints the line to paste into the
 config, what the peak of a training step will be and of what it is made, and the same of other cuts and of end-to-end training
@@ -61,7 +61,7 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
     """
     step = profile.step
     if args.target_memory is not None:
-        planned = fewest_flops(step, args.target_memory)
+        planned = fewest_flops(step, args.target_memory, args.blocks)
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
     count = len(planned.again)
@@ -166,8 +166,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('options', nargs='*', metavar='KEY=VALUE', help='overrides, in the syntax of --cfg-options')
     parser.add_argument('--shape', type=int, nargs=2, default=(608, 1024), metavar=('H', 'W'), help='pixels, multiples of 32')
     parser.add_argument('--batch', type=int, help="images; default: the config's train_dataloader.batch_size")
-    wish = parser.add_mutually_exclusive_group(required=True)
-    wish.add_argument('--blocks', type=int, metavar='K', help='the smallest peak with K blocks')
+    parser.add_argument('--blocks', type=int, metavar='K', help='with K blocks: alone, the smallest peak')
+    wish = parser.add_mutually_exclusive_group()
     wish.add_argument('--target-memory', type=size, metavar='8GB', help='the fewest FLOPs within that peak')
     wish.add_argument('--max-overhead', type=float, metavar='0.1', help='the smallest peak with at most so many more FLOPs')
     parser.add_argument(
@@ -177,6 +177,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--check', action='store_true', help='take one real step with the planned cuts, and compare')
     given = parser.parse_intermixed_args(args)
+    if (given.blocks, given.target_memory, given.max_overhead) == (None, None, None):
+        parser.error('ask for a plan: --blocks, --target-memory or --max-overhead')
     if not Path(given.config).is_file():
         parser.error(f'{given.config} is no file')
     if bad := [word for word in given.options if '=' not in word]:

@@ -12,8 +12,8 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmman.analysis.flops import flop_counter
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.analysis.parts import block_outputs, parts_told
 from mmman.engine import LocalLearningOptimWrapper
@@ -117,11 +117,11 @@ class StepMeter:
         return torch.cuda.max_memory_allocated() - others
 
     def flops(self) -> int:
-        """FLOPs of one step, forward and backward, as torch counts them: of matrix products and convolutions.
+        """FLOPs of one step, forward and backward: of matrix products, convolutions and attention.
 
         A multiplication and an addition are two. Operators of mmcv (deformable convolution) are not counted.
         """
-        with FlopCounterMode(display=False) as counter:
+        with flop_counter() as counter:
             self.step()
         return counter.get_total_flops()
 

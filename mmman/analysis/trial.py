@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
+from mmman.analysis.sizes_only import SizesOnly
 from mmman.errors import MisuseError
 from mmman.local.blocks import LocalBlocks
 
@@ -42,10 +43,12 @@ def model_config(cfg: Config, height: int, width: int) -> ConfigDict:
     return model
 
 
-def build_trial(cfg: Config, height: int, width: int) -> tuple[BaseModel, OptimWrapper]:
+def build_trial(
+    cfg: Config, height: int, width: int, sizes_only: SizesOnly | None = None
+) -> tuple[BaseModel, OptimWrapper]:
     """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
 
-    Weights are drawn with seed 0; the same config gives the same model in every process.
+    Weights are drawn with seed 0; the same config gives the same model in every process. With ``sizes_only`` they have no data.
     """
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
@@ -54,6 +57,8 @@ def build_trial(cfg: Config, height: int, width: int) -> tuple[BaseModel, OptimW
     if isinstance(local, LocalBlocks):
         for head in local.values():
             head.transfer.sync_(head.source.of(model.backbone))
+    if sizes_only is not None:
+        sizes_only.strip_(model)
     cfg.optim_wrapper.optimizer.lr = 0.0
     return model, build_optim_wrapper(model, cfg.optim_wrapper)
 

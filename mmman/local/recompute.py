@@ -93,7 +93,10 @@ class Recomputed:
         self.module = module
 
     def __call__(self, *args: Any) -> Any:
-        forward = partial(type(self.module).forward, self.module)
+        return self.instead(partial(type(self.module).forward, self.module), *args)
+
+    def instead(self, forward: Callable[..., Any], *args: Any) -> Any:
+        """Run ``forward``, which runs parts of the module, in the same way."""
         return self._twice(forward, *args) if self.module.training and torch.is_grad_enabled() else forward(*args)
 
     @torch.compiler.disable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from mmengine.model import BaseModule
@@ -63,17 +63,20 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(self, x: Tensor, *grid: tuple[int, int]) -> Tensor:
+    def forward(
+        self, x: Tensor, *grid: tuple[int, int], run: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Transfer the output x of block j to what the local head sees.
 
         Args:
             x: (B, C, H, W) or (B, L, C).
             grid: Height and width of x in patches, where the backbone's units take them.
+            run: Runs a copy on x, where a part of its output is enough.
 
         Returns:
-            Shaped as the unit's output.
+            Shaped as the unit's output, or as what ``run`` returns.
         """
-        terms = [copied(x, *grid) for copied in self.copies]
+        terms = [copied(x, *grid) if run is None else run(copied, x) for copied in self.copies]
         if self.channel_bias is not None:
             terms.append(self.channel_bias)
         if not terms:

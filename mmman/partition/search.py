@@ -36,9 +36,7 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     Raises:
         CostError: K is not between 1 and the number of candidates and one, or no plan is within the overhead.
     """
-    most = len(step.candidates) + 1
-    if blocks is not None and not 1 <= blocks <= most:
-        raise CostError(f'{blocks} blocks: choose from 1 to {most}, one more than the units there are to cut after')
+    _check_blocks(step, blocks)
     found = _undominated_plans(step, blocks, None, overhead)
     if not found:
         asked = 'cuts' if blocks is None else f'cuts into {blocks} blocks'
@@ -48,20 +46,32 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     return min(found, key=lambda one: (one.static + one.peak, one.flops, one.plan.cuts)).plan
 
 
-def fewest_flops(step: StepCost, target: int) -> MemoryPlan:
+def fewest_flops(step: StepCost, target: int, blocks: int | None = None) -> MemoryPlan:
     """The plan with the fewest FLOPs whose peak is at most ``target`` bytes; among equal ones the smallest peak.
 
+    Args:
+        step: The costs.
+        target: Bytes.
+        blocks: K; default: any.
+
     Raises:
-        CostError: No plan reaches it.
+        CostError: No plan reaches it, or K is not between 1 and the number of candidates and one.
     """
-    found = _undominated_plans(step, None, target, None)
+    _check_blocks(step, blocks)
+    found = _undominated_plans(step, blocks, target, None)
     if not found:
-        reachable = peak_of(step, smallest_peak(step)).total
+        reachable = peak_of(step, smallest_peak(step, blocks)).total
         raise CostError(
             f'no cuts reach {target / 1e6:.1f} MB: the smallest peak is {reachable / 1e6:.1f} MB; '
             'use fewer or smaller images, or a leaner local head'
         )
     return min(found, key=lambda one: (one.flops, one.static + one.peak, one.plan.cuts)).plan
+
+
+def _check_blocks(step: StepCost, blocks: int | None) -> None:
+    most = len(step.candidates) + 1
+    if blocks is not None and not 1 <= blocks <= most:
+        raise CostError(f'{blocks} blocks: choose from 1 to {most}, one more than the units there are to cut after')
 
 
 def _undominated_plans(step: StepCost, blocks: int | None, target: int | None, overhead: float | None) -> list[_Suffix]:

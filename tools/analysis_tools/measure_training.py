@@ -40,6 +40,7 @@ import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.focal_loss import fused_focal_loss
 from mmman.analysis.parts import TASK, block_outputs
+from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 
@@ -82,18 +83,21 @@ def read_configs(words: list[str], names: list[str] | None = None) -> list[Asked
     return [Asked(path, given, name) for (path, _), given, name in zip(groups, options, names, strict=True)]
 
 
-def build_meters(asked: list[Asked], batch: int, height: int, width: int) -> list[StepMeter]:
+def build_meters(
+    asked: list[Asked], batch: int, height: int, width: int, sizes_only: SizesOnly | None = None
+) -> list[StepMeter]:
     """A meter for every config. Where a model has no blocks, they are those of the first model that has some and fits."""
     trials = []
     for one in asked:
         cfg = Config.fromfile(one.path)
         cfg.merge_from_dict(one.options)
-        model, optim_wrapper = build_trial(cfg, height, width)
-        if torch.cuda.is_available():
+        model, optim_wrapper = build_trial(cfg, height, width, sizes_only)
+        if sizes_only is None and torch.cuda.is_available():
             model.cuda()
         trials.append((model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width)))
     outputs = next(filter(None, (block_outputs(model) for model, _, _ in trials)), [])
-    return [StepMeter(*trial, outputs) for trial in trials]
+    with sizes_only or nullcontext():
+        return [StepMeter(*trial, outputs) for trial in trials]
 
 
 def timed(meters: list[StepMeter], iterations: int) -> list[list[float]]:
@@ -225,6 +229,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=2, help='images')
     parser.add_argument('--iterations', type=int, default=5, help='timed steps of each config, by turns; 0: no times')
     parser.add_argument('--fused-focal-loss', action='store_true', help="mmdet's focal loss has the memory of a GPU's kernel")
+    parser.add_argument('--sizes-only', action='store_true', help='compute nothing: bytes and FLOPs of any batch; no times')
     parser.add_argument('--out', type=Path, metavar='JSON', help='also write the rows, in bytes, FLOPs and seconds')
     parser.add_argument('--picture', type=Path, metavar='PNG', help='also draw the parts of memory over the step')
     given = parser.parse_args(args)
@@ -238,10 +243,12 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> list[dict]:
     """Measure, print the tables, write what was asked for. Returns the rows."""
     with fused_focal_loss() if args.fused_focal_loss else nullcontext():
-        meters = build_meters(args.asked, args.batch, *args.shape)
-        memories = [meter.memory() for meter in meters]
+        sizes_only = SizesOnly() if args.sizes_only else None
+        meters = build_meters(args.asked, args.batch, *args.shape, sizes_only)
         seconds = timed(meters, args.iterations)
-        rows = [row_of(*one, base=seconds[0]) for one in zip(args.asked, meters, memories, seconds, strict=True)]
+        with sizes_only or nullcontext():
+            memories = [meter.memory() for meter in meters]
+            rows = [row_of(*one, base=seconds[0]) for one in zip(args.asked, meters, memories, seconds, strict=True)]
     title = f'one training step, batch {args.batch}, {args.shape[0]}x{args.shape[1]}'
     if args.fused_focal_loss:
         title += ', fused focal loss'

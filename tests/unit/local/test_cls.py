@@ -7,14 +7,17 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmman import MomentumTransfer
+from mmman.analysis.flops import flop_counter
 from mmman.errors import MisuseError
 from mmman.local.heads import Boundary
 from mmman.local.heads.infopro import supervised_contrast
 from mmman.local.heads.predsim import similarity_matrix
 from mmman.local.heads.reconstruction import ReconstructionDecoder, pixels, reconstruction_loss
+from mmman.local.recompute import recompute_
 from mmman.partition import Feature, Unit
 
 pytest.importorskip('mmpretrain')
+from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 from mmpretrain.structures import DataSample
 
 MAP = Feature(8, 4)
@@ -345,7 +348,53 @@ def test_what_the_vit_head_classifies(pool, tokens):
     assert torch.equal(head.embed(X, IMAGES), expected)
 
 
+def encoder_layer(seed):
+    torch.manual_seed(seed)
+    layer = TransformerEncoderLayer(8, 2, 16).double().train()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+@pytest.mark.parametrize('recompute', [False, True])
+@pytest.mark.parametrize('layers', [0, 1, 2])
+def test_only_the_class_token_is_computed(layers, recompute):
+    """The values and gradients of whole layers, of which the class token is taken, in fewer FLOPs."""
+    source, *following = (encoder_layer(seed) for seed in range(3))
+    where = boundary(TOKENS, following=[(layer, TOKENS) for layer in following])
+    transfer = MomentumTransfer(source, TOKENS)
+    head = MODELS.build(
+        {'type': 'mmman.ViTLocalHead', 'head': HEAD, 'boundary': where, 'transfer': transfer, 'layers': layers}
+    ).double()
+    assert len(head.layers) == layers
+    if recompute:
+        for layer in (*head.layers, *transfer.copies):
+            recompute_(layer)
+    results, flops = [], []
+    for is_whole in (False, True):
+        x = X.double().requires_grad_()
+        head.zero_grad()
+        with flop_counter() as counter:
+            if is_whole:
+                y = transfer(x)
+                for layer in head.layers:
+                    y = layer(y)
+                feature = F.layer_norm(y, (8,), eps=1e-6)[:, 0]
+            else:
+                feature = head.embed(head.transferred(x, IMAGES), IMAGES)
+            feature.square().sum().backward()
+        flops.append(counter.get_total_flops())
+        own = [p.grad for p in (*transfer.bias.parameters(), *head.layers.parameters())]
+        assert all(gradient.any() for gradient in own)
+        results.append([feature.detach(), x.grad, transfer.delta.grad, *own])
+    for ours, whole in zip(*results, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=1e-10, atol=1e-11)
+    assert flops[0] < flops[1]
+
+
 def test_vit_head_options_are_checked():
+    with pytest.raises(MisuseError, match='ViTLocalHead.layers=-1: choose 0 or more'):
+        local_head('ViTLocalHead', where=boundary(TOKENS), layers=-1)
     with pytest.raises(MisuseError, match='for transformers; .*DGLLocalHead'):
         local_head('ViTLocalHead')
     with pytest.raises(MisuseError, match="choose 'mean'$"):

@@ -1,0 +1,61 @@
+"""Training steps of which nothing is computed: tensors have sizes and lifetimes, but no data.
+
+torch's fake tensors run a model's own code, operator by operator, without memory. So bytes and FLOPs of a step are counted for
+batches that fit no machine at hand, in seconds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from mmman.errors import MisuseError
+
+DATA_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+class SizesOnly(FakeTensorMode):
+    """While this mode is active, operators only find the shapes of their results. Numbers that are read are 1.
+
+    A mask selects everything. Tensors with data may take part, as inputs.
+
+    Raises:
+        MisuseError: On leaving: sizes depended on data in another way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is torch.ops.aten.index.Tensor and (whole := _selected_whole(*args)) is not None:
+            return whole
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, error, trace)
+        if isinstance(error, DATA_NEEDED):
+            raise MisuseError(
+                f'sizes depend on data here ({error}): detectors, and losses that choose what counts, are measured with data'
+            ) from error
+
+    def strip_(self, model: nn.Module) -> None:
+        """Take the data from a model's parameters and buffers, in place."""
+        known: dict[int, torch.Tensor] = {}
+        for part in model.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        known.setdefault(id(tensor), self.from_tensor(tensor))
+                        tensors[name] = known[id(tensor)]
+
+
+def _selected_whole(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """What a mask that is all True selects, shaped as if it did; None where no single mask selects."""
+    given = [(i, index) for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or given[0][1].dtype is not torch.bool:
+        return None
+    (dim, mask), shape = given[0], tensor.shape
+    return tensor.new_empty(*shape[:dim], mask.numel(), *shape[dim + mask.dim() :])
