@@ -1,4 +1,4 @@
-"""What torch's FLOP counter miscounts: weights' gradients of grouped convolutions, and attention on a CPU."""
+"""FLOPs by operator, as torch counts them, but for what it miscounts: gradients of grouped convolutions, attention on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 aten = torch.ops.aten
 
@@ -27,19 +27,12 @@ def _attention_backward(grad, query, key, value, *_, **__) -> int:
     return sdpa_backward_flop_count(grad, query, key, value)
 
 
-CORRECTED = {
+_CORRECTED = {
     aten.convolution_backward: _convolution_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Formulas for :class:`torch.utils.flop_counter.FlopCounterMode`, by operator."""
-
-_FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()}}
-
-
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, with what it miscounts corrected."""
-    return FlopCounterMode(display=False, custom_mapping=CORRECTED)
+_FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, formula in _CORRECTED.items()}}
 
 
 def flops_of(operator: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Tensor | tuple) -> int:

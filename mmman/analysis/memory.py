@@ -17,6 +17,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from mmman.analysis.flops import flops_of
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages that operators allocate while it is active, each until its last tensor is gone.
@@ -30,6 +32,7 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         current: Bytes alive now.
         peak: The most that were alive at once.
+        flops: FLOPs so far, of matrix products, convolutions and attention. A multiplication and an addition are two.
 
     Raises:
         RuntimeError: The torch is too old to tell when a storage is gone (2.1 is, 2.11 is not).
@@ -42,12 +45,14 @@ class LiveBytes(TorchDispatchMode):
             raise RuntimeError(f'torch {torch.__version__} does not keep storage objects, so their lifetime cannot be seen')
         self.current = 0
         self.peak = 0
+        self.flops = 0
         self._sizes: dict[int, int] = {}
         for tensor in _tensors(held):
             self._add(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.flops += flops_of(func, args, kwargs or {}, result)
         for leaf in tree_flatten(result)[0]:
             if isinstance(leaf, Tensor):
                 self._add(leaf)

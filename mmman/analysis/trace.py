@@ -8,7 +8,6 @@ from difflib import SequenceMatcher
 import numpy as np
 from torch import Tensor
 
-from mmman.analysis.flops import flops_of
 from mmman.analysis.memory import LiveBytes
 
 WINDOW = 200
@@ -23,7 +22,6 @@ class Trace(LiveBytes):
 
     Attributes:
         named: The numbers i of storages that have a name.
-        flops: FLOPs since then, of matrix products, convolutions and attention.
         operators: The operators that allocated, in order; '' where a storage that was there already is released.
         sizes: Bytes of their storages.
         events: i + 1 where storage i appears, -(i + 1) where it goes.
@@ -56,9 +54,7 @@ class Trace(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._operator = str(func)
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.flops += flops_of(func, args, kwargs or {}, result)
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _grow(self, key: int, size: int) -> None:
         super()._grow(key, size)

@@ -13,7 +13,6 @@ from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
 
-from mmman.analysis.flops import flop_counter
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.analysis.parts import block_outputs, parts_told
 from mmman.engine import LocalLearningOptimWrapper
@@ -31,11 +30,14 @@ class Memory:
     Attributes:
         peak: The most that were alive at once.
         parts: What the peak is made of; the sum is the peak.
+        flops: FLOPs of the step, forward and backward: of matrix products, convolutions and attention. A multiplication and an
+            addition are two. Operators of mmcv (deformable convolution) are not counted.
         curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
     """
 
     peak: int
     parts: dict[str, int]
+    flops: int
     curves: dict[str, np.ndarray]
 
 
@@ -76,7 +78,8 @@ class StepMeter:
         }
         with LiveParts(held, part='input') as live, parts_told(live, self.model, self.optim_wrapper, self.outputs):
             self.step()
-        return Memory(live.peak, {name: size for name, size in live.peak_parts.items() if size}, live.curves())
+        parts = {name: size for name, size in live.peak_parts.items() if size}
+        return Memory(live.peak, parts, live.flops, live.curves())
 
     def floor(self, in_chunks: bool = True) -> int:
         """Peak of what remains without the backbone.
@@ -115,15 +118,6 @@ class StepMeter:
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return torch.cuda.max_memory_allocated() - others
-
-    def flops(self) -> int:
-        """FLOPs of one step, forward and backward: of matrix products, convolutions and attention.
-
-        A multiplication and an addition are two. Operators of mmcv (deformable convolution) are not counted.
-        """
-        with flop_counter() as counter:
-            self.step()
-        return counter.get_total_flops()
 
     def seconds(self) -> float:
         """Wall-clock seconds of one step."""

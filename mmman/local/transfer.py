@@ -63,9 +63,7 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(
-        self, x: Tensor, *grid: tuple[int, int], run: Callable[[nn.Module, Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *grid: tuple[int, int], run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
         """Transfer the output x of block j to what the local head sees.
 
         Args:

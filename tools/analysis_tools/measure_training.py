@@ -118,17 +118,18 @@ def median_and_quartiles(values: list[float]) -> list[float]:
 
 def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], base: list[float]) -> dict:
     """What was measured of a config, in bytes, FLOPs and seconds; ``ratio`` is to the first config, within a round."""
+    floor, in_chunks = meter.floor(), getattr(meter.optim_wrapper, 'images_per_chunk', None) is not None
     row = {
         'config': one.name,
         'path': one.path,
         'options': one.options,
         'peak': memory.peak,
-        'floor': meter.floor(),
-        'floor_at_once': meter.floor(in_chunks=False),
+        'floor': floor,
+        'floor_at_once': meter.floor(in_chunks=False) if in_chunks else floor,
         'parameters': sum(p.numel() * p.element_size() for p in meter.model.parameters()),
         'allocator_peak': meter.allocator_peak(),
         'parts': {part: memory.parts[part] for part in in_order(memory.parts)},
-        'flops': meter.flops(),
+        'flops': memory.flops,
     }
     if seconds:
         row['seconds'] = median_and_quartiles(seconds)

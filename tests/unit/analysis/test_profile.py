@@ -76,8 +76,8 @@ def test_blocks_that_are_computed_again_are_chosen():
     assert profile.options(plan)['recompute'] == ['stem', 'layer1', 'layer3.1', 'layer4']
     meter = measured(profile, plan)
     assert peak_of(profile.step, plan).total == pytest.approx(meter.memory().peak, rel=0.01)
-    stock = measured(profile, MemoryPlan()).flops()
-    assert profile.step.overhead(plan) == pytest.approx(meter.flops() / stock - 1, abs=0.04)
+    stock = measured(profile, MemoryPlan()).memory().flops
+    assert profile.step.overhead(plan) == pytest.approx(meter.memory().flops / stock - 1, abs=0.04)
     for again in (False, True):
         options['model__backbone__recompute'] = UNITS if again else False
         fixed = profile_step(load(name, **options), *shape)
@@ -100,7 +100,9 @@ def test_what_is_computed_twice_is_overhead():
     stock = measured(
         replace(profile, config=load('resnet32_manpp_k16_cifar10.py', model__backbone__num_blocks=1)), MemoryPlan()
     )
-    assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).flops() / stock.flops() - 1, abs=0.04)
+    assert profile.step.overhead(plan) == pytest.approx(
+        measured(profile, plan).memory().flops / stock.memory().flops - 1, abs=0.04
+    )
     assert profile.whole.total == pytest.approx(stock.memory().peak, rel=0.01)
 
 
@@ -108,8 +110,8 @@ def test_flops_are_those_of_a_real_step():
     """A block's first unit sends no gradient further, which is not told apart: a few per cent more than there are."""
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 4, 32, 32)
     plan = MemoryPlan((3, 9))
-    whole = measured(profile, MemoryPlan()).flops()
-    assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).flops() / whole - 1, abs=0.04)
+    whole = measured(profile, MemoryPlan()).memory().flops
+    assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).memory().flops / whole - 1, abs=0.04)
     units = sum(unit.flops for unit in profile.step.units)
     assert units + profile.step.task.flops == pytest.approx(whole, rel=1e-3)
 

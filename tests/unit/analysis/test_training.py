@@ -116,8 +116,8 @@ def test_flops():
         whole.model(x)
     forward = counter.get_total_flops()
     stem = 2 * 4 * 256 * 4 * 27  # multiply and add, batch, pixels, output channels, weights each; images want no gradient
-    assert whole.flops() == 3 * forward - stem
-    assert local.flops() > whole.flops()
+    assert whole.memory().flops == 3 * forward - stem
+    assert local.memory().flops > whole.memory().flops
 
 
 def test_a_step_moves_the_momentum_copies():

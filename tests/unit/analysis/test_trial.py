@@ -24,4 +24,4 @@ def test_a_two_stage_detector_is_measured():
     model, optim_wrapper = build_trial(cfg, 64, 96)
     meter = StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, 1, 64, 96))
     memory = meter.memory()
-    assert sum(memory.parts.values()) == memory.peak > meter.floor() and meter.flops() > 0
+    assert sum(memory.parts.values()) == memory.peak > meter.floor() and memory.flops > 0

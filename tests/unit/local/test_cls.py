@@ -7,7 +7,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmman import MomentumTransfer
-from mmman.analysis.flops import flop_counter
+from mmman.analysis import LiveBytes
 from mmman.errors import MisuseError
 from mmman.local.heads import Boundary
 from mmman.local.heads.infopro import supervised_contrast
@@ -374,7 +374,7 @@ def test_only_the_class_token_is_computed(layers, recompute):
     for is_whole in (False, True):
         x = X.double().requires_grad_()
         head.zero_grad()
-        with flop_counter() as counter:
+        with LiveBytes() as counter:
             if is_whole:
                 y = transfer(x)
                 for layer in head.layers:
@@ -383,7 +383,7 @@ def test_only_the_class_token_is_computed(layers, recompute):
             else:
                 feature = head.embed(head.transferred(x, IMAGES), IMAGES)
             feature.square().sum().backward()
-        flops.append(counter.get_total_flops())
+        flops.append(counter.flops)
         own = [p.grad for p in (*transfer.bias.parameters(), *head.layers.parameters())]
         assert all(gradient.any() for gradient in own)
         results.append([feature.detach(), x.grad, transfer.delta.grad, *own])
