@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ class ReconstructionDecoder(BaseModule):
 def pixels(inputs: Tensor, data_preprocessor: nn.Module) -> Tensor:
     """The images in [0, 1] that a data preprocessor made ``inputs`` from, (B, 3, H0, W0)."""
     if data_preprocessor._enable_normalize:
-        inputs = inputs * data_preprocessor.std + data_preprocessor.mean
-    return (inputs / 255).clamp(0, 1)
+        return (inputs * data_preprocessor.std).add_(data_preprocessor.mean).div_(255).clamp_(0, 1)
+    return (inputs / 255).clamp_(0, 1)
 
 
 def check_preprocessor(model: nn.Module) -> None:
@@ -78,11 +79,14 @@ def reconstruction_loss(logits: Tensor, images: Tensor, data_samples: list) -> T
     Returns:
         A scalar.
     """
-    loss = F.binary_cross_entropy_with_logits(logits.float(), images, reduction='none')
-    height, width = images.shape[-2:]
-    mask = images.new_ones(len(images), 1, height, width)
-    for i, sample in enumerate(data_samples):
-        valid = sample.metainfo.get('img_shape', (height, width))
-        mask[i, :, valid[0] :] = 0
-        mask[i, :, :, valid[1] :] = 0
-    return (loss * mask).sum() / (3 * mask.sum())
+    whole = tuple(images.shape[-2:])
+    sizes = [tuple(sample.metainfo.get('img_shape', whole))[:2] for sample in data_samples]
+    if all(size == whole for size in sizes):
+        return F.binary_cross_entropy_with_logits(logits.float(), images)
+    rows, columns = (
+        torch.arange(most, device=images.device) < torch.tensor(valid, device=images.device)[:, None]
+        for most, valid in zip(whole, zip(*sizes, strict=True), strict=True)
+    )
+    mask = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
+    total = F.binary_cross_entropy_with_logits(logits.float(), images, mask, reduction='sum')
+    return total / (3 * mask.sum())
