@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
 from mmman.analysis.cost import CHANNEL, UNIT, choose_blocks
 from mmman.analysis.profile import Profile, profile_step
+from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
@@ -141,11 +143,14 @@ def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
 
 
 def measured_peak(profile: Profile, plan: MemoryPlan) -> int:
-    """Bytes at the peak of one real training step."""
+    """Bytes at the peak of one training step: a real one for detectors, else one without data, which fits any machine."""
     cfg = localized(profile, plan)
     batch, _, height, width = profile.shape
-    model, optim_wrapper = build_trial(cfg, height, width)
-    return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width)).memory().peak
+    sizes_only = None if cfg.default_scope == 'mmdet' else SizesOnly()
+    model, optim_wrapper = build_trial(cfg, height, width, sizes_only)
+    data = random_batch(model, cfg.default_scope, batch, height, width)
+    with sizes_only or nullcontext():
+        return StepMeter(model, optim_wrapper, data).memory().peak
 
 
 def size(text: str) -> int:
@@ -175,7 +180,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help="also choose the blocks to recompute, among the units of the config's recompute (default: all)",
     )
-    parser.add_argument('--check', action='store_true', help='take one real step with the planned cuts, and compare')
+    parser.add_argument('--check', action='store_true', help='take one step with the planned cuts, and compare; of detectors only at its real size')
     given = parser.parse_intermixed_args(args)
     if (given.blocks, given.target_memory, given.max_overhead) == (None, None, None):
         parser.error('ask for a plan: --blocks, --target-memory or --max-overhead')

@@ -111,8 +111,8 @@ class StepMeter:
         return live.peak
 
     def allocator_peak(self) -> int | None:
-        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None without a GPU."""
-        if not torch.cuda.is_available():
+        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None where the model isn't on a GPU."""
+        if next(self.model.parameters()).device.type != 'cuda':
             return None
         others = torch.cuda.memory_allocated() - LiveBytes(self.model, self.optim_wrapper.optimizer).current
         torch.cuda.reset_peak_memory_stats()

@@ -39,7 +39,9 @@ FILES = sorted(CONFIGS.rglob('*.py'))
 PIPELINES = [path.name for path in FILES if path.stem.endswith('_pipeline')]
 LEAN = [path.name for path in FILES if path.stem.endswith('_lean')]
 SHIPPED = [
-    str(path.relative_to(CONFIGS)) for path in FILES if path.parent.name != '_base_' and path.name not in PIPELINES + LEAN
+    str(path.relative_to(CONFIGS))
+    for path in FILES
+    if path.parent.name not in ('_base_', 'light') and path.name not in PIPELINES + LEAN
 ]
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
 SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
@@ -459,8 +461,9 @@ def build_for_training(cfg: Config) -> BaseModel:
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
-        for parameter in head.transfer.bias.parameters():
-            parameter.data *= 0.9
+        for copied in head.transfer.copies[1:]:
+            for parameter in copied.parameters():
+                parameter.data *= 0.9
     return model.train()
 
 

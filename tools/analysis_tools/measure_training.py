@@ -18,6 +18,9 @@ what the floor is; in brackets, where neck and heads run on a few images at a ti
 
 On a CPU mmdet's focal loss is a chain of operators that keeps several maps of (anchors x classes). With --fused-focal-loss it
 has, in all that is measured, the memory of the one operator that a GPU runs. Seconds then say nothing about the loss.
+
+With --sizes-only nothing is computed: bytes and FLOPs of classifiers and segmentors at any batch, without its memory. They are
+those of the CPU's kernels, to the byte. What a detector allocates depends on its data.
 """
 
 from __future__ import annotations
@@ -246,7 +249,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     with fused_focal_loss() if args.fused_focal_loss else nullcontext():
         sizes_only = SizesOnly() if args.sizes_only else None
         meters = build_meters(args.asked, args.batch, *args.shape, sizes_only)
-        seconds = timed(meters, args.iterations)
+        seconds = timed(meters, 0 if args.sizes_only else args.iterations)
         with sizes_only or nullcontext():
             memories = [meter.memory() for meter in meters]
             rows = [row_of(*one, base=seconds[0]) for one in zip(args.asked, meters, memories, seconds, strict=True)]
@@ -254,7 +257,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     if args.fused_focal_loss:
         title += ', fused focal loss'
     for row in rows:
-        row['fused_focal_loss'] = args.fused_focal_loss
+        row['fused_focal_loss'], row['sizes_only'] = args.fused_focal_loss, args.sizes_only
     CONSOLE.print(*tables(rows, title), sep='\n')
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2))

@@ -1,6 +1,6 @@
 """Overfit a RetinaNet on 16 COCO images, end to end and by local learning, and compare: does MAN++ learn what E2E learns?
 
-    python tools/benchmarks/overfit.py --data-root COCO --rows e2e manpp
+    python tools/benchmarks/overfit.py --data-root COCO --rows e2e manpp light
 
 Nothing is pre-trained or frozen, the data, iterations and optimizer are the same for all rows, and the metric is mmdet's
 CocoMetric on the training images. Each row is one Runner in ``WORK_DIR/<row>``. The last lines are a table of all rows in the
@@ -26,6 +26,9 @@ ABLATION = {
     'man': {'ema': True, 'bias': 'unit', 'scale': False},
     'manpp': {'ema': True, 'bias': 'unit', 'scale': True},
 }
+FILES = {'e2e': 'retinanet_r18_e2e.py', 'light': 'light/retinanet_r18_k4.py'}
+"""Of the rows that aren't the ablation's."""
+
 OPTIMIZERS = {
     'adam': {'type': 'Adam', 'weight_decay': 0},
     'sgd': {'type': 'SGD', 'momentum': 0.9, 'weight_decay': 1e-4},
@@ -44,10 +47,10 @@ def write_subset(data_root: Path, images: int, path: Path) -> None:
 
 def row_config(args: argparse.Namespace, row: str, annotations: Path) -> Config:
     """The stock-based config of a row with the common small-scale settings."""
-    cfg = Config.fromfile(CONFIGS / f'retinanet_r18_{"e2e" if row == "e2e" else "manpp_k4"}.py')
+    cfg = Config.fromfile(CONFIGS / FILES.get(row, 'retinanet_r18_manpp_k4.py'))
     backbone = cfg.model.backbone
     if row != 'e2e':
-        backbone.transfer = ABLATION[row]
+        backbone.transfer = ABLATION.get(row, backbone.get('transfer'))
         backbone.loss_weight = args.loss_weight
         cfg.optim_wrapper.clip_scope = args.clip_scope
         if args.local_lr_mult != 1:
@@ -107,7 +110,7 @@ def summarize(work_dir: Path, val_interval: int) -> None:
     table = Table('row', 'iterations', 'AP50', 'to e2e', 'AP', 'task loss', 's', title='train AP of the overfitted images')
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     reference = None
-    for row in ('e2e', *ABLATION):
+    for row in ('e2e', *ABLATION, 'light'):
         logged = read_scalars(work_dir / row)
         steps = [line for line in logged if 'loss' in line]
         metrics = [line for line in logged if 'loss' not in line]
@@ -131,7 +134,7 @@ def summarize(work_dir: Path, val_interval: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--data-root', type=Path, required=True, help='a COCO folder: train2017/, annotations/')
-    parser.add_argument('--rows', nargs='+', choices=['e2e', *ABLATION], default=['e2e', 'manpp'])
+    parser.add_argument('--rows', nargs='+', choices=['e2e', *ABLATION, 'light'], default=['e2e', 'manpp'])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/overfit'))
     parser.add_argument('--images', type=int, default=16)
     parser.add_argument('--size', type=int, default=256, help='longer side of the images, pixels')

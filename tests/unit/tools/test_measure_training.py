@@ -105,6 +105,13 @@ def test_side_by_side(tmp_path, capsys):
     assert 0 <= manpp['parameters'] - man['parameters'] <= 4  # the scale
 
 
+def test_sizes_only(capsys):
+    words = [CONFIG, f'{K}=2', UNIFORM, *SMALL]
+    ((with_data,), (without,)) = run(parse_args([*words, '--iterations', '0'])), run(parse_args([*words, '--sizes-only']))
+    assert without == {**with_data, 'sizes_only': True}
+    capsys.readouterr()
+
+
 def test_the_focal_loss_of_a_gpu_holds_for_all_that_is_measured(tmp_path, capsys):
     pytest.importorskip('mmdet')
     out = tmp_path / 'rows.json'
