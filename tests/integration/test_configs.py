@@ -510,6 +510,8 @@ def test_step_reaches_every_parameter(name: str) -> None:
 def test_lean_configs_change_how_much_is_kept_and_nothing_else(name: str) -> None:
     expected = copy.deepcopy(config(name.replace('_lean', '')))
     expected.model.backbone.recompute = ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
+    expected.model.backbone.backbone.out_indices = (1, 2, 3)
+    expected.model.neck.update(in_channels=expected.model.neck.in_channels[1:], start_level=0)
     expected.optim_wrapper.update(images_per_chunk=1, update='immediate')
     assert config(name).to_dict() == expected.to_dict()
 
