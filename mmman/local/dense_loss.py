@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from mmman.errors import MisuseError
 from mmman.local.chunks import Losses, replaced, run_in_chunks
@@ -15,6 +17,23 @@ from mmman.local.normalisers import batch_normalisers, check_chunks
 
 if TYPE_CHECKING:
     from mmman.local.heads.base import LocalHead
+
+
+class _Read(TorchDispatchMode):
+    """Which tensors, or views of them, were read by operators while this mode was active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: set[int] = set()
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._storages
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            given = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
+            self._storages.update(tensor.untyped_storage()._cdata for tensor in given)
+        return func(*args, **(kwargs or {}))
 
 
 class DenseLoss:
@@ -42,7 +61,7 @@ class DenseLoss:
     def of_task(self, inputs: Tensor, data_samples: list) -> Losses:
         """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there."""
         model = self.model
-        features = model.backbone(inputs)
+        features = [*model.backbone(inputs)]
         modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
 
         def losses(leaves: list[Tensor], span: slice) -> dict:
@@ -63,7 +82,7 @@ class DenseLoss:
     def _run(
         self,
         losses: Callable[[list[Tensor], slice], dict],
-        features: Sequence[Tensor],
+        features: list[Tensor],
         modules: list[nn.Module],
         head: nn.Module,
         data_samples: list,
@@ -75,8 +94,13 @@ class DenseLoss:
             sizes.extend((*level.shape[-2:],) for level in maps)
             return {}
 
-        with torch.no_grad(), replaced(head, 'loss', note_sizes):
-            losses([feature.detach()[:1] for feature in features], slice(0, 1))
+        first = [feature.detach()[:1] for feature in features]
+        with torch.no_grad(), replaced(head, 'loss', note_sizes), _Read() as read:
+            losses(first, slice(0, 1))
+        for i, feature in enumerate(first):
+            if feature not in read:  # by neck and head; nothing else holds it
+                features[i] = feature.new_zeros(()).expand(features[i].shape)
+        del first, feature
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
             loss, log = self.model.parse_losses(losses(leaves, span))

@@ -1,5 +1,7 @@
 """Dense heads on a few images at a time: losses and gradients are those of the whole batch."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -148,8 +150,23 @@ def test_only_a_chunk_is_alive():
     assert peaks[1][0] < 0.3 * peaks[0][0]  # the maps' gradients are there for the whole batch
     assert peaks[1][1] < 0.5 * peaks[0][1]  # and so is the transfer
     assert meter.floor() < 0.7 * meter.floor(in_chunks=False)
-    assert meter.flops() > 0
     assert 'loss' not in vars(model) and 'forward' not in vars(model.backbone)
+
+
+def test_an_output_that_the_neck_skips_is_gone():
+    """The stock RetinaNet's neck starts at the second output of the backbone."""
+    model, data = detector('RetinaNet'), images()
+    outputs, alive = [], []
+    model.backbone.register_forward_hook(lambda module, args, outs: outputs.append([*map(weakref.ref, outs)]))
+    forward = model.bbox_head.forward
+
+    def note(features):
+        alive.append([output() is not None for output in outputs[0]])  # of the backbone itself; chunks follow
+        return forward(features)
+
+    model.bbox_head.forward = note
+    one_step(model, data, images_per_chunk=1)
+    assert alive == [[False, True, True, True]] * len(data['inputs'])
 
 
 def test_the_model_is_left_as_it_was():
