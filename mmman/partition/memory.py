@@ -184,7 +184,8 @@ def moments(
         alive.append(alive[-1] + units[i].kept)
     if is_last:
         beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
-        sent = sum([unit.output for unit in units[start:] if unit.tap][:-1]) if step.in_chunks else 0  # head.peak has the last
+        sent = sum([unit.output for unit in units[start:] if unit.tap and unit.is_read][:-1])  # head.peak has the last
+        sent = sent if step.in_chunks else 0
     else:
         beside, sent = _stage_input(units, start, end), 0
     yield 'head', alive[-1] + beside + sent, head.peak, 0
@@ -212,6 +213,6 @@ def _held(units: Sequence[UnitCost], start: int, end: int, is_last: bool) -> dic
     """
     block = range(start, end + 1)
     if is_last:
-        return {i: units[i].output for i in block if units[i].tap}
+        return {i: units[i].output for i in block if units[i].tap and units[i].is_read}
     others = (end - 1, end, units[end].holds)
     return {i: units[i].tap if i < end and units[i].tap else units[i].output for i in block if units[i].tap or i in others}
