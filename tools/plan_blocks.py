@@ -180,7 +180,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help="also choose the blocks to recompute, among the units of the config's recompute (default: all)",
     )
-    parser.add_argument('--check', action='store_true', help='take one step with the planned cuts, and compare; of detectors only at its real size')
+    parser.add_argument('--check', action='store_true', help='take one step with the planned cuts (without data), and compare')
     given = parser.parse_intermixed_args(args)
     if (given.blocks, given.target_memory, given.max_overhead) == (None, None, None):
         parser.error('ask for a plan: --blocks, --target-memory or --max-overhead')

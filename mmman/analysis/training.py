@@ -111,7 +111,7 @@ class StepMeter:
         return live.peak
 
     def allocator_peak(self) -> int | None:
-        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None where the model isn't on a GPU."""
+        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None of a model on a CPU."""
         if next(self.model.parameters()).device.type != 'cuda':
             return None
         others = torch.cuda.memory_allocated() - LiveBytes(self.model, self.optim_wrapper.optimizer).current

@@ -35,6 +35,17 @@ def test_least_overhead_within_a_target():
         command('--target-memory', '1kB')
 
 
+def test_number_of_blocks_and_a_limit(capsys):
+    free, *_ = command('--max-overhead', '9')
+    planned, *_ = command('--blocks', '4', '--max-overhead', '0.9')
+    assert len(planned.plan.cuts) == 3 and planned.overhead <= 0.9
+    fewest, *_ = command('--blocks', '4', '--target-memory', f'{planned.peak.total / 1e3 + 1:.3f}kB')
+    assert len(fewest.plan.cuts) == 3 and fewest.overhead <= planned.overhead and free.peak.total <= planned.peak.total
+    with pytest.raises(SystemExit):
+        command()
+    assert 'ask for a plan: --blocks, --target-memory or --max-overhead' in capsys.readouterr().err
+
+
 def test_end_to_end_is_without_recompute():
     *_, stock = command('--blocks', '2')
     planned, *_, whole = command('model.backbone.recompute=True', '--blocks', '2')

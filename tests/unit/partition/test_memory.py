@@ -82,6 +82,9 @@ def test_limits_on_flops_and_memory_are_those_of_brute_force(seed):
         found = fewest_flops(step, target)
         assert peaks[found] <= target
         assert overheads[found] == min(overheads[plan] for plan in peaks if peaks[plan] <= target)
+        blocks = len(found.cuts) + 1
+        alike = [plan for plan in peaks if peaks[plan] <= target and len(plan.cuts) == blocks]
+        assert overheads[fewest_flops(step, target, blocks)] == min(overheads[plan] for plan in alike)
 
 
 def test_peak_counted_by_hand():
@@ -174,5 +177,7 @@ def test_what_can_not_be_reached_is_said():
         fewest_flops(step, 1)
     with pytest.raises(CostError, match='choose from 1 to'):
         smallest_peak(step, 99)
+    with pytest.raises(CostError, match='choose from 1 to'):
+        fewest_flops(step, 10**9, blocks=99)
     with pytest.raises(CostError, match='raise the overhead'):
         smallest_peak(step, len(step.candidates) + 1, overhead=step.overhead(MemoryPlan()))
