@@ -94,13 +94,10 @@ class DenseLoss:
             sizes.extend((*level.shape[-2:],) for level in maps)
             return {}
 
-        first = [feature.detach()[:1] for feature in features]
         with torch.no_grad(), replaced(head, 'loss', note_sizes), _Read() as read:
-            losses(first, slice(0, 1))
-        for i, feature in enumerate(first):
-            if feature not in read:  # by neck and head; nothing else holds it
-                features[i] = feature.new_zeros(()).expand(features[i].shape)
-        del first, feature
+            losses([feature.detach()[:1] for feature in features], slice(0, 1))
+        # nothing else holds what neck and head don't read
+        features[:] = [feature if feature in read else feature.new_zeros(()).expand(feature.shape) for feature in features]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
             loss, log = self.model.parse_losses(losses(leaves, span))

@@ -184,8 +184,8 @@ def moments(
         alive.append(alive[-1] + units[i].kept)
     if is_last:
         beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
-        sent = sum([unit.output for unit in units[start:] if unit.tap and unit.is_read][:-1])  # head.peak has the last
-        sent = sent if step.in_chunks else 0
+        read = [unit.output for unit in units[start:] if unit.tap and unit.is_read]
+        sent = sum(read[:-1]) if step.in_chunks else 0  # head.peak has the last
     else:
         beside, sent = _stage_input(units, start, end), 0
     yield 'head', alive[-1] + beside + sent, head.peak, 0

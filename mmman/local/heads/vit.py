@@ -65,15 +65,11 @@ class ViTLocalHead(ClsLocalHead):
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         grid = self.grid_of(self.feature, inputs)
-        if self.pool == 'mean':
-            for layer in self.layers:
-                y = layer(y, *grid)
-            return self.norm(y)[:, self.feature.extra_tokens :].mean(1)
-        for layer in self.layers[:-1]:
-            y = layer(y, *grid)
-        for layer in self.layers[-1:]:
-            y = class_token(layer, y)
-        return self.norm(y[:, 0])
+        for i, layer in enumerate(self.layers, start=1):
+            is_read = self.pool == 'cls_token' and i == len(self.layers)
+            y = class_token(layer, y) if is_read else layer(y, *grid)
+        y = self.norm(y)
+        return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
 
 
 def class_token(layer: nn.Module, x: Tensor) -> Tensor:

@@ -96,6 +96,9 @@ def test_peak_counted_by_hand():
     assert peak_of(step, MemoryPlan((0,))).moment == 'block 2, backward'
     # end to end the gradient of the output of unit 1 waits meanwhile
     assert peak_of(step, MemoryPlan()).total == 1000 + 4 + (100 + 60) + 20 + 200
+    # but where nothing reads that output, which gets none
+    unread = replace(step, units=(replace(units[0], is_read=False), units[1]))
+    assert peak_of(unread, MemoryPlan()).total == 1000 + 4 + (100 + 60) + 200
     parts = peak_of(step, MemoryPlan((0,))).parts
     assert parts['local heads'] == 500 and sum(parts.values()) == peak_of(step, MemoryPlan((0,))).total
 
