@@ -67,7 +67,7 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
     count = len(planned.again)
-    others = {name: MemoryPlan(cuts, (step.again is not None,) * count) for name, cuts in _library_cuts(profile, count).items()}
+    others = {name: MemoryPlan(cuts, step.choices[-1:] * count) for name, cuts in _library_cuts(profile, count).items()}
     plans = {'planned': planned, **others}
     choices = [Choice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
     return [*choices, Choice('end to end', MemoryPlan(), profile.whole, 0.0)]
@@ -178,7 +178,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         '--recompute',
         action='store_true',
-        help="also choose the blocks to recompute, among the units of the config's recompute (default: all)",
+        help='also choose the blocks to recompute, selectively or in full; what the config recomputes does not count',
     )
     parser.add_argument('--check', action='store_true', help='take one step with the planned cuts (without data), and compare')
     given = parser.parse_intermixed_args(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from mmman.analysis.trace import Trace
 from mmman.local import delocalize_, localize_
 from mmman.local.heads.base import LocalHead
 from mmman.local.heads.det import DetLocalHead
-from mmman.partition.memory import HeadCost
+from mmman.partition.memory import Again, HeadCost
 
 FOLLOWING = 3
 """Of how many units that follow what a head sees it makes a difference that they are there."""
@@ -34,11 +34,11 @@ class HeadCosts:
         runs: The model and the batches to run it on.
         options: Of ``mmman.LocalBackbone``.
         state: Bytes of optimizer state, relative to the parameters.
-        has_choice: Whether a block's units are computed again, as ``options`` have it, where a plan says so, or in all plans.
+        ways: The options of what is computed again, by what a plan says.
     """
 
-    def __init__(self, runs: SmallRuns, options: dict, state: float, has_choice: bool = False) -> None:
-        self.runs, self.chain, self.state, self.has_choice = runs, runs.chain, state, has_choice
+    def __init__(self, runs: SmallRuns, options: dict, state: float, ways: Mapping[Again, dict]) -> None:
+        self.runs, self.chain, self.state, self.ways = runs, runs.chain, state, ways
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone
         self._outputs: list[dict[int, Tensor]] = []
@@ -51,7 +51,7 @@ class HeadCosts:
         self._known: dict[Hashable, HeadCost] = {}
         self.strides = self._strides()
 
-    def __call__(self, cut: int, larger: int | None, is_smallest: bool, again: bool) -> HeadCost:
+    def __call__(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> HeadCost:
         asked = (cut, larger, is_smallest, again)
         if asked not in self._known:
             kind = (self._kind(cut), larger, is_smallest, again)
@@ -68,7 +68,7 @@ class HeadCosts:
         """What a detector's head sees after each unit; all alike for other heads, which don't depend on it."""
         candidates = range(max(self.chain.taps))
         first = next(i for i, unit in enumerate(self.chain.units) if unit.is_trainable(self._stock))
-        head = self._localised([first], again=False).local.values()
+        head = self._localised([first], again=Again.NOTHING).local.values()
         if not isinstance(next(iter(head)), DetLocalHead):
             return (1,) * len(self.chain.units)
         reads_next = next(iter(head)).transfer.copies != []
@@ -89,15 +89,15 @@ class HeadCosts:
         following = min(len(self.chain.units) - cut - 2, FOLLOWING)
         return modules, tensors, self._outputs[0][cut].shape, self._outputs[0][cut + 1].shape, following
 
-    def _localised(self, cuts: list[int], again: bool) -> nn.Module:
+    def _localised(self, cuts: list[int], again: Again) -> nn.Module:
         names = [self.chain.units[cut].name for cut in cuts]
-        options = {**self.options, 'recompute': False} if self.has_choice and not again else self.options
+        options = {**self.options, **self.ways[again]}
         with quiet():
             backbone = localize_(copy.deepcopy(self._stock), partition=names, **options)
         backbone.train()
         return backbone
 
-    def _build(self, cut: int, larger: int | None, is_smallest: bool, again: bool) -> LocalHead:
+    def _build(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> LocalHead:
         cuts = {cut}
         if larger is not None:
             cuts.add(self.strides.index(larger))

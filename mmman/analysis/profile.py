@@ -7,6 +7,7 @@ two small batches, and every tensor of theirs is extrapolated to the asked one, 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +22,13 @@ from mmman.analysis.small_runs import Batch, SmallRuns, gradient_bytes, held_byt
 from mmman.analysis.trace import Trace, linear
 from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
-from mmman.local.recompute import units_to_recompute
 from mmman.local.stem import stem_paths
 from mmman.partition.chain import STEM
-from mmman.partition.memory import HeadCost, MemoryPlan, Peak, StepCost, UnitCost, peak_of
+from mmman.partition.memory import Again, HeadCost, MemoryPlan, Peak, StepCost, UnitCost, peak_of
+
+Options = dict[str, Sequence[str] | bool]
+"""Those of ``mmman.LocalBackbone`` that say what is computed again."""
+RECOMPUTE = ('recompute', 'selective_recompute')
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Profile:
         step: The costs.
         whole: The peak of end-to-end training that computes nothing twice, and all images at once.
         names: The names of the backbone's units.
-        recompute: Those that are computed again in the backward pass, or may be where plans choose.
+        ways: The options behind every choice of what is computed again.
         config: The config, trained end to end: ``num_blocks=1``.
         shape: (B, C, H, W) of the batch.
     """
@@ -43,7 +47,7 @@ class Profile:
     step: StepCost
     whole: Peak
     names: tuple[str, ...]
-    recompute: tuple[str, ...]
+    ways: Mapping[Again, Options]
     config: Config
     shape: tuple[int, int, int, int]
 
@@ -52,9 +56,10 @@ class Profile:
         found: dict[str, object] = {'num_blocks': len(plan.again)}
         if plan.cuts:
             found['partition'] = [self.names[cut] for cut in plan.cuts]
-        if self.step.again is not None:
-            blocks = [self.names[start : end + 1] for start, end, again in self.step.blocks(plan) if again]
-            found['recompute'] = self._in_short({name for block in blocks for name in block if name in self.recompute})
+        if self.step.again:
+            blocks = [(self.names[start : end + 1], self.ways[again]) for start, end, again in self.step.blocks(plan)]
+            for key in RECOMPUTE:
+                found[key] = self._in_short({name for names, way in blocks for name in names if name in way.get(key, ())})
         return found
 
     def _in_short(self, units: set[str]) -> list[str]:
@@ -71,44 +76,42 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
         cfg: Of a model whose backbone is an ``mmman.LocalBackbone``. Its ``num_blocks`` and ``partition`` don't count.
         batch: Images.
         height, width: Pixels.
-        may_recompute: Whether plans choose the blocks whose units are computed again: those of the config's ``recompute``, by
-            default all.
+        may_recompute: Whether plans choose what the units of each block compute again. Then what the config says doesn't count.
 
     Raises:
         MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or its dense heads can't run on a few images at
             a time, as asked.
     """
     cfg, asked = end_to_end(cfg), (batch, height, width)
-    once = computed_at_once(cfg)
-    small = SmallRuns.of(once, *asked)
+    own = {key: cfg.model.backbone.pop(key) for key in RECOMPUTE if key in cfg.model.backbone}
+    small = SmallRuns.of(computed_at_once(cfg), *asked)
     plain = _unit_costs(small), _task_cost(small)
-    if may_recompute and not cfg.model.backbone.get('recompute'):
-        cfg.model.backbone.recompute = _what_can_be_recomputed(small)
-    recompute = units_to_recompute(small.model.backbone, small.chain, cfg.model.backbone.get('recompute', False))
-    if (once.model, once.optim_wrapper) == (cfg.model, cfg.optim_wrapper):
-        runs, (units, task) = small, plain
-    else:
-        runs = SmallRuns.of(cfg, *asked)
-        units, task = _unit_costs(runs), _task_cost(runs)
+    ways = _ways(small) if may_recompute else {Again.NOTHING: own}
+    if not may_recompute:
+        cfg.model.backbone.update(own)
+    several = [SmallRuns.of(_with(cfg, options), *asked) if options else None for options in ways.values()]
+    units = [plain[0] if runs is None else _unit_costs(runs) for runs in several]
+    in_chunks = cfg.optim_wrapper.get('images_per_chunk') is not None
+    runs = several[-1] or (SmallRuns.of(cfg, *asked) if in_chunks else small)
+    task = _task_cost(runs) if in_chunks else plain[1]
     state, update = _optimizer_bytes(cfg.optim_wrapper.optimizer)
     options = {k: v for k, v in cfg.model.backbone.items() if k not in ('type', 'backbone', 'num_blocks', 'pretrained')}
-    heads, model = HeadCosts(runs, options, state, may_recompute), runs.model
+    heads, model = HeadCosts(runs, options, state, ways), runs.model
     step = StepCost(
         base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), runs.pixels),
-        units=plain[0] if may_recompute else units,
+        units=units[0],
         task=task,
         head=heads,
         strides=heads.strides,
         flops=sum(unit.flops for unit in plain[0]) + plain[1].flops,
-        again=units if may_recompute else None,
+        again=tuple(units[1:]),
         first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
         update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
         is_immediate=getattr(runs.optim_wrapper, 'update', None) == 'immediate',
-        in_chunks=runs.dense is not None,
+        in_chunks=in_chunks,
     )
     whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), MemoryPlan())
-    names, recompute = (tuple(unit.name for unit in units) for units in (runs.chain.units, recompute))
-    return Profile(step, whole, names, recompute, cfg, (batch, 3, height, width))
+    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), ways, cfg, (batch, 3, height, width))
 
 
 def end_to_end(cfg: Config) -> Config:
@@ -131,14 +134,25 @@ def end_to_end(cfg: Config) -> Config:
 def computed_at_once(cfg: Config) -> Config:
     """The config without what is computed twice or for a few images at a time."""
     cfg = copy.deepcopy(cfg)
-    cfg.model.backbone.pop('recompute', None)
+    for key in RECOMPUTE:
+        cfg.model.backbone.pop(key, None)
     cfg.optim_wrapper.pop('images_per_chunk', None)
     return cfg
 
 
-def _what_can_be_recomputed(runs: SmallRuns) -> list[str]:
+def _with(cfg: Config, options: Options) -> Config:
+    cfg = copy.deepcopy(cfg)
+    cfg.model.backbone.update(options)
+    return cfg
+
+
+def _ways(runs: SmallRuns) -> dict[Again, Options]:
+    """What blocks may choose from. A stem, where it can, runs image by image in both that compute anything again."""
     backbone = runs.model.backbone
-    return [unit.name for unit in runs.chain.units if unit.name != STEM or stem_paths(backbone, unit) is not None]
+    stem = [unit.name for unit in runs.chain.units if unit.name == STEM and stem_paths(backbone, unit) is not None]
+    units = [unit.name for unit in runs.chain.units if unit.name != STEM]
+    selected = {'recompute': stem, 'selective_recompute': units}
+    return {Again.NOTHING: {}, Again.SELECTED: selected, Again.ALL: {'recompute': stem + units}}
 
 
 def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:

@@ -27,6 +27,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     transfer: dict | None = None,
     loss_weight: float | Sequence[float] = 1.0,
     recompute: bool | Sequence[str] = False,
+    selective_recompute: bool | Sequence[str] = False,
     pretrained: str | None = None,
 ) -> nn.Module:
     """Build a stock backbone and localise it. What a config names: ``type='mmman.LocalBackbone'``.
@@ -36,7 +37,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         pretrained: Passed on to ``backbone``; mmseg's segmentors set it.
         partition: As in :func:`localize_`, or ``dict(type='memory', ...)`` with the arguments of
             :class:`mmman.analysis.memory_cuts.MemoryCuts`: the cuts with the smallest peak of a training step.
-        num_blocks, local_head, transfer, loss_weight, recompute: See :func:`localize_`.
+        num_blocks, local_head, transfer, loss_weight, recompute, selective_recompute: See :func:`localize_`.
 
     Returns:
         The backbone: an instance of its own class.
@@ -46,7 +47,8 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     if isinstance(partition, dict):
         from mmman.analysis.memory_cuts import MemoryCuts  # which builds models itself
 
-        options = {'backbone': backbone, 'local_head': local_head, 'transfer': transfer, 'recompute': recompute}
+        options = {'backbone': backbone, 'local_head': local_head, 'transfer': transfer}
+        options |= {'recompute': recompute, 'selective_recompute': selective_recompute}
         partition = MemoryCuts.of(partition).plan(options, num_blocks)
     return localize_(
         MODELS.build(backbone),
@@ -56,6 +58,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         transfer=transfer,
         loss_weight=loss_weight,
         recompute=recompute,
+        selective_recompute=selective_recompute,
     )
 
 
@@ -67,6 +70,7 @@ def localize_(
     transfer: dict | None = None,
     loss_weight: float | Sequence[float] = 1.0,
     recompute: bool | Sequence[str] = False,
+    selective_recompute: bool | Sequence[str] = False,
 ) -> nn.Module:
     """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
 
@@ -84,13 +88,15 @@ def localize_(
         recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
             in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A
             ``'stem'`` in the list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
+        selective_recompute: Likewise the units that also keep what is costly to compute for its size
+            (:func:`mmman.local.recompute.is_costly`), and compute the rest again: normalisation, activation, what widens.
 
     Returns:
         ``backbone`` itself.
 
     Raises:
         UnsupportedBackboneError: Its family is not known.
-        PartitionError: The cuts don't fit, or leave a last block that makes no output; ``recompute`` names no unit.
+        PartitionError: The cuts don't fit, or leave a last block that makes no output; a unit to recompute is none.
         MisuseError: It is localised already, or options contradict each other.
     """
     if hasattr(backbone, 'local'):
@@ -117,11 +123,11 @@ def localize_(
             'earlier, or drop the stages behind the last of out_indices (num_stages)'
         )
 
-    recomputed = units_to_recompute(backbone, chain, recompute)
+    recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     keys = set(backbone.state_dict())
     features = _measure(backbone, chain)
-    for unit in recomputed:  # the copies that local heads make of them are, too
-        recompute_unit_(backbone, unit)
+    for unit, selective in recomputed.items():  # the copies that local heads make of them are, too
+        recompute_unit_(backbone, unit, selective)
     modules = [unit.of(backbone) for unit in chain.units]
     options = dict(transfer or {})
     has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'

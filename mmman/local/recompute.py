@@ -1,15 +1,15 @@
-"""Units that keep only their input for the backward pass, and are computed again there."""
+"""Units that keep little for the backward pass, and are computed again there: in full, or but for their costly operators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmman.errors import MisuseError, PartitionError
 from mmman.local.stem import StemByImage, stem_paths
@@ -17,55 +17,65 @@ from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
 
-def units_to_recompute(backbone: nn.Module, chain: Chain, recompute: bool | Sequence[str]) -> list[Unit]:
-    """The units that ``recompute`` names.
+def units_to_recompute(
+    backbone: nn.Module, chain: Chain, recompute: bool | Sequence[str], selective_recompute: bool | Sequence[str] = False
+) -> dict[Unit, bool]:
+    """The units that are computed again, and whether selectively.
 
     Args:
         backbone: The backbone.
         chain: Its units.
         recompute: False: none. True: all but the stem. Or names of units, or of what has units in it: a stage.
+        selective_recompute: The same.
 
     Raises:
         PartitionError: A name of neither.
-        MisuseError: A stem that :func:`stem_paths` doesn't know; a unit that checkpoints itself (``with_cp``) or whose forward
-            was replaced; or no list of names.
+        MisuseError: A unit in both; a stem that :func:`stem_paths` doesn't know, or selectively; a unit that checkpoints itself
+            (``with_cp``) or whose forward was replaced; or no list of names.
     """
-    if isinstance(recompute, str):
-        raise MisuseError(f'recompute={recompute!r}: choose True, False or a list of unit names, e.g. [{recompute!r}]')
-    if isinstance(recompute, bool):
-        chosen = [unit for unit in chain.units if unit.name != STEM] if recompute else []
-    else:
-        units = {unit.name: unit for unit in chain.units}
-        named = {name: [unit for unit in units.values() if f'{unit.name}.'.startswith(f'{name}.')] for name in recompute}
-        if unknown := [name for name, own in named.items() if not own]:
-            raise PartitionError(f'recompute names {unknown}, which are no units; the units are {", ".join(units)}')
-        if STEM in recompute and stem_paths(backbone, units[STEM]) is None:
-            raise MisuseError(
-                f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
-                'at most a pooling: leave it out'
-            )
-        chosen = list(dict.fromkeys(unit for own in named.values() for unit in own))
-    for unit in chosen:
+    full, selective = _named(chain, 'recompute', recompute), _named(chain, 'selective_recompute', selective_recompute)
+    if both := [unit.name for unit in full if unit in selective]:
+        raise MisuseError(f'{", ".join(both)}: in recompute and in selective_recompute; leave out one of them')
+    if any(unit.name == STEM for unit in selective):
+        raise MisuseError(f'selective_recompute: the {STEM} can only be computed again as a whole: put it into recompute')
+    if any(unit.name == STEM and stem_paths(backbone, unit) is None for unit in full):
+        raise MisuseError(
+            f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
+            'at most a pooling: leave it out'
+        )
+    for unit in (*full, *selective):
         for module in (backbone.get_submodule(path) for path in unit.modules):
             if any(getattr(layer, 'with_cp', False) for layer in module.modules()):
                 raise MisuseError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
             if 'forward' in vars(module):
                 raise MisuseError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
-    return chosen
+    return dict.fromkeys(full, False) | dict.fromkeys(selective, True)
 
 
-def recompute_unit_(backbone: nn.Module, unit: Unit) -> None:
+def _named(chain: Chain, option: str, names: bool | Sequence[str]) -> list[Unit]:
+    if isinstance(names, str):
+        raise MisuseError(f'{option}={names!r}: choose True, False or a list of unit names, e.g. [{names!r}]')
+    if isinstance(names, bool):
+        return [unit for unit in chain.units if unit.name != STEM] if names else []
+    found = {name: [unit for unit in chain.units if f'{unit.name}.'.startswith(f'{name}.')] for name in names}
+    if unknown := [name for name, own in found.items() if not own]:
+        units = ', '.join(unit.name for unit in chain.units)
+        raise PartitionError(f'{option} names {unknown}, which are no units; the units are {units}')
+    return list(dict.fromkeys(unit for own in found.values() for unit in own))
+
+
+def recompute_unit_(backbone: nn.Module, unit: Unit, selective: bool = False) -> None:
     """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem image by image."""
     if unit.name == STEM:
         backbone.get_submodule(unit.modules[0]).forward = StemByImage(backbone, stem_paths(backbone, unit))
         return
     for path in unit.modules:
-        recompute_(backbone.get_submodule(path))
+        recompute_(backbone.get_submodule(path), selective)
 
 
-def recompute_(module: nn.Module) -> None:
+def recompute_(module: nn.Module, selective: bool = False) -> None:
     """From now on ``module`` computes its forward pass again in the backward pass. Its hooks stay outside, and fire once."""
-    module.forward = Recomputed(module)
+    module.forward = Recomputed(module, selective)
 
 
 def keep_(module: nn.Module) -> None:
@@ -84,13 +94,14 @@ class Recomputed:
 
     Args:
         module: A module whose class defines ``forward``.
+        selective: Whether what :func:`is_costly` is kept, and not computed again. Then a graph can be walked once.
 
     Raises:
         MisuseError: When called in training, the module is compiled. Its children may be.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, selective: bool = False) -> None:
+        self.module, self.selective = module, selective
 
     def __call__(self, *args: Any) -> Any:
         return self.instead(partial(type(self.module).forward, self.module), *args)
@@ -110,7 +121,11 @@ class Recomputed:
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """What the forward pass runs in the first time, and what it runs in again."""
-        return nullcontext(), _BuffersAside(self.module)
+        aside = _BuffersAside(self.module)
+        if not self.selective:
+            return nullcontext(), aside
+        keeping, kept = create_selective_checkpoint_contexts(_policy)
+        return keeping, _Both(aside, kept)
 
 
 class _BuffersAside:
@@ -132,3 +147,42 @@ class _BuffersAside:
         for buffers, own in self.own:
             buffers.update(own)
         del self.own
+
+
+class _Both:
+    """Two contexts, opened one in the other as often as this one is."""
+
+    def __init__(self, outer: AbstractContextManager, inner: AbstractContextManager) -> None:
+        self.outer, self.inner = outer, inner
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.enter_context(self.outer)
+        self.stack.enter_context(self.inner)
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.__exit__(*error)
+
+
+def _policy(_: object, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if is_costly(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_costly(op: Callable, args: Sequence[Any]) -> bool:
+    """Whether an operator's output is dear to compute for its size.
+
+    That is attention; and a convolution or matrix product that adds up at least as many values for an element of its output as
+    the output has channels. So it is not a 1x1 convolution or a linear layer that widens, nor a depthwise convolution.
+    """
+    if op is aten.convolution.default:
+        weight, is_transposed = args[1], args[6]
+        return not is_transposed and weight[0].numel() >= len(weight)
+    if op in _FACTOR:
+        summed, channels = args[_FACTOR[op]].shape[-2:]
+        return summed >= channels
+    return '_scaled_dot_product' in op.name()
+
+
+aten = torch.ops.aten
+_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
+"""Which argument of a matrix product is its second factor, (..., summed, channels)."""

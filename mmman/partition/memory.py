@@ -8,6 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
+
+
+class Again(IntEnum):
+    """What of a block's units is computed a second time in the backward pass."""
+
+    NOTHING = 0
+    SELECTED = 1
+    ALL = 2
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,11 @@ class StepCost:
         units: The units of the backbone.
         task: Neck, head and loss.
         head: The cost of the local head after a unit, given its index, the smallest stride among the cuts that is larger than
-            its own (None if there is none), whether no cut has a smaller one, and whether the units of the next block, which it
-            copies, are computed again. Heads of detectors depend on the strides.
+            its own (None if there is none), whether no cut has a smaller one, and what the next block, whose first unit it
+            copies, computes again. Heads of detectors depend on the strides.
         strides: For every unit, the stride that a local head after it sees; not descending.
         flops: Of end-to-end training that computes nothing twice: what overheads are relative to.
-        again: The units where they are computed again in the backward pass, if each block has that choice.
+        again: Where each block has the choice, the units with :attr:`Again.SELECTED` and with :attr:`Again.ALL`.
         first: The first unit with a trainable parameter.
         update: Bytes that the optimizer's step needs above parameters, state and gradients.
         is_immediate: Whether a block steps, and drops its gradients, before the next one starts.
@@ -81,10 +90,10 @@ class StepCost:
     base: int
     units: tuple[UnitCost, ...]
     task: HeadCost
-    head: Callable[[int, int | None, bool, bool], HeadCost]
+    head: Callable[[int, int | None, bool, Again], HeadCost]
     strides: tuple[int, ...]
     flops: int
-    again: tuple[UnitCost, ...] | None = None
+    again: tuple[tuple[UnitCost, ...], tuple[UnitCost, ...]] | tuple[()] = ()
     first: int = 0
     update: int = 0
     is_immediate: bool = False
@@ -95,9 +104,14 @@ class StepCost:
         """Indices of the units to cut after: none is frozen, and the last block makes an output."""
         return range(self.first, max(i for i, unit in enumerate(self.units) if unit.tap))
 
-    def units_of(self, again: bool) -> tuple[UnitCost, ...]:
-        """The units of blocks that are computed again, or of those that are not."""
-        return self.again if again else self.units
+    @property
+    def choices(self) -> tuple[Again, ...]:
+        """What a block may compute again."""
+        return tuple(Again)[: len(self.again) + 1]
+
+    def units_of(self, again: Again) -> tuple[UnitCost, ...]:
+        """The units where so much of them is computed again."""
+        return (self.units, *self.again)[again]
 
     def heads(self, plan: MemoryPlan) -> list[HeadCost]:
         """The local heads of a plan."""
@@ -115,8 +129,8 @@ class StepCost:
         """The overhead where units and local heads have so many FLOPs."""
         return (self.task.flops + flops) / self.flops - 1
 
-    def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, bool]]:
-        """First unit, last unit, and whether they are computed again, of every block."""
+    def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, Again]]:
+        """First unit, last unit, and what is computed again, of every block."""
         return zip([0, *(cut + 1 for cut in plan.cuts)], [*plan.cuts, len(self.units) - 1], plan.again, strict=True)
 
 
@@ -126,14 +140,14 @@ class MemoryPlan:
 
     Attributes:
         cuts: Indices of the last units of the first K-1 blocks, ascending.
-        again: For every block whether its units are computed again; by default none is.
+        again: For every block what is computed again; by default nothing.
     """
 
     cuts: tuple[int, ...] = ()
-    again: tuple[bool, ...] = ()
+    again: tuple[Again, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'again', self.again or (False,) * (len(self.cuts) + 1))
+        object.__setattr__(self, 'again', self.again or (Again.NOTHING,) * (len(self.cuts) + 1))
 
 
 @dataclass(frozen=True)
@@ -169,7 +183,7 @@ def peak_of(step: StepCost, plan: MemoryPlan) -> Peak:
 
 
 def moments(
-    step: StepCost, start: int, end: int, again: bool, head: HeadCost, is_last: bool
+    step: StepCost, start: int, end: int, again: Again, head: HeadCost, is_last: bool
 ) -> Iterator[tuple[str, int, int, int]]:
     """The moments of a block's training: phase, bytes of activations, of transients, of its own gradients so far.
 

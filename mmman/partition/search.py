@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate, product
 
 from mmman.errors import CostError
-from mmman.partition.memory import HeadCost, MemoryPlan, StepCost, moments, peak_of
+from mmman.partition.memory import Again, HeadCost, MemoryPlan, StepCost, moments, peak_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _undominated_plans(step: StepCost, blocks: int | None, target: int | None, o
     units one that is not better in anything is dropped. What is smallest among the strides of the cuts is assumed, each
     possible value in turn.
     """
-    choices = (False,) if step.again is None else (False, True)
+    choices = step.choices
     with_flops = len(choices) > 1 or target is not None or overhead is not None
     spans = _Spans(step)
 
@@ -96,17 +96,17 @@ def _undominated_plans(step: StepCost, blocks: int | None, target: int | None, o
         cuts = [cut for cut in step.candidates if step.strides[cut] >= smallest]
         starts = [0, *(cut + 1 for cut in cuts)]
         # by first unit; then by number of blocks (where asked for), stride of the first cut, the next larger stride, and
-        # whether the first block is computed again
+        # what the first block computes again
         suffixes: dict[int, dict[tuple, list[_Suffix]]] = {start: {} for start in starts}
         for start in starts[1:]:
             suffixes[start] = {(1, None, None, end.plan.again[0]): [end] for end in ends[start]}
         for cut in reversed(cuts):
             stride = step.strides[cut]
-            for (count, nearest, larger, is_again), others in suffixes[cut + 1].items():
+            for (count, nearest, larger, copied), others in suffixes[cut + 1].items():
                 if blocks is not None and count == blocks:
                     continue
                 following = larger if nearest == stride else nearest
-                head = step.head(cut, following, stride == smallest, is_again)
+                head = step.head(cut, following, stride == smallest, copied)
                 front = _undominated(others, with_flops)
                 for again, start in product(choices, (start for start in starts if start <= cut)):
                     state = (count + 1 if blocks is not None else 1, stride, following, again)
@@ -125,11 +125,11 @@ class _Spans:
 
     def __init__(self, step: StepCost) -> None:
         self.step = step
-        self._known: dict[tuple[int, int, bool], tuple[int, int, int]] = {}
+        self._known: dict[tuple[int, int, Again], tuple[int, int, int]] = {}
         self._made = [0, *accumulate(unit.gradient for unit in step.units)]
-        self._flops = {again: [0, *accumulate(unit.flops for unit in step.units_of(again) or ())] for again in (False, True)}
+        self._flops = {again: [0, *accumulate(unit.flops for unit in step.units_of(again))] for again in step.choices}
 
-    def in_front(self, start: int, end: int, again: bool, head: HeadCost, behind: _Suffix) -> _Suffix:
+    def in_front(self, start: int, end: int, again: Again, head: HeadCost, behind: _Suffix) -> _Suffix:
         """What a block with a local head becomes together with what follows it."""
         gradients = 0 if self.step.is_immediate else head.gradient
         return _Suffix(
@@ -139,7 +139,7 @@ class _Spans:
             MemoryPlan((end, *behind.plan.cuts), (again, *behind.plan.again)),
         )
 
-    def end(self, start: int, again: bool) -> _Suffix:
+    def end(self, start: int, again: Again) -> _Suffix:
         """The last block with the task's head; and the optimizer's step, if that is more."""
         step, end = self.step, len(self.step.units) - 1
         peak = max(sum(sizes) for _, *sizes in moments(step, start, end, again, step.task, is_last=True))
@@ -147,7 +147,7 @@ class _Spans:
         peak = self._before(start) + max(peak, gradients + step.update)
         return _Suffix(0, peak, self._flops_of(start, end, again), MemoryPlan((), (again,)))
 
-    def _local(self, start: int, end: int, again: bool, head: HeadCost) -> int:
+    def _local(self, start: int, end: int, again: Again, head: HeadCost) -> int:
         """The peak of a block with a local head."""
         if (start, end, again) not in self._known:
             peaks = {'forward': 0, 'head': 0, 'afterwards': 0}
@@ -158,7 +158,7 @@ class _Spans:
         forward, at_head, afterwards = self._known[start, end, again]
         return self._before(start) + max(forward, at_head + head.peak, afterwards + head.gradient)
 
-    def _flops_of(self, start: int, end: int, again: bool) -> int:
+    def _flops_of(self, start: int, end: int, again: Again) -> int:
         return self._flops[again][end + 1] - self._flops[again][start]
 
     def _before(self, start: int) -> int:

@@ -60,7 +60,7 @@ def test_blocks_to_recompute_are_planned_too(capsys):
     assert planned.peak.total <= min(stage.peak.total, uniform.peak.total)
     assert any(planned.plan.again) and all(stage.plan.again + uniform.plan.again)
     text = capsys.readouterr().out
-    assert 'recompute=[' in text
+    assert 'recompute=[' in text and 'selective_recompute=[' in text
     assert abs(float(text.partition('the prediction is ')[2].partition('%')[0])) < 1
 
 

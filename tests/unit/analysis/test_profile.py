@@ -10,7 +10,7 @@ from mmman.analysis.profile import Profile, profile_step
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import MisuseError
-from mmman.partition.memory import MemoryPlan, peak_of
+from mmman.partition.memory import Again, MemoryPlan, peak_of
 from mmman.partition.search import smallest_peak
 from tests.conftest import ROOT
 
@@ -48,12 +48,15 @@ R18 = {
     'model__head__in_channels': 512,
     'optim_wrapper__update': 'immediate',
 }
+SELECTIVE = {'model__backbone__recompute': ['stem'], 'model__backbone__selective_recompute': UNITS[1:]}
+SELECTIVE |= {'model__backbone__backbone__depth': 50}
 CASES = {
     'batch': ('resnet32_manpp_k16_cifar10.py', (12, 32, 32), 6, {}),
     'levels': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 3, NARROW),
     'frozen units, SGD': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 2, {**NARROW, **FROZEN}),
     'image by image': ('retinanet_r18_manpp_k4.py', (3, 256, 320), 2, {**NARROW, **LEAN}),
     'stem by image': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, R18),
+    'selective': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, SELECTIVE),
     'tokens': ('paper/table2/vit-tiny_k4_manpp.py', (3, 224, 224), 4, {}),
 }
 
@@ -66,22 +69,27 @@ def test_peak_is_that_of_a_real_step(case):
         assert peak_of(profile.step, plan).total == pytest.approx(measured(profile, plan).memory().peak, rel=0.01)
 
 
-def test_blocks_that_are_computed_again_are_chosen():
-    """Peak and FLOPs of a plan in which some are; those of plans without a choice in which none or all are."""
-    name, shape, _, options = CASES['stem by image']
-    plan = MemoryPlan((2, 5), (True, False, True))
-    limited = profile_step(load(name, **options), *shape, may_recompute=True)
-    assert limited.options(plan)['recompute'] == ['stem']
-    profile = profile_step(load(name, **{**options, 'model__backbone__recompute': False}), *shape, may_recompute=True)
-    assert profile.options(plan)['recompute'] == ['stem', 'layer1', 'layer3.1', 'layer4']
+def test_what_blocks_compute_again_is_chosen():
+    """Peak and FLOPs of a plan in which they differ; those of plans without a choice in which all do the same."""
+    name, shape, _, options = CASES['stem by image']  # whose own recompute doesn't count
+    plan = MemoryPlan((2, 5), (Again.ALL, Again.NOTHING, Again.SELECTED))
+    profile = profile_step(load(name, **options), *shape, may_recompute=True)
+    chosen = profile.options(plan)
+    assert (chosen['recompute'], chosen['selective_recompute']) == (['stem', 'layer1'], ['layer3.1', 'layer4'])
     meter = measured(profile, plan)
     assert peak_of(profile.step, plan).total == pytest.approx(meter.memory().peak, rel=0.01)
     stock = measured(profile, MemoryPlan()).memory().flops
     assert profile.step.overhead(plan) == pytest.approx(meter.memory().flops / stock - 1, abs=0.04)
-    for again in (False, True):
-        options['model__backbone__recompute'] = UNITS if again else False
-        fixed = profile_step(load(name, **options), *shape)
-        assert peak_of(fixed.step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (again,) * 3))
+    fixed = {
+        Again.NOTHING: {'recompute': False},
+        Again.SELECTED: {'recompute': ['stem'], 'selective_recompute': UNITS[1:]},
+        Again.ALL: {'recompute': UNITS},
+    }
+    for again, recompute in fixed.items():
+        options |= {f'model__backbone__{key}': value for key, value in recompute.items()}
+        step = profile_step(load(name, **options), *shape).step
+        assert peak_of(step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (again,) * 3))
+        options.pop('model__backbone__selective_recompute', None)
 
 
 def test_outputs_of_recomputed_units_that_something_holds_are_counted():

@@ -10,11 +10,13 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
 from mmman.errors import MisuseError, PartitionError
-from mmman.local.recompute import Recomputed
+from mmman.local.recompute import Recomputed, is_costly, keep_, recompute_
 from tests.toy import CLASSES, classify, toy_batches, toy_config
 from tests.unit.local.test_copies import trained_alike
 from tests.unit.local.test_step import step, sync, toy, wrapper
@@ -49,11 +51,14 @@ class PooledHead(LocalHead):
         return classify(self.fc(self.feature.pool(y)), data_samples)
 
 
-def build(family, recompute, num_blocks=3):
+WAYS = {'full': {'recompute': True}, 'selective': {'selective_recompute': True}}
+
+
+def build(family, num_blocks=3, **recompute):
     net, channels = FAMILIES[family]
     pytest.importorskip(net['type'].split('.')[0])
     backbone = {'type': 'mmman.LocalBackbone', 'backbone': net, 'num_blocks': num_blocks, 'partition': 'uniform'}
-    backbone |= {'local_head': {'type': 'PooledHead'}, 'recompute': recompute}
+    backbone |= {'local_head': {'type': 'PooledHead'}, **recompute}
     torch.manual_seed(0)
     model = MODELS.build({'type': 'mmman.ToyClassifier', 'backbone': backbone, 'channels': (channels,)})
     sync(model)
@@ -84,15 +89,18 @@ def recomputed(model):
     return [name for name, module in model.named_modules() if 'forward' in vars(module)]
 
 
+@pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('family', FAMILIES)
-def test_three_steps_in_lock_step(family):
-    plain, again = build(family, False), build(family, True)
+def test_three_steps_in_lock_step(family, way):
+    plain, again = build(family), build(family, **WAYS[way])
+    assert recomputed(again) and not recomputed(plain)
     assert_same(train(plain), train(again))
 
 
+@pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('family', ['cifar', 'vit', 'swin'])
-def test_every_unit_runs_again_and_its_hooks_fire_once(family):
-    model = build(family, True)
+def test_every_unit_runs_again_and_its_hooks_fire_once(family, way):
+    model = build(family, **WAYS[way])
     count = Counter()
     units = [unit for block in model.backbone.local.plan.blocks for unit in block if unit.name != 'stem']
     modules = {path: model.backbone.get_submodule(path) for unit in units for path in unit.modules}
@@ -121,25 +129,90 @@ def test_what_a_local_head_copies_beyond_is_computed_again(family, head, beyond)
 
 def test_end_to_end_training_needs_no_session():
     grads = []
-    for recompute in (False, True):
-        model = build('cifar', recompute, num_blocks=1)
+    for way in ({}, *WAYS.values()):
+        model = build('cifar', num_blocks=1, **way)
         model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce'].backward()
         grads.append({name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers()))
-    assert_same(grads[:1], grads[1:])
+    assert_same(grads[:1] * 2, grads[1:])
 
 
+@pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('family', ['resnet', 'vit'])
-def test_under_autocast(family):
-    assert_same(train(build(family, False), dtype='bfloat16'), train(build(family, True), dtype='bfloat16'))
+def test_under_autocast(family, way):
+    assert_same(train(build(family), dtype='bfloat16'), train(build(family, **WAYS[way]), dtype='bfloat16'))
 
 
 def test_a_graph_can_be_walked_twice():
-    model = build('cifar', True, num_blocks=1)
+    model = build('cifar', num_blocks=1, recompute=True)
     loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
     parameters = [*model.parameters()]
     first, second = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(buffer == 1 for name, buffer in model.named_buffers() if name.endswith('num_batches_tracked'))
+
+
+def test_a_graph_of_selective_units_is_walked_once():
+    model = build('cifar', num_blocks=1, selective_recompute=True)
+    loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match='allowed to backward once'):
+        loss.backward()
+
+
+@pytest.mark.parametrize('block', ['Bottleneck', 'BasicBlock'])
+def test_a_selective_unit_keeps_convolutions_but_the_widening_one(block):
+    resnet = pytest.importorskip('mmpretrain.models.backbones.resnet')
+    unit = getattr(resnet, block)(64, 64).double().train()
+    x = torch.randn(2, 64, 8, 8, dtype=torch.float64, requires_grad=True)
+    wide = x.numel() * 8
+    narrow = wide if block == 'BasicBlock' else wide // 4
+    alive, flops = [], []
+    for selective in (True, False):
+        recompute_(unit, selective)
+        with LiveBytes(unit, x) as live:
+            y = unit(x).sum()
+            alive.append(live.current)
+        with FlopCounterMode(display=False) as counter:
+            y.backward()
+        flops.append(counter.get_total_flops())
+        keep_(unit)
+        unit.zero_grad()
+        x.grad = None
+    assert alive[0] - alive[1] == 2 * narrow
+    forward = {name: 2 * conv.weight.numel() * 2 * 64 for name, conv in unit.named_modules() if isinstance(conv, nn.Conv2d)}
+    assert flops[1] == 3 * sum(forward.values())
+    assert flops[0] == 2 * sum(forward.values()) + forward.get('conv3', 0)
+
+
+def test_what_is_costly_for_its_size():
+    found = {}
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            found[name] = found.get(name, False) or is_costly(op, args)
+            return op(*args, **(kwargs or {}))
+
+    image, tokens = torch.randn(1, 8, 8, 8), torch.randn(1, 20, 8)
+    layers = {
+        '3x3': nn.Conv2d(8, 16, 3),
+        'narrows': nn.Conv2d(8, 4, 1),
+        'widens': nn.Conv2d(8, 32, 1),
+        'depthwise': nn.Conv2d(8, 8, 5, groups=8, padding=2),
+        'depthwise, costly': nn.Conv2d(8, 8, 3, groups=8),
+        'transposed': nn.ConvTranspose2d(8, 8, 3),
+        'linear': nn.Linear(8, 8),
+        'linear without bias': nn.Linear(8, 8, bias=False),
+        'linear widens': nn.Linear(8, 9),
+        'norm': nn.LayerNorm(8),
+        'scores': lambda x: x @ x.mT,
+        'attended': lambda x: torch.rand(1, 20, 20) @ x,
+        'attention': lambda x: nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3),
+    }
+    with Asked():
+        for name, layer in layers.items():  # noqa: B007  Asked reads it
+            layer(image if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else tokens)
+    costly = {'3x3', 'narrows', 'depthwise', 'depthwise, costly', 'linear', 'linear without bias', 'attended', 'attention'}
+    assert {name for name, is_so in found.items() if is_so} == costly
 
 
 def end_to_end(recompute, units=6):
@@ -206,13 +279,18 @@ def test_names():
         (['layer1', 'layer'], PartitionError, r"\['layer'\]"),
         (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
         ('layer1.0', MisuseError, r"choose True, False or a list of unit names, e.g. \['layer1.0'\]"),
+        ({'selective_recompute': 'layer1'}, MisuseError, r"selective_recompute='layer1': choose True, .*e.g. \['layer1'\]"),
+        ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
+        ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be computed again as a whole: put it into recom'),
+        ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, MisuseError, 'layer2.1: in recompute and'),
     ],
+    ids=str,
 )
 def test_units_that_cannot_be_named(recompute, error, message):
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
     with pytest.raises(error, match=message):
-        localize_(model.backbone, 1, recompute=recompute)
+        localize_(model.backbone, 1, **(recompute if isinstance(recompute, dict) else {'recompute': recompute}))
     assert not hasattr(model.backbone, 'local') and not recomputed(model)
 
 
@@ -248,8 +326,9 @@ def test_sync_batchnorm_conversion_and_back():
     assert recomputed(converted) and trained_alike(converted, toy())
 
 
-def test_compiled_layers_of_a_unit():
-    plain, model = toy(), toy(recompute=True)
+@pytest.mark.parametrize('way', WAYS)
+def test_compiled_layers_of_a_unit(way):
+    plain, model = toy(), toy(**WAYS[way])
     for unit in ('layer1.0', 'layer3.0'):
         model.backbone.get_submodule(f'{unit}.bn').compile(backend='eager')
     assert trained_alike(model, plain)

@@ -42,15 +42,16 @@ def random_step(seed: int) -> StepCost:
     first = draw.randint(0, 1)
     task, modes = HeadCost(0, size(60), size(20), 50), {'is_immediate': bool(seed & 1), 'in_chunks': bool(seed & 2)}
     flops = sum(unit.flops for unit in units) + 50 - size(20)
-    again = tuple(replace(unit, kept=unit.output, backward=unit.backward + size(), flops=unit.flops + 10) for unit in units)
-    modes['again'] = again if seed & 4 else None
+    if seed & 4:
+        full = tuple(replace(unit, kept=unit.output, backward=unit.backward + size(), flops=unit.flops + 10) for unit in units)
+        half = tuple(replace(unit, kept=(unit.kept + unit.output) // 2, flops=unit.flops + 3) for unit in units)
+        modes['again'] = (half, full)
     return StepCost(size(50), units, task, head, strides, flops, first=first, update=size(), **modes)
 
 
 def all_plans(step: StepCost) -> list[MemoryPlan]:
     cuts = [cuts for k in range(len(step.candidates) + 1) for cuts in combinations(step.candidates, k)]
-    choices = (False,) if step.again is None else (False, True)
-    return [MemoryPlan(some, again) for some in cuts for again in product(choices, repeat=len(some) + 1)]
+    return [MemoryPlan(some, again) for some in cuts for again in product(step.choices, repeat=len(some) + 1)]
 
 
 @pytest.mark.parametrize('seed', range(60))
