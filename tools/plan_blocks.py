@@ -28,6 +28,7 @@ import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
 from mmman.analysis.cost import CHANNEL, UNIT, choose_blocks
+from mmman.analysis.focal_loss import fused_focal_loss
 from mmman.analysis.profile import Profile, profile_step
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
@@ -180,6 +181,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='also choose the blocks to recompute, selectively or in full; what the config recomputes does not count',
     )
+    parser.add_argument('--fused-focal-loss', action='store_true', help="mmdet's focal loss has the memory of a GPU's kernel")
     parser.add_argument('--check', action='store_true', help='take one step with the planned cuts (without data), and compare')
     given = parser.parse_intermixed_args(args)
     if (given.blocks, given.target_memory, given.max_overhead) == (None, None, None):
@@ -215,7 +217,8 @@ def main() -> None:
     MMLogger.get_instance('plan_blocks', log_level='WARNING')
     args = parse_args()
     try:
-        run(args)
+        with fused_focal_loss() if args.fused_focal_loss else nullcontext():
+            run(args)
     except LocalLearningError as error:
         raise SystemExit(f'{type(error).__name__}: {error}') from None
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import Boundary, LocalHead
-from mmman.local.recompute import keep_, recompute_unit_, units_to_recompute
+from mmman.local.recompute import ends_told, keep_, recompute_unit_, units_to_recompute
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
@@ -125,9 +125,10 @@ def localize_(
 
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     keys = set(backbone.state_dict())
-    features = _measure(backbone, chain)
+    with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
+        features = _measure(backbone, chain)
     for unit, selective in recomputed.items():  # the copies that local heads make of them are, too
-        recompute_unit_(backbone, unit, selective)
+        recompute_unit_(backbone, unit, ends, selective)
     modules = [unit.of(backbone) for unit in chain.units]
     options = dict(transfer or {})
     has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mmman.errors import MisuseError, PartitionError
+from mmman.local.chunks import replaced
 from mmman.local.stem import StemByImage, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
@@ -64,18 +65,44 @@ def _named(chain: Chain, option: str, names: bool | Sequence[str]) -> list[Unit]
     return list(dict.fromkeys(unit for own in found.values() for unit in own))
 
 
-def recompute_unit_(backbone: nn.Module, unit: Unit, selective: bool = False) -> None:
+Ends = dict[nn.Module, tuple[str, int]]
+"""Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
+
+
+@contextmanager
+def ends_told(modules: Iterable[nn.Module]) -> Iterator[Ends]:
+    """While this context is open each module runs once, and the :data:`Ends` come to be known."""
+    ends: Ends = {}
+    with ExitStack() as handles:
+        for module in modules:
+            relus = [(name, child) for name, child in module.named_children() if isinstance(child, nn.ReLU)]
+            outputs: list[tuple[str, Tensor]] = []
+            for name, relu in relus:
+                hook = relu.register_forward_hook(lambda _, args, out, name=name, outputs=outputs: outputs.append((name, out)))
+                handles.callback(hook.remove)
+
+            def told(module: nn.Module, args: tuple, out: Tensor, outputs: list = outputs) -> None:
+                if outputs and outputs[-1][1] is out:
+                    ends[module] = outputs[-1][0], sum(name == outputs[-1][0] for name, _ in outputs)
+                outputs.clear()
+
+            handles.callback(module.register_forward_hook(told).remove)
+        yield ends
+
+
+def recompute_unit_(backbone: nn.Module, unit: Unit, ends: Ends, selective: bool = False) -> None:
     """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem image by image."""
     if unit.name == STEM:
         backbone.get_submodule(unit.modules[0]).forward = StemByImage(backbone, stem_paths(backbone, unit))
         return
     for path in unit.modules:
-        recompute_(backbone.get_submodule(path), selective)
+        module = backbone.get_submodule(path)
+        recompute_(module, selective, ends.get(module))
 
 
-def recompute_(module: nn.Module, selective: bool = False) -> None:
+def recompute_(module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
     """From now on ``module`` computes its forward pass again in the backward pass. Its hooks stay outside, and fire once."""
-    module.forward = Recomputed(module, selective)
+    module.forward = Recomputed(module, selective, end)
 
 
 def keep_(module: nn.Module) -> None:
@@ -91,20 +118,27 @@ class Recomputed:
     with gradients disabled, the forward is the plain one.
 
     The second time runs with the random numbers and the autocast of the first, and leaves buffers (running statistics) alone.
+    A ReLU that makes the output isn't part of it: it needs nothing but the output, which the next module keeps anyway.
 
     Args:
         module: A module whose class defines ``forward``.
         selective: Whether what :func:`is_costly` is kept, and not computed again. Then a graph can be walked once.
+        end: The ReLU that makes the output, if one does: see :data:`Ends`.
 
     Raises:
         MisuseError: When called in training, the module is compiled. Its children may be.
     """
 
-    def __init__(self, module: nn.Module, selective: bool = False) -> None:
-        self.module, self.selective = module, selective
+    def __init__(self, module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
+        self.module, self.selective, self.end = module, selective, end
 
     def __call__(self, *args: Any) -> Any:
-        return self.instead(partial(type(self.module).forward, self.module), *args)
+        forward = partial(type(self.module).forward, self.module)
+        if self.end is None or not (self.module.training and torch.is_grad_enabled()):
+            return self.instead(forward, *args)
+        name, calls = self.end
+        relu = self.module.get_submodule(name)
+        return relu(self._twice(partial(_without_call, relu, calls, forward), *args))
 
     def instead(self, forward: Callable[..., Any], *args: Any) -> Any:
         """Run ``forward``, which runs parts of the module, in the same way."""
@@ -147,6 +181,19 @@ class _BuffersAside:
         for buffers, own in self.own:
             buffers.update(own)
         del self.own
+
+
+def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args: Any) -> Any:
+    """Run ``forward``, in which the call of ``relu`` with this number, counted from 1, passes its input on."""
+    count = 0
+
+    def counted(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x if count == number else type(relu).forward(relu, x)
+
+    with replaced(relu, 'forward', counted):
+        return forward(*args)
 
 
 class _Both:

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from mmcv.cnn import ConvModule
 from mmengine.model import revert_sync_batchnorm
 from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
@@ -16,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
 from mmman.errors import MisuseError, PartitionError
-from mmman.local.recompute import Recomputed, is_costly, keep_, recompute_
-from tests.toy import CLASSES, classify, toy_batches, toy_config
+from mmman.local.recompute import Recomputed, ends_told, is_costly, keep_, recompute_
+from tests.toy import CLASSES, ToyUnit, classify, toy_batches, toy_config
 from tests.unit.local.test_copies import trained_alike
 from tests.unit.local.test_step import step, sync, toy, wrapper
 
@@ -182,6 +183,47 @@ def test_a_selective_unit_keeps_convolutions_but_the_widening_one(block):
     forward = {name: 2 * conv.weight.numel() * 2 * 64 for name, conv in unit.named_modules() if isinstance(conv, nn.Conv2d)}
     assert flops[1] == 3 * sum(forward.values())
     assert flops[0] == 2 * sum(forward.values()) + forward.get('conv3', 0)
+
+
+def test_a_relu_that_makes_the_output_is_known():
+    """By its name and the number of its calls; not one in the middle, nor another function at the end."""
+    resnet, mobilenet = (pytest.importorskip(f'mmpretrain.models.backbones.{name}') for name in ('resnet', 'mobilenet_v2'))
+    units = [
+        resnet.BasicBlock(8, 8),
+        resnet.Bottleneck(8, 8),
+        ConvModule(8, 8, 1, norm_cfg={'type': 'BN'}),
+        ConvModule(8, 8, 1, norm_cfg={'type': 'BN'}, act_cfg=None),
+        mobilenet.InvertedResidual(8, 8, 1, 1),
+        ToyUnit(8, 8),
+    ]
+    with ends_told(units) as ends, torch.no_grad():
+        for unit in units:
+            unit.eval()(torch.randn(1, 8, 4, 4))
+    assert ends == {units[0]: ('relu', 2), units[1]: ('relu', 3), units[2]: ('activate', 1)}
+    assert not any(module._forward_hooks for unit in units for module in unit.modules())
+
+
+@pytest.mark.parametrize('selective', [False, True])
+def test_a_relu_that_makes_the_output_is_not_computed_again(selective):
+    resnet = pytest.importorskip('mmpretrain.models.backbones.resnet')
+    unit = resnet.BasicBlock(8, 8).double().train()
+    x = torch.randn(2, 8, 16, 16, dtype=torch.float64, requires_grad=True)
+    peaks, grads = [], []
+    for end in (None, ('relu', 2)):
+        recompute_(unit, selective, end)
+        unit.zero_grad()
+        x.grad = None
+        y = unit(x)
+        assert (y >= 0).all() and (y == 0).any()
+        loss = (y * 1.0).sum()  # whose backward makes a gradient of the whole output
+        with LiveBytes(unit, x, y) as live:
+            loss.backward()
+        peaks.append(live.peak)
+        grads.append([x.grad, *(p.grad for p in unit.parameters())])
+        keep_(unit)
+    assert all(map(torch.equal, *grads))
+    activation, gradient = x.numel() * 8, unit.conv2.weight.numel() * 8  # which is there at the peak that is left
+    assert activation - gradient <= peaks[0] - peaks[1] <= activation
 
 
 def test_what_is_costly_for_its_size():
