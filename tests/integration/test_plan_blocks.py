@@ -4,6 +4,7 @@ import pytest
 
 from mmman import LocalLearningError
 from tests.conftest import ROOT
+from tools import plan_blocks
 from tools.plan_blocks import parse_args, run, size
 
 CONFIG = str(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
@@ -62,6 +63,16 @@ def test_blocks_to_recompute_are_planned_too(capsys):
     text = capsys.readouterr().out
     assert 'recompute=[' in text and 'selective_recompute=[' in text
     assert abs(float(text.partition('the prediction is ')[2].partition('%')[0])) < 1
+
+
+@pytest.mark.parametrize('words', [['--fused-focal-loss'], []])
+def test_a_focal_loss_as_on_a_gpu(words, monkeypatch):
+    library = pytest.importorskip('mmdet.models.losses.focal_loss')
+    stock, seen = library.FocalLoss.forward, []
+    monkeypatch.setattr(plan_blocks, 'run', lambda args: seen.append(library.FocalLoss.forward is stock))
+    monkeypatch.setattr('sys.argv', ['plan_blocks.py', CONFIG, '--blocks', '2', *words])
+    plan_blocks.main()
+    assert seen == [not words] and library.FocalLoss.forward is stock
 
 
 def test_sizes():
