@@ -17,6 +17,13 @@ from mmman.local.stem import StemByImage, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
+aten = torch.ops.aten
+SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
+"""Which argument of a matrix product is its second factor, (..., summed, channels)."""
+
+Ends = dict[nn.Module, tuple[str, int]]
+"""Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
+
 
 def units_to_recompute(
     backbone: nn.Module, chain: Chain, recompute: bool | Sequence[str], selective_recompute: bool | Sequence[str] = False
@@ -63,10 +70,6 @@ def _named(chain: Chain, option: str, names: bool | Sequence[str]) -> list[Unit]
         units = ', '.join(unit.name for unit in chain.units)
         raise PartitionError(f'{option} names {unknown}, which are no units; the units are {units}')
     return list(dict.fromkeys(unit for own in found.values() for unit in own))
-
-
-Ends = dict[nn.Module, tuple[str, int]]
-"""Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
 
 
 @contextmanager
@@ -219,17 +222,13 @@ def is_costly(op: Callable, args: Sequence[Any]) -> bool:
     """Whether an operator's output is dear to compute for its size.
 
     That is attention; and a convolution or matrix product that adds up at least as many values for an element of its output as
-    the output has channels. So it is not a 1x1 convolution or a linear layer that widens, nor a depthwise convolution.
+    the output has channels. So it is not a 1x1 convolution or a linear layer that widens, nor a depthwise convolution
+    over many channels.
     """
     if op is aten.convolution.default:
         weight, is_transposed = args[1], args[6]
         return not is_transposed and weight[0].numel() >= len(weight)
-    if op in _FACTOR:
-        summed, channels = args[_FACTOR[op]].shape[-2:]
+    if op in SECOND_FACTOR:
+        summed, channels = args[SECOND_FACTOR[op]].shape[-2:]
         return summed >= channels
     return '_scaled_dot_product' in op.name()
-
-
-aten = torch.ops.aten
-_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
-"""Which argument of a matrix product is its second factor, (..., summed, channels)."""
