@@ -18,9 +18,9 @@ from tests.toy import toy_batches, toy_config
 STEPS = 4
 
 
-def localized_toy():
+def localized_toy(**options):
     torch.manual_seed(0)
-    model = MODELS.build(toy_config(num_blocks=4)).double().train()
+    model = MODELS.build(toy_config(num_blocks=4, **options)).double().train()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
     return model
@@ -49,6 +49,7 @@ def summing(state, bucket):
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda future: future.value()[0])
 
 
+SELECTIVE = {'selective_recompute': ['layer2.1', 'layer3']}
 OURS = {'wrapper': LocalDistributedDataParallel}
 SETTINGS = {
     'stock': {'wrapper': MMDistributedDataParallel, 'ddp': {'find_unused_parameters': True}},
@@ -70,6 +71,7 @@ SETTINGS = {
     'immediate, accumulation': {**OURS, 'optim': {'update': 'immediate', 'accumulative_counts': 2}},
     'immediate, clipping': {**OURS, 'optim': {'update': 'immediate', 'clip_grad': {'max_norm': 0.1}}},
     'another tensor': {**OURS, 'hook': (None, to_another_tensor)},
+    'recompute': {**OURS, 'ddp': {'bucket_cap_mb': 0.001}, 'model': {'recompute': ['layer1', 'layer2.0'], **SELECTIVE}},
 }
 COMPRESSED = {**OURS, 'hook': (None, fp16_compress_hook)}
 MUTATIONS = {
@@ -84,9 +86,9 @@ MUTATIONS = {
 }
 
 
-def train(rank, world, wrapper=None, ddp=None, optim=None, hook=None, set_to_none=True):
+def train(rank, world, wrapper=None, ddp=None, optim=None, hook=None, set_to_none=True, model=None):
     """The model's state after every optimizer step of one rank."""
-    model = localized_toy()
+    model = localized_toy(**(model or {}))
     if rank:  # what ranks start from is rank 0's
         for parameter in model.parameters():
             parameter.data.add_(1.0)

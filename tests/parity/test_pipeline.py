@@ -10,6 +10,7 @@ from tests.parity.lockstep import ROWS
 from tests.parity.pipeline_runs import last_checkpoint, run_alone, run_in_processes, toy_run, with_epochs
 
 STALENESS = (0, 1, 3)
+RECOMPUTE = {'recompute': ['layer1', 'layer2.0'], 'selective_recompute': ['layer2.1', 'layer3']}
 WITHOUT_MOMENTUM = {'transfer': ROWS['local']}
 CLIPPED = {'accumulative_counts': 2, 'clip_grad': {'max_norm': 0.1}}
 
@@ -32,6 +33,7 @@ def runs(tmp_path_factory):
     cfgs = {
         'local': (toy_run(root / 'local', model=WITHOUT_MOMENTUM), 4),
         **{f'stale{s}': (toy_run(root / f'stale{s}', staleness=s), 4) for s in STALENESS},
+        'again': (toy_run(root / 'again', staleness=0, model=RECOMPUTE), 4),
         'clipped': (toy_run(root / 'clipped', wrapper=CLIPPED), 4),
         'epochs': (epochs, 4),
         'resumed': (resumed, 4),
@@ -67,6 +69,10 @@ def test_without_staleness_bitwise_one_process(runs, tmp_path):
 @pytest.mark.parametrize('staleness', STALENESS)
 def test_copies_as_stale_as_stated(runs, staleness, tmp_path):
     assert_same(runs[f'stale{staleness}'], run_alone(toy_run(tmp_path / 'alone', hook=stale_hook(staleness, flush_every=6))))
+
+
+def test_recompute_bitwise_without(runs):
+    assert_same(runs['again'], runs['stale0'])
 
 
 def test_accumulation_and_clipping(runs, tmp_path):
