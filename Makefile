@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check fmt clean
+.PHONY: help setup demo test test-gpu check fmt clean
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(READY)  ## the tested environment in .venv
 
@@ -19,6 +19,9 @@ demo: setup  ## train a small detector by MAN++ and end to end, and compare
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-gpu: setup  ## what only a GPU shows
+	MMMAN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
 
 check: setup  ## lint and format, changing nothing
 	$(BIN)/ruff check .

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+if 'MMMAN_TEST_GPU' not in os.environ:  # before any library looks: the suite is the CPU's, tests/gpu is run by itself
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope

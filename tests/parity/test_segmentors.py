@@ -71,8 +71,10 @@ def task_modules(model):
 )
 def test_bitwise_parity(name, partition, row):
     torch.manual_seed(0)
-    model = deeplab(name, row, partition, **(INFOPRO if row != 'ema' else {}))
+    lockstep(deeplab(name, row, partition, **(INFOPRO if row != 'ema' else {})), row)
 
+
+def lockstep(model, row):
     def local_loss(j, task, y, batch):
         task.session = SimpleNamespace(model=model)
         return total(task.loss(y, batch['inputs'], batch['data_samples']))

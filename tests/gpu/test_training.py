@@ -1,0 +1,147 @@
+"""A training step on a GPU: the reference's bits, half precision, units computed again, and the allocator's peak."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmman.analysis.training import StepMeter
+from mmman.analysis.trial import build_trial, random_batch
+from tests.conftest import ROOT
+from tests.parity import test_classifiers, test_retinanet, test_segmentors
+from tests.parity.lockstep import ROWS
+from tests.toy import toy_batches
+from tests.unit.local import test_recompute
+from tests.unit.local.test_step import step, toy, wrapper
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: make test-gpu')
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Operators that have a deterministic form take it; the others are used as they are."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.filterwarnings('ignore:.*deterministic:UserWarning')
+@pytest.mark.parametrize('row', ROWS)
+@pytest.mark.parametrize('family', ['resnet', 'resnext', 'regnet', 'mobilenet_v2', 'vit', 'swin', 'convnext'])
+def test_classifiers_in_lock_step_with_the_reference(family, row):
+    torch.manual_seed(0)
+    test_classifiers.lockstep(test_classifiers.classifier(family, row=row).cuda(), family, row)
+
+
+@pytest.mark.filterwarnings('ignore:.*deterministic:UserWarning')
+@pytest.mark.parametrize('row', ROWS)
+def test_retinanet_in_lock_step_with_the_reference(row, tmp_path):
+    test_retinanet.test_bitwise_parity(row, tmp_path)
+
+
+@pytest.mark.filterwarnings('ignore:.*deterministic:UserWarning')
+@pytest.mark.parametrize('name', ['deeplabv3', 'deeplabv3plus'])
+def test_segmentors_in_lock_step_with_the_reference(name):
+    torch.manual_seed(0)
+    model = test_segmentors.deeplab(name, 'manpp', ['layer2.1'], **test_segmentors.INFOPRO)
+    test_segmentors.lockstep(model.cuda(), 'manpp')
+
+
+def single_precision():
+    (batch,) = toy_batches(1, dtype=torch.float32)
+    return toy(num_blocks=3).float().cuda(), {key: value.cuda() for key, value in batch.items()}
+
+
+def gradients(dtype):
+    model, batch = single_precision()
+    seen = {}
+    optim_wrapper = wrapper(model, dtype=dtype)
+    optim_wrapper.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    )
+    for _ in range(3):  # a first scale of 65536 may overflow
+        step(model, optim_wrapper, batch)
+    return seen
+
+
+def test_float16_has_the_gradients_of_full_precision():
+    half, full = gradients('float16'), gradients(None)
+    assert half.keys() == full.keys()
+    assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in half.values())
+    names = [name for name, gradient in full.items() if gradient.numel() >= 9]
+    similar = torch.nn.functional.cosine_similarity
+    assert all(similar(half[name].flatten(), full[name].flatten(), dim=0) > 0.9 for name in names)
+
+
+def test_float16_skips_steps_that_overflow_until_the_scale_fits():
+    model, batch = single_precision()
+    before = copy.deepcopy(model.state_dict())
+    optim_wrapper = wrapper(model, dtype='float16', loss_scale={'init_scale': 2.0**40})
+    step(model, optim_wrapper, batch)
+    assert optim_wrapper.steps == 0 and optim_wrapper.loss_scaler.get_scale() == 2.0**39
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for _ in range(40):
+        step(model, optim_wrapper, batch)
+    assert 0 < optim_wrapper.steps < 40
+    assert not any(torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings('ignore:.*deterministic:UserWarning')
+@pytest.mark.parametrize('dtype', [None, 'float16', 'bfloat16'])
+@pytest.mark.parametrize('way', test_recompute.WAYS)
+@pytest.mark.parametrize('family', ['resnet', 'mobilenet', 'convnext', 'vit', 'swin'])
+def test_units_computed_again_have_the_same_bits(family, way, dtype):
+    """With the GPU's own random numbers: all of these drop paths or activations."""
+    states = []
+    for options in ({}, test_recompute.WAYS[way]):
+        model = test_recompute.build(family, **options).cuda()
+        optim_wrapper = wrapper(model, lr=0.05, dtype=dtype)
+        torch.manual_seed(1)
+        for batch in toy_batches(3, pixels=32, dtype=torch.float32):
+            step(model, optim_wrapper, {key: value.cuda() for key, value in batch.items()})
+        states.append([model.state_dict(), {'random': torch.cuda.get_rng_state()}])
+    test_recompute.assert_same(*states)
+
+
+def meter(name, options):
+    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg.merge_from_dict(options)
+    model, optim_wrapper = build_trial(cfg, 256, 320)
+    return StepMeter(model.cuda(), optim_wrapper, random_batch(model, 'mmdet', 4, 256, 320))
+
+
+def test_live_bytes_are_what_the_allocator_holds():
+    """Beside what operators take inside, and the allocator's rounding."""
+    peaks = []
+    for name, backbone in (('retinanet_r18_e2e.py', 'backbone'), ('light/retinanet_r18_k4.py', 'backbone.backbone')):
+        one = meter(name, {f'model.{backbone}.norm_eval': False})
+        peak, allocated = one.memory().peak, one.allocator_peak()
+        assert peak <= allocated <= 1.25 * peak
+        peaks.append(allocated)
+        assert one.floor() < peak
+    assert peaks[1] < 0.5 * peaks[0]
+
+
+@pytest.mark.parametrize('launcher', ['none', 'pytorch'])
+def test_a_detector_trains_and_validates_in_half_precision(launcher, tmp_path):
+    from mmman.datasets import write_shapes_dataset
+
+    data = write_shapes_dataset(tmp_path / 'data', train_images=16, val_images=4)
+    options = {
+        'train_cfg.max_epochs': 1,
+        'train_cfg.val_interval': 1,
+        'default_hooks.checkpoint.interval': 1,
+        'train_dataloader.dataset.data_root': data,
+        'val_dataloader.dataset.data_root': data,
+        'val_evaluator.ann_file': data / 'annotations/instances_val.json',
+    }
+    runner = [sys.executable, *(['-m', 'torch.distributed.run', '--nproc-per-node=1'] if launcher == 'pytorch' else [])]
+    command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k4_shapes.py', '--amp']
+    command += ['--work-dir', tmp_path / 'run', '--launcher', launcher, '--cfg-options']
+    command += [f'{key}={value}' for key, value in options.items()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / 'run/epoch_1.pth').exists() and 'Epoch(val) [1][1/1]' in done.stdout + done.stderr
