@@ -58,7 +58,7 @@ def single_precision():
 def gradients(dtype):
     model, batch = single_precision()
     seen = {}
-    optim_wrapper = wrapper(model, dtype=dtype)
+    optim_wrapper = wrapper(model, lr=0.0, dtype=dtype)
     optim_wrapper.optimizer.register_step_pre_hook(
         lambda *_: seen.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     )
@@ -71,9 +71,10 @@ def test_float16_has_the_gradients_of_full_precision():
     half, full = gradients('float16'), gradients(None)
     assert half.keys() == full.keys()
     assert all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in half.values())
-    names = [name for name, gradient in full.items() if gradient.numel() >= 9]
-    similar = torch.nn.functional.cosine_similarity
-    assert all(similar(half[name].flatten(), full[name].flatten(), dim=0) > 0.9 for name in names)
+    compared = [name for name, gradient in full.items() if gradient.norm() > 1e-4]  # not biases in front of a BatchNorm
+    assert len(compared) > 0.8 * len(full)
+    for name in compared:
+        assert torch.nn.functional.cosine_similarity(half[name].flatten(), full[name].flatten(), dim=0) > 0.99, name
 
 
 def test_float16_skips_steps_that_overflow_until_the_scale_fits():
@@ -109,8 +110,8 @@ def test_units_computed_again_have_the_same_bits(family, way, dtype):
 def meter(name, options):
     cfg = Config.fromfile(ROOT / 'configs' / name)
     cfg.merge_from_dict(options)
-    model, optim_wrapper = build_trial(cfg, 256, 320)
-    return StepMeter(model.cuda(), optim_wrapper, random_batch(model, 'mmdet', 4, 256, 320))
+    model, optim_wrapper = build_trial(cfg, 416, 640)
+    return StepMeter(model.cuda(), optim_wrapper, random_batch(model, 'mmdet', 8, 416, 640))
 
 
 def test_live_bytes_are_what_the_allocator_holds():
@@ -122,7 +123,7 @@ def test_live_bytes_are_what_the_allocator_holds():
         assert peak <= allocated <= 1.25 * peak
         peaks.append(allocated)
         assert one.floor() < peak
-    assert peaks[1] < 0.5 * peaks[0]
+    assert peaks[1] < 0.35 * peaks[0]
 
 
 @pytest.mark.parametrize('launcher', ['none', 'pytorch'])
