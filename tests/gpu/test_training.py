@@ -74,7 +74,7 @@ def test_float16_has_the_gradients_of_full_precision():
     compared = [name for name, gradient in full.items() if gradient.norm() > 1e-4]  # not biases in front of a BatchNorm
     assert len(compared) > 0.8 * len(full)
     for name in compared:
-        assert torch.nn.functional.cosine_similarity(half[name].flatten(), full[name].flatten(), dim=0) > 0.99, name
+        assert torch.nn.functional.cosine_similarity(half[name].flatten(), full[name].flatten(), dim=0) > 0.98, name
 
 
 def test_float16_skips_steps_that_overflow_until_the_scale_fits():
