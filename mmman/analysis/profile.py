@@ -147,7 +147,7 @@ def _with(cfg: Config, options: Options) -> Config:
 
 
 def _ways(runs: SmallRuns) -> dict[Again, Options]:
-    """What blocks may choose from. A stem, where it can, runs image by image in both that compute anything again."""
+    """What blocks may choose from. A stem, where it can, runs in chunks in both that compute anything again."""
     backbone = runs.model.backbone
     stem = [unit.name for unit in runs.chain.units if unit.name == STEM and stem_paths(backbone, unit) is not None]
     units = [unit.name for unit in runs.chain.units if unit.name != STEM]

@@ -83,7 +83,7 @@ def small_batches(chain: Chain, height: int, width: int, images: int | None, sco
     Args:
         chain: The backbone's units.
         height, width: Of the images asked for.
-        images: How many there are, where some parts run image by image: their tensors don't grow with the number.
+        images: How many there are, where some parts run on a few at a time: their tensors don't grow as the number does.
         scope: The library; a detector's pyramid needs larger images.
     """
     attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.takes_grid)

@@ -46,9 +46,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
             each right after its own backward, and its gradients are dropped; over several processes at the next boundary, when
             they are reduced. Both come to the same parameters with an optimizer that updates each parameter by itself, as
             torch's do. A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
-        images_per_chunk: Run neck and dense head of a detector, and the dense heads of its blocks, forward and backward on so
-            many images at a time: losses and gradients stay those of the batch, only a chunk's activations are alive. For
-            RetinaNet's, FCOS's and ATSS's kinds of head without BatchNorm. None: all at once.
+        images_per_chunk: Run neck and dense head of a detector forward and backward on so many images at a time, and the dense
+            heads of its blocks on as many as have no more positions: losses and gradients stay those of the batch, only a
+            chunk's activations are alive. For heads like RetinaNet's, FCOS's and ATSS's, without BatchNorm. None: all at once.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
             precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for

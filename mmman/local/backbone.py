@@ -87,7 +87,7 @@ def localize_(
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
         recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
             in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A
-            ``'stem'`` in the list runs image by image, equal but for the order of sums (:mod:`mmman.local.stem`).
+            ``'stem'`` in the list runs in chunks of the batch, equal but for the order of sums (:mod:`mmman.local.stem`).
         selective_recompute: Likewise the units that also keep what is costly to compute for its size
             (:func:`mmman.local.recompute.is_costly`), and compute the rest again: normalisation, activation, what widens.
 

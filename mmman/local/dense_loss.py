@@ -41,7 +41,7 @@ class DenseLoss:
 
     Args:
         model: The detector.
-        size: Images a chunk.
+        size: Images a chunk of the model's own neck and head.
         scaled: Multiplies a loss as the loss scaler does.
 
     Raises:
@@ -68,16 +68,24 @@ class DenseLoss:
             with replaced(model.backbone, 'forward', lambda _: tuple(leaves)):
                 return self._loss(inputs[span], data_samples[span])
 
-        return self._run(losses, features, modules, model.bbox_head, data_samples)
+        return self._run(losses, features, modules, model.bbox_head, data_samples, self.size)
 
     def of_local(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
-        """Stands for ``head.loss``: all of it in chunks. Arguments and result as there."""
+        """Stands for ``head.loss``: all of it in chunks, each with as many positions as one of the model's own head.
+
+        Arguments and result as there.
+        """
+        check_chunks(self.model.bbox_head, [])
+        check_chunks(head.dense_head, [])
+        size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(head.dense_head)))
+        if size >= len(data_samples):
+            return head.loss(y, inputs, data_samples)
         modules = [part for part in head.children() if part is not head.transfer]
 
         def losses(leaves: list[Tensor], span: slice) -> dict:
             return head.loss(leaves[0], inputs[span], data_samples[span])
 
-        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples))
+        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples), size)
 
     def _run(
         self,
@@ -86,6 +94,7 @@ class DenseLoss:
         modules: list[nn.Module],
         head: nn.Module,
         data_samples: list,
+        size: int,
     ) -> Losses:
         check_chunks(head, modules)
         sizes: list[tuple[int, int]] = []
@@ -100,9 +109,15 @@ class DenseLoss:
         features[:] = [feature if feature in read else feature.new_zeros(()).expand(feature.shape) for feature in features]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
+            show(span)
             loss, log = self.model.parse_losses(losses(leaves, span))
             share = len(leaves[0]) / len(data_samples)
             return loss, {n: v if 'loss' in n else v * share for n, v in log.items() if n != 'loss'}
 
-        with batch_normalisers(head, sizes, data_samples, features[-1]):
-            return run_in_chunks(compute, features, modules, self.size, self._scaled(features[-1].new_ones(())))
+        with batch_normalisers(head, sizes, data_samples, features[-1]) as show:
+            return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
+
+
+def _positions(head: nn.Module) -> float:
+    """Of all feature maps of a dense head, for one pixel of the image."""
+    return sum(1 / (x * y) for x, y in head.prior_generator.strides)

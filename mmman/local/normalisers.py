@@ -16,6 +16,8 @@ from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
 
 Sizes = list[tuple[int, int]]
+Show = Callable[[slice], None]
+"""Says which images' losses are computed next."""
 
 
 def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
@@ -39,8 +41,10 @@ def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
         )
 
 
-def batch_normalisers(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> AbstractContextManager[None]:
-    """While this context is open, ``head`` normalises the losses of any images as if they came with the whole batch.
+def batch_normalisers(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> AbstractContextManager[Show]:
+    """While this context is open, ``head`` normalises the losses of some images as if they came with the whole batch.
+
+    The context's value is to be called with every slice of the batch, before the losses of its images are computed.
 
     Args:
         head: A dense head that :func:`check_chunks` accepts.
@@ -52,25 +56,31 @@ def batch_normalisers(head: nn.Module, sizes: Sizes, data_samples: list, like: T
 
 
 @contextmanager
-def _positives_of_targets(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> Iterator[None]:
-    """``get_targets`` returns the number to divide by as its last element."""
+def _targets_of_batch(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> Iterator[Show]:
+    """Targets, and with them the number to divide by, are computed once for all images, and handed out for some."""
     from mmdet.models.utils import unpack_gt_instances
 
     instances, ignored, metas = unpack_gt_instances(data_samples)
     anchors, flags = head.get_anchors(sizes, metas, device=like.device)
-    get_targets = head.get_targets
-    *_, factor = get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
-    del anchors, flags
+    *by_level, factor = head.get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
+    span = slice(0)
 
-    def with_factor(*args, **kwargs) -> tuple:
-        return (*get_targets(*args, **kwargs)[:-1], factor)
+    def show(images: slice) -> None:
+        nonlocal span
+        span = images
 
-    with replaced(head, 'get_targets', with_factor):
-        yield
+    def anchors_of_span(*_: object, **__: object) -> tuple:
+        return anchors[span], flags[span]
+
+    def targets_of_span(*_: object, **__: object) -> tuple:
+        return (*([level[span] for level in levels] for levels in by_level), factor)
+
+    with replaced(head, 'get_anchors', anchors_of_span), replaced(head, 'get_targets', targets_of_span):
+        yield show
 
 
 @contextmanager
-def _means_over_ranks(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> Iterator[None]:
+def _means_over_ranks(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> Iterator[Show]:
     """Every number to divide by goes through ``reduce_mean``: once with the whole batch and predictions that are all zero."""
     from mmdet.models.utils import unpack_gt_instances
 
@@ -97,11 +107,11 @@ def _means_over_ranks(head: nn.Module, sizes: Sizes, data_samples: list, like: T
         return means[-1].clone()
 
     with replaced(module, 'reduce_mean', replayed):
-        yield
+        yield lambda images: None
 
 
-_ROWS: dict[str, Callable[..., AbstractContextManager[None]]] = {
-    'mmdet.models.dense_heads.anchor_head.AnchorHead': _positives_of_targets,
+_ROWS: dict[str, Callable[..., AbstractContextManager[Show]]] = {
+    'mmdet.models.dense_heads.anchor_head.AnchorHead': _targets_of_batch,
     'mmdet.models.dense_heads.atss_head.ATSSHead': _means_over_ranks,
     'mmdet.models.dense_heads.fcos_head.FCOSHead': _means_over_ranks,
 }
@@ -111,6 +121,6 @@ def _owner(head: nn.Module) -> type | None:
     return next((cls for cls in type(head).__mro__ if 'loss_by_feat' in vars(cls)), None)
 
 
-def _row(head: nn.Module) -> Callable[..., AbstractContextManager[None]] | None:
+def _row(head: nn.Module) -> Callable[..., AbstractContextManager[Show]] | None:
     owner = _owner(head)
     return owner and _ROWS.get(f'{owner.__module__}.{owner.__qualname__}')

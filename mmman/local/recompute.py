@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from mmman.errors import MisuseError, PartitionError
 from mmman.local.chunks import replaced
-from mmman.local.stem import StemByImage, stem_paths
+from mmman.local.stem import StemInChunks, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
@@ -94,9 +94,9 @@ def ends_told(modules: Iterable[nn.Module]) -> Iterator[Ends]:
 
 
 def recompute_unit_(backbone: nn.Module, unit: Unit, ends: Ends, selective: bool = False) -> None:
-    """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem image by image."""
+    """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem in chunks of the batch."""
     if unit.name == STEM:
-        backbone.get_submodule(unit.modules[0]).forward = StemByImage(backbone, stem_paths(backbone, unit))
+        backbone.get_submodule(unit.modules[0]).forward = StemInChunks(backbone, stem_paths(backbone, unit))
         return
     for path in unit.modules:
         module = backbone.get_submodule(path)
@@ -110,7 +110,7 @@ def recompute_(module: nn.Module, selective: bool = False, end: tuple[str, int] 
 
 def keep_(module: nn.Module) -> None:
     """Undo what was done to the forward of ``module``, if anything was."""
-    if isinstance(vars(module).get('forward'), (Recomputed, StemByImage)):
+    if isinstance(vars(module).get('forward'), (Recomputed, StemInChunks)):
         del module.forward
 
 

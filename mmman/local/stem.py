@@ -1,8 +1,8 @@
-"""A stem of convolution, BatchNorm, ReLU and pooling, run image by image in both directions.
+"""A stem of convolution, BatchNorm, ReLU and pooling, run on a few images at a time in both directions.
 
 Its maps are the largest of a backbone. BatchNorm mixes a batch only through the mean and variance of each channel; so with one
-pass more over the images in each direction everything is computed for one image at a time, and the only map of the whole batch
-is the pooled one. Results are those of the stem at once, but for the order of sums.
+pass more over the images in each direction everything is computed for a chunk of the batch at a time, and the only map of the
+whole batch is the pooled one. Results are those of the stem at once, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from mmman.partition import Unit
 
 Post = Callable[[Tensor], Tensor]
 
+CHUNKS = 8
+"""Parts of a batch: more of them save little, and cost a GPU time to start their operators."""
 
-class StemByImage:
+
+class StemInChunks:
     """The ``forward`` of a backbone's first convolution, which runs the whole stem; norm, ReLU and pooling then pass that on.
 
     The backbone's own forward calls the four one after the other. They are looked up at every call, because conversions
@@ -41,9 +44,7 @@ class StemByImage:
         if not (self.backbone.training and torch.is_grad_enabled()):
             return type(conv).forward(conv, x)
         if isinstance(norm, nn.SyncBatchNorm) and norm.training and get_world_size() > 1:
-            raise MisuseError(
-                "a stem with SyncBN cannot run image by image in several processes: leave 'stem' out of recompute"
-            )
+            raise MisuseError("a stem with SyncBN cannot run in chunks in several processes: leave 'stem' out of recompute")
         out = run_stem(x, conv, norm, partial(_without_hooks, rest))
         for module in (norm, *rest):
             module.forward = partial(_pass_once, module)
@@ -71,7 +72,7 @@ def stem_paths(backbone: nn.Module, stem: Unit) -> tuple[str, ...] | None:
 
 
 def run_stem(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, post: Post) -> Tensor:
-    """``post(norm(conv(x)))`` with only x kept for the backward pass, computed for one image at a time.
+    """``post(norm(conv(x)))`` with only x kept for the backward pass, computed for an eighth of the batch at a time.
 
     Args:
         x: (B, C, H, W).
@@ -90,19 +91,22 @@ class _Stem(torch.autograd.Function):
     def forward(ctx, x, kernel, gamma, beta, conv, norm, post) -> Tensor:
         ctx.conv, ctx.eps, ctx.post, ctx.precision = conv, norm.eps, post, _precision(x)
         ctx.mixes = norm.training or norm.running_mean is None
-        images = x.split(1)
+        spans = _spans(x)
         if ctx.mixes:
-            var, mean = map(torch.stack, zip(*(_moments(_conv(conv, image, kernel)) for image in images), strict=True))
-            var, mean = var.mean(0) + mean.var(0, correction=0), mean.mean(0)
+            moments = (_moments(_conv(conv, x[span], kernel)) for span in spans)
+            var, mean = map(torch.stack, zip(*moments, strict=True))
+            share = mean.new_tensor([len(x[span]) / len(x) for span in spans])[:, None]
+            means, mean = mean, (share * mean).sum(0)
+            var = (share * (var + (means - mean).square())).sum(0)
         else:
             mean, var = norm.running_mean.clone(), norm.running_var.clone()
         scale, shift = _affine(mean, var, gamma, beta, norm.eps)
         out = None
-        for i, image in enumerate(images):
-            z = _conv(conv, image, kernel)
+        for span in spans:
+            z = _conv(conv, x[span], kernel)
             y = post(_normalised(z, scale, shift))
             out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
-            out[i : i + 1] = y
+            out[span] = y
         ctx.count = len(x) * z[0, 0].numel()
         if norm.training and norm.track_running_stats:
             _track(norm, mean, var * (ctx.count / max(ctx.count - 1, 1)))
@@ -118,11 +122,11 @@ class _Stem(torch.autograd.Function):
             affine = _affine(mean, var, gamma, beta, ctx.eps)
             scale, shift = (t.detach().requires_grad_() for t in affine)
             sums = [torch.zeros_like(scale), torch.zeros_like(shift)]
-            for image, g in zip(x.split(1), grad.split(1), strict=True):
+            for span in _spans(x):
                 with torch.no_grad():
-                    z = _conv(ctx.conv, image, kernel)
+                    z = _conv(ctx.conv, x[span], kernel)
                 y = ctx.post(_normalised(z, scale, shift))
-                for total, part in zip(sums, torch.autograd.grad(y, (scale, shift), g), strict=True):
+                for total, part in zip(sums, torch.autograd.grad(y, (scale, shift), grad[span]), strict=True):
                     total += part
             del y, z
             to_mean, to_var, to_gamma, to_beta = torch.autograd.grad(affine, leaves, sums)
@@ -130,25 +134,30 @@ class _Stem(torch.autograd.Function):
             to_kernel = torch.zeros_like(kernel)
             to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             kernel = kernel.detach().requires_grad_()
-            for i, (image, g) in enumerate(zip(x.split(1), grad.split(1), strict=True)):
-                image = image.detach().requires_grad_(to_x is not None)
-                z = _conv(ctx.conv, image, kernel)
+            for span in _spans(x):
+                images = x[span].detach().requires_grad_(to_x is not None)
+                z = _conv(ctx.conv, images, kernel)
                 cut = z.detach().requires_grad_()
-                (g,) = torch.autograd.grad(ctx.post(_normalised(cut, scale, shift)), cut, g)
+                (g,) = torch.autograd.grad(ctx.post(_normalised(cut, scale, shift)), cut, grad[span])
                 if ctx.mixes:
                     with torch.no_grad():
                         direct = (to_mean + 2 * to_var * (_wide(z).movedim(1, -1) - mean)) / ctx.count
                         g = g + direct.movedim(-1, 1).to(g.dtype)
-                inputs = (kernel,) if to_x is None else (kernel, image)
+                inputs = (kernel,) if to_x is None else (kernel, images)
                 parts = torch.autograd.grad(z, inputs, g)
                 to_kernel += parts[0]
                 if to_x is not None:
-                    to_x[i : i + 1] = parts[1]
+                    to_x[span] = parts[1]
         return to_x, to_kernel, to_gamma, to_beta, None, None, None
 
 
-def _conv(conv: nn.Conv2d, image: Tensor, kernel: Tensor) -> Tensor:
-    return conv._conv_forward(image, kernel, None)
+def _spans(x: Tensor) -> list[slice]:
+    size = -(-len(x) // CHUNKS)
+    return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _conv(conv: nn.Conv2d, images: Tensor, kernel: Tensor) -> Tensor:
+    return conv._conv_forward(images, kernel, None)
 
 
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,33 @@ def test_local_losses_too():
     assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-12)
 
 
+def test_targets_are_computed_once(monkeypatch):
+    """For all images, though losses are computed image by image."""
+    from mmdet.models.dense_heads import AnchorHead
+
+    calls, stock = [], AnchorHead.get_targets
+
+    def get_targets(head, anchors, *args, **options):
+        calls.append((head, len(anchors)))
+        return stock(head, anchors, *args, **options)
+
+    monkeypatch.setattr(AnchorHead, 'get_targets', get_targets)
+    model = detector('RetinaNet')
+    one_step(model, images(), images_per_chunk=1)
+    heads = [*(head.bbox_head for head in model.backbone.local.values()), model.bbox_head]
+    assert calls == [(head, 5) for head in heads]
+
+
+def test_a_local_head_takes_as_many_positions_at_a_time_as_the_models_own():
+    """P3 of an image is three quarters of its pyramid, P4 and the rest a quarter, P5 and the rest a sixteenth."""
+    model, sizes = detector('RetinaNet'), {}
+    heads = [*(head.bbox_head for head in model.backbone.local.values()), model.bbox_head]
+    for head in heads:
+        head.register_forward_pre_hook(lambda head, args: sizes.setdefault(head, []).append(len(args[0][0])))
+    one_step(model, images(), images_per_chunk=1)
+    assert [sizes[head] for head in heads] == [[1] * 5, [5], [5], [1] * 5]
+
+
 @pytest.mark.parametrize('options', [{'accumulative_counts': 2}, {'update': 'immediate'}, {'dtype': 'bfloat16'}])
 def test_beside_other_options(options):
     results = []

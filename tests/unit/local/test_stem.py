@@ -1,4 +1,4 @@
-"""The stem image by image: outputs, gradients and running statistics are those of the batch."""
+"""The stem in chunks of the batch: outputs, gradients and running statistics are those of the batch."""
 
 import copy
 
@@ -32,10 +32,11 @@ def run(layers, x, whole):
     return [out.detach(), x.grad, *(p.grad for p in layers.parameters()), *layers.buffers()]
 
 
+@pytest.mark.parametrize('count', [4, 11])  # 11: chunks of two, and a last one of one
 @pytest.mark.parametrize('momentum', [0.1, None])
 @pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_as_the_batch(mode, momentum):
-    x = torch.randn(4, 3, 33, 40, dtype=torch.float64)
+def test_as_the_batch(mode, momentum, count):
+    x = torch.randn(count, 3, 33, 40, dtype=torch.float64)
     first, second = stem(mode, momentum), stem(mode, momentum)
     for _ in range(2):
         for layers in (first, second):
@@ -59,8 +60,9 @@ def test_under_autocast():
         assert (a.grad - b.grad).norm() < 2e-2 * b.grad.norm()
 
 
-def test_memory_is_one_images():
-    x, layers = torch.randn(8, 3, 64, 64), stem(dtype=torch.float32)
+@pytest.mark.parametrize('images', [1, 3])
+def test_memory_is_that_of_an_eighth(images):
+    x, layers = torch.randn(8 * images, 3, 64, 64), stem(dtype=torch.float32)
     peaks = []
     for whole in (True, False):
         with LiveBytes(x, layers) as live:
@@ -69,7 +71,7 @@ def test_memory_is_one_images():
             out.sum().backward()
             peaks.append(live.peak - start)
             del out
-    plane = 8 * 32 * 32 * 4  # one image's largest map
+    plane = images * 8 * 32 * 32 * 4  # the largest map of an eighth of the batch
     pooled = 8 * plane // 4
     assert peaks[0] > 8 * 3 * plane
     assert peaks[1] < 2 * pooled + 8 * plane
