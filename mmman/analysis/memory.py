@@ -33,6 +33,7 @@ class LiveBytes(TorchDispatchMode):
         current: Bytes alive now.
         peak: The most that were alive at once.
         flops: FLOPs so far, of matrix products, convolutions and attention. A multiplication and an addition are two.
+        operators: How many ran so far, views left out. A GPU has to start about so many kernels, one after the other.
 
     Raises:
         RuntimeError: The torch is too old to tell when a storage is gone (2.1 is, 2.11 is not).
@@ -46,6 +47,7 @@ class LiveBytes(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self.flops = 0
+        self.operators = 0
         self._sizes: dict[int, int] = {}
         for tensor in _tensors(held):
             self._add(tensor)
@@ -53,6 +55,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.flops += flops_of(func, args, kwargs or {}, result)
+        self.operators += not func.is_view
         for leaf in tree_flatten(result)[0]:
             if isinstance(leaf, Tensor):
                 self._add(leaf)

@@ -32,12 +32,14 @@ class Memory:
         parts: What the peak is made of; the sum is the peak.
         flops: FLOPs of the step, forward and backward: of matrix products, convolutions and attention. A multiplication and an
             addition are two. Operators of mmcv (deformable convolution) are not counted.
+        operators: How many the step ran, views left out.
         curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
     """
 
     peak: int
     parts: dict[str, int]
     flops: int
+    operators: int
     curves: dict[str, np.ndarray]
 
 
@@ -79,7 +81,7 @@ class StepMeter:
         with LiveParts(held, part='input') as live, parts_told(live, self.model, self.optim_wrapper, self.outputs):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}
-        return Memory(live.peak, parts, live.flops, live.curves())
+        return Memory(live.peak, parts, live.flops, live.operators, live.curves())
 
     def floor(self, in_chunks: bool = True) -> int:
         """Peak of what remains without the backbone.

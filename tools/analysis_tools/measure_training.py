@@ -16,6 +16,9 @@ Bytes are those of live tensors, counted exactly: on the CPU the same command gi
 peak of torch's allocator is told as well. The step is the second one, so that optimizer state is there. docs/results.md says
 what the floor is; in brackets, where neck and heads run on a few images at a time, that of all images at once.
 
+Operators, views left out, are about as many as the kernels that a GPU has to start, but for the optimizer's: on a CPU they are
+some for every parameter, on a GPU some for all.
+
 On a CPU mmdet's focal loss is a chain of operators that keeps several maps of (anchors x classes). With --fused-focal-loss it
 has, in all that is measured, the memory of the one operator that a GPU runs. Seconds then say nothing about the loss.
 
@@ -133,6 +136,7 @@ def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], b
         'allocator_peak': meter.allocator_peak(),
         'parts': {part: memory.parts[part] for part in in_order(memory.parts)},
         'flops': memory.flops,
+        'operators': memory.operators,
     }
     if seconds:
         row['seconds'] = median_and_quartiles(seconds)
@@ -154,7 +158,7 @@ def in_order(parts: set[str] | dict[str, int]) -> list[str]:
 
 
 def tables(rows: list[dict], title: str) -> list[Table]:
-    """One line a config; and the parts of the peaks, one line a part."""
+    """Memory, and work, one line a config; and the parts of the peaks, one line a part."""
 
     def spread(values: list[float] | None, digits: str) -> str:
         if values is None:
@@ -162,30 +166,41 @@ def tables(rows: list[dict], title: str) -> list[Table]:
         median, lower, upper = (f'{value:{digits}}' for value in values)
         return median if lower == upper else f'{median} ({lower}-{upper})'
 
-    names = ('peak, MB', 'to first', 'floor, MB', 'parameters, MB', 'GFLOPs', 'to first', 'seconds', 'to first')
-    on_gpu = rows[0]['allocator_peak'] is not None
-    steps = _table(title, 'config', *names, *(['allocator, MB'] if on_gpu else []))
+    def change(row: dict, key: str) -> str:
+        return '' if row[key] is None else f'{row[key] / rows[0][key] - 1:+.1%}'
+
     first = rows[0]
+    on_gpu = first['allocator_peak'] is not None
+    memory = _table(title, 'config', 'peak, MB', 'to first', 'floor, MB', 'parameters, MB')
+    work = _table('work of the step', 'config', 'GFLOPs', 'to first', 'operators', 'to first', 'seconds', 'to first')
+    if on_gpu:
+        for name in ('allocator, MB', 'to first'):
+            memory.add_column(name, justify='right', no_wrap=True)
     for row in rows:
-        steps.add_row(
+        memory.add_row(
             row['config'],
             f'{row["peak"] / MB:.1f}',
-            f'{row["peak"] / first["peak"] - 1:+.1%}',
+            change(row, 'peak'),
             f'{row["floor"] / MB:.1f}'
             + (f' ({row["floor_at_once"] / MB:.1f})' if row['floor_at_once'] != row['floor'] else ''),
             f'{row["parameters"] / MB:.1f}',
+            *([f'{row["allocator_peak"] / MB:.1f}', change(row, 'allocator_peak')] if on_gpu else []),
+        )
+        work.add_row(
+            row['config'],
             f'{row["flops"] / 1e9:.2f}',
-            f'{row["flops"] / first["flops"] - 1:+.1%}',
+            change(row, 'flops'),
+            str(row['operators'] or ''),
+            change(row, 'operators'),
             spread(row.get('seconds'), '.3f'),
             spread(row.get('ratio'), '.2f'),
-            *([f'{row["allocator_peak"] / MB:.1f}'] if on_gpu else []),
         )
     parts = _table('parts of the peak, MB', 'part', *(row['config'] for row in rows))
     for part in in_order({part for row in rows for part in row['parts']}):
         parts.add_row(part, *(f'{row["parts"][part] / MB:.1f}' if part in row['parts'] else '' for row in rows))
     parts.add_section()
     parts.add_row('peak', *(f'{row["peak"] / MB:.1f}' for row in rows))
-    return [steps, parts]
+    return [memory, work, parts]
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -258,6 +273,8 @@ def run(args: argparse.Namespace) -> list[dict]:
         title += ', fused focal loss'
     for row in rows:
         row['fused_focal_loss'], row['sizes_only'] = args.fused_focal_loss, args.sizes_only
+        if args.sizes_only:  # many of them are made of others there
+            row['operators'] = None
     CONSOLE.print(*tables(rows, title), sep='\n')
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2))

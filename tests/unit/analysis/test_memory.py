@@ -36,6 +36,15 @@ def test_optimizer_state_and_gradients_count():
     assert LiveBytes(net, optimizer).current == 4 * 64 + 4  # weight, gradient, two moments, step count
 
 
+def test_operators_count_and_views_do_not():
+    x = torch.ones(2, 3, requires_grad=True)
+    with LiveBytes(x) as live:
+        loss = (x.view(6) * 2).sum()
+        assert live.operators == 2
+        loss.backward()  # ones like the loss, expanded, and the product with 2
+    assert live.operators == 4
+
+
 def test_repeatable():
     net = nn.Conv2d(3, 4, 3)
     x = torch.randn(1, 3, 16, 16)

@@ -92,7 +92,7 @@ def test_side_by_side(tmp_path, capsys):
     assert json.loads(out.read_text()) == rows and [row['config'] for row in rows] == names
     assert picture.read_bytes().startswith(b'\x89PNG')
     printed = capsys.readouterr().out
-    assert all(name in printed for name in names) and 'neck, head, loss' in printed
+    assert all(name in printed for name in (*names, 'operators', 'neck, head, loss'))
     whole, autocast, plain, man, manpp = rows
     for row in rows:
         assert sum(row['parts'].values()) == row['peak'] > row['floor'] > row['parameters']
@@ -100,6 +100,7 @@ def test_side_by_side(tmp_path, capsys):
     # End to end the blocks are those of the first local config; the output of a convolution takes two bytes for four.
     assert autocast['parts']['block 1'] < 0.8 * whole['parts']['block 1'] and autocast['flops'] == whole['flops']
     assert whole['parts']['block 2'] > 0
+    assert whole['operators'] < plain['operators'] < man['operators'] < manpp['operators']
     assert whole['flops'] < plain['flops'] < man['flops'] == manpp['flops']
     assert 'momentum copies' not in plain['parts'] and man['parts']['momentum copies'] > 0
     assert 0 <= manpp['parameters'] - man['parameters'] <= 4  # the scale
@@ -108,7 +109,7 @@ def test_side_by_side(tmp_path, capsys):
 def test_sizes_only(capsys):
     words = [CONFIG, f'{K}=2', UNIFORM, *SMALL]
     ((with_data,), (without,)) = run(parse_args([*words, '--iterations', '0'])), run(parse_args([*words, '--sizes-only']))
-    assert without == {**with_data, 'sizes_only': True}
+    assert without == {**with_data, 'sizes_only': True, 'operators': None}
     capsys.readouterr()
 
 
