@@ -22,7 +22,7 @@ class Trace(LiveBytes):
 
     Attributes:
         named: The numbers i of storages that have a name.
-        operators: The operators that allocated, in order; '' where a storage that was there already is released.
+        allocated_by: The operators that allocated, in order; '' where a storage that was there already is released.
         sizes: Bytes of their storages.
         events: i + 1 where storage i appears, -(i + 1) where it goes.
         marks: Number of events, and FLOPs, before each mark.
@@ -36,7 +36,7 @@ class Trace(LiveBytes):
 
     def begin(self) -> None:
         """Forget what was recorded: what is alive now is what the run starts with."""
-        self.operators: list[str] = []
+        self.allocated_by: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
         self.flops = 0
@@ -67,7 +67,7 @@ class Trace(LiveBytes):
         self.events.append(-self._index.pop(key))
 
     def _number(self, key: int, operator: str, size: int) -> int:
-        self.operators.append(operator)
+        self.allocated_by.append(operator)
         self.sizes.append(size)
         self._index[key] = len(self.sizes)
         return self._index[key]
@@ -88,7 +88,7 @@ class Extrapolation:
     def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
         self._traces, self._pixels = (small, large), pixels
         sizes = np.array(large.sizes, dtype=float)
-        for i, j in _pairs(small.operators, large.operators):
+        for i, j in _pairs(small.allocated_by, large.allocated_by):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
