@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from functools import partial
 
+import torch
+import torch.nn.functional as F
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ class ViTLocalHead(ClsLocalHead):
 
     The layer is built like the unit that runs next in the backbone on what the head sees; where none follows there is none.
     Without a class token (Swin, ``with_cls_token=False``) the mean of the patch tokens is classified. Where it is the class
-    token, nothing else is computed of the last layer's feed-forward network (:func:`class_token`).
+    token, nothing else is computed of the last layer (:func:`class_token`).
 
     Args:
         layers: Further learnable layers behind the transfer. 0 takes the least memory and time; not in the paper.
@@ -73,9 +75,9 @@ class ViTLocalHead(ClsLocalHead):
 
 
 def class_token(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a transformer layer makes of the first token: its attention sees all of them, what follows only that one.
+    """What a transformer layer makes of the first token, and nothing else: it alone asks, and all of them answer.
 
-    It equals ``layer(x)[:, :1]``, to rounding, with fewer FLOPs and activations. Dropout draws fewer numbers.
+    It equals ``layer(x)[:, :1]``, to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer numbers.
 
     Args:
         layer: A layer of mmpretrain's ViT; any other is run as it is.
@@ -97,5 +99,35 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _first_token(layer: nn.Module, x: Tensor) -> Tensor:
-    x = (x + layer.attn(layer.ln1(x)))[:, :1]
+    x = x[:, :1] + _first_attends(layer.attn, layer.ln1(x))
     return layer.ffn(layer.ln2(x), identity=x)
+
+
+def _first_attends(attn: nn.Module, x: Tensor) -> Tensor:
+    """``attn(x)[:, :1]`` of mmpretrain's ``MultiheadAttention``, without keys and values of all tokens.
+
+    With a single query q a head's scores q·(W_k x + b_k) are (W_kᵀ q)·x and a number that softmax drops, and its answer
+    Σ a (W_v x + b_v) is W_v (Σ a x) + b_v Σ a.
+
+    Args:
+        attn: The attention.
+        x: (B, L, C).
+
+    Returns:
+        (B, 1, C).
+    """
+    from mmpretrain.models.utils import MultiheadAttention
+
+    if type(attn).forward is not MultiheadAttention.forward or attn.v_shortcut or type(attn.qkv) is not nn.Linear:
+        return attn(x)[:, :1]
+    by_head = (attn.num_heads, attn.head_dims)
+    of_query, of_keys, of_values = attn.qkv.weight.chunk(3)
+    to_query, _, to_values = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    query = F.linear(x[:, 0], of_query, to_query).unflatten(-1, by_head)
+    asked = torch.einsum('bhd,hdc->bhc', query, of_keys.unflatten(0, by_head))
+    scores = asked @ x.transpose(1, 2) * attn.head_dims**-0.5
+    shares = F.dropout(scores.softmax(-1), attn.attn_drop, attn.training)
+    answer = torch.einsum('bhc,hdc->bhd', shares @ x, of_values.unflatten(0, by_head))
+    if to_values is not None:
+        answer = answer + shares.sum(-1, keepdim=True) * to_values.unflatten(0, by_head)
+    return attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(answer.flatten(1)[:, None]))))
