@@ -119,7 +119,7 @@ def test_targets_are_computed_once(monkeypatch):
 
 
 def test_a_local_head_takes_as_many_positions_at_a_time_as_the_models_own():
-    """P3 of an image is three quarters of its pyramid, P4 and the rest a quarter, P5 and the rest a sixteenth."""
+    """P3 is three quarters of an image's pyramid, P4 alone less than a fifth, P5 and the rest a sixteenth."""
     model, sizes = detector('RetinaNet'), {}
     heads = [*(head.bbox_head for head in model.backbone.local.values()), model.bbox_head]
     for head in heads:
