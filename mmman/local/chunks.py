@@ -106,12 +106,12 @@ def _stand_ins(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Parameter, nn.P
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
     """While this context is open, ``owner`` has ``value`` as its own attribute ``name``."""
-    own = vars(owner).get(name)
+    had, own = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own is None:
-            delattr(owner, name)
-        else:
+        if had:
             setattr(owner, name, own)
+        else:
+            delattr(owner, name)

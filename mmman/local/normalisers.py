@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.local.anchor_targets import targets_at_once
 from mmman.local.chunks import replaced
 
 Sizes = list[tuple[int, int]]
@@ -61,8 +62,9 @@ def _targets_of_batch(head: nn.Module, sizes: Sizes, data_samples: list, like: T
     from mmdet.models.utils import unpack_gt_instances
 
     instances, ignored, metas = unpack_gt_instances(data_samples)
-    anchors, flags = head.get_anchors(sizes, metas, device=like.device)
-    *by_level, factor = head.get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
+    with targets_at_once(head):
+        anchors, flags = head.get_anchors(sizes, metas, device=like.device)
+        *by_level, factor = head.get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
     span = slice(0)
 
     def show(images: slice) -> None:

@@ -166,9 +166,10 @@ class Recomputed:
 
 
 class _BuffersAside:
-    """While this context is open, the layers of a module that are in training mode have copies of their buffers to update.
+    """While this context is open, the layers of a module that are in training mode leave their buffers as they are.
 
-    ``track_running_stats=False`` would keep them too, but then BatchNorm saves two tensors less for its backward pass, and
+    A BatchNorm has a momentum of 0 for its statistics and counts no batches; other layers have copies to update.
+    ``track_running_stats=False`` would do as well, but then BatchNorm saves two tensors less for its backward pass, and
     ``checkpoint`` counts them.
     """
 
@@ -176,14 +177,20 @@ class _BuffersAside:
         self.module = module
 
     def __enter__(self) -> None:
-        self.own = [(layer._buffers, dict(layer._buffers)) for layer in self.module.modules() if layer.training]
-        for buffers, own in self.own:
-            buffers.update({name: buffer.clone() for name, buffer in own.items() if buffer is not None})
+        self.stack = ExitStack()
+        for layer in self.module.modules():
+            if not (layer.training and layer._buffers):
+                continue
+            own = dict(layer._buffers)
+            self.stack.callback(layer._buffers.update, own)
+            if isinstance(layer, nn.modules.batchnorm._NormBase):
+                self.stack.enter_context(replaced(layer, 'momentum', 0.0))
+                layer._buffers['num_batches_tracked'] = None
+            else:
+                layer._buffers.update({name: buffer.clone() for name, buffer in own.items() if buffer is not None})
 
     def __exit__(self, *_: object) -> None:
-        for buffers, own in self.own:
-            buffers.update(own)
-        del self.own
+        self.stack.close()
 
 
 def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args: Any) -> Any:

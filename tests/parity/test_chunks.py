@@ -103,19 +103,19 @@ def test_local_losses_too():
 
 def test_targets_are_computed_once(monkeypatch):
     """For all images, though losses are computed image by image."""
-    from mmdet.models.dense_heads import AnchorHead
+    from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 
-    calls, stock = [], AnchorHead.get_targets
+    coders, stock = [], DeltaXYWHBBoxCoder.encode
 
-    def get_targets(head, anchors, *args, **options):
-        calls.append((head, len(anchors)))
-        return stock(head, anchors, *args, **options)
+    def encode(coder, *boxes):
+        coders.append(coder)
+        return stock(coder, *boxes)
 
-    monkeypatch.setattr(AnchorHead, 'get_targets', get_targets)
+    monkeypatch.setattr(DeltaXYWHBBoxCoder, 'encode', encode)
     model = detector('RetinaNet')
-    one_step(model, images(), images_per_chunk=1)
+    one_step(model, images(objects=(9, 8, 9), size=(128, 192)), images_per_chunk=1)
     heads = [*(head.bbox_head for head in model.backbone.local.values()), model.bbox_head]
-    assert calls == [(head, 5) for head in heads]
+    assert coders == [head.bbox_coder for head in heads]
 
 
 def test_a_local_head_takes_as_many_positions_at_a_time_as_the_models_own():

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.local.anchor_targets import targets_at_once
 from mmman.local.heads.base import Boundary, LocalHead
 from mmman.local.heads.levels import LevelProjection, assign_levels, size_range
 from mmman.local.transfer import MomentumTransfer
@@ -98,28 +99,30 @@ class DetLocalHead(LocalHead):
         if self.downsample > 1:
             y = F.avg_pool2d(y, self.downsample, ceil_mode=True)
         levels = self.projection(y)
-        return self.bbox_head.loss(levels, self.shown(data_samples))
+        with targets_at_once(self.bbox_head):
+            return self.bbox_head.loss(levels, self.shown(data_samples))
 
     @property
     def dense_head(self) -> nn.Module:
         return self.bbox_head
 
     def shown(self, data_samples: list) -> list:
-        """The data samples with the objects of this head's sizes alone."""
-        return [self._in_range(sample) for sample in data_samples]
-
-    def _in_range(self, sample):
-        """A view of a DetDataSample with the objects of this head's sizes; the sample itself stays whole."""
+        """Views of the data samples with the objects of this head's sizes; the samples themselves stay whole."""
         if self.size_range is None:
-            return sample
-        from mmdet.structures.bbox import get_box_wh
+            return data_samples
+        from mmdet.structures.bbox import cat_boxes, get_box_wh
 
-        width, height = get_box_wh(sample.gt_instances.bboxes)
-        size = (width * height).sqrt()
-        low, high = self.size_range
-        view = copy.copy(sample)
-        view.gt_instances = sample.gt_instances[(size >= low) & (size <= high)]
-        return view
+        instances = [sample.gt_instances for sample in data_samples]
+        width, height = get_box_wh(cat_boxes([own.bboxes for own in instances]))
+        size, (low, high) = (width * height).sqrt(), self.size_range
+        is_shown = ((size >= low) & (size <= high)).tolist()  # one wait for the device; selecting by it here needs no other
+        views = []
+        for sample, own in zip(data_samples, instances, strict=True):
+            flags, is_shown = is_shown[: len(own)], is_shown[len(own) :]
+            view = copy.copy(sample)
+            view.gt_instances = own if all(flags) else own[torch.tensor(flags).nonzero()[:, 0]]
+            views.append(view)
+        return views
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where the model's own head has another ``num_classes``."""

@@ -67,14 +67,18 @@ def test_the_head_is_built_for_its_levels_alone(head):
 def test_a_head_sees_the_objects_of_its_sizes_and_leaves_the_samples_whole():
     from mmdet.structures import DetDataSample
 
-    sample = DetDataSample(metainfo={'img_shape': (512, 512)})
-    sides = torch.tensor([10.0, 60, 100, 400])
-    boxes = torch.stack([torch.zeros(4), torch.zeros(4), sides, sides], 1)
-    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(4))
-    before = copy.deepcopy(sample)
-    seen = [head._in_range(sample).gt_instances.labels.tolist() for head in backbone_with('RetinaHead').local.values()]
-    assert seen == [[0, 1], [1, 2], [2, 3]]
-    assert torch.equal(sample.gt_instances.bboxes, before.gt_instances.bboxes) and len(sample.gt_instances) == 4
+    samples = []
+    for sides in ([10.0, 60, 100, 400], [], [20.0], [500.0, 20]):
+        sides = torch.tensor(sides)
+        boxes = torch.stack([0 * sides, 0 * sides, sides, sides], 1)
+        samples.append(DetDataSample(metainfo={'img_shape': (512, 512)}))
+        samples[-1].gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(sides)))
+    before = copy.deepcopy(samples)
+    heads = backbone_with('RetinaHead').local.values()
+    seen = [[view.gt_instances.labels.tolist() for view in head.shown(samples)] for head in heads]
+    assert seen == [[[0, 1], [], [0], [1]], [[1, 2], [], [], []], [[2, 3], [], [], [0]]]
+    for sample, old in zip(samples, before, strict=True):
+        assert torch.equal(sample.gt_instances.bboxes, old.gt_instances.bboxes)
     ranges = [head.size_range for head in backbone_with('RetinaHead').local.values()]
     assert ranges[0][0] == 0 and ranges[-1][1] == math.inf
 

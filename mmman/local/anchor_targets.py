@@ -1,0 +1,126 @@
+"""Anchors and targets of an anchor-based dense head, for all images in one pass.
+
+mmdet finds them image by image and object by object, in some 170 operators an image and with a wait for the device at most of
+them. A step of local learning has a dense head for each block. Here they are the same tensors, bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmman.local.chunks import replaced
+
+ELEMENTS = 2**20
+"""Of a map of overlaps, (images, objects, anchors), that are computed at once; or one image's."""
+
+
+@contextmanager
+def targets_at_once(head: nn.Module) -> Iterator[None]:
+    """While this context is open, ``head`` computes anchors and targets for all images in one pass, where that is known.
+
+    It is for a head that has mmdet's own ``AnchorHead.get_targets``, with a ``MaxIoUAssigner``, a ``PseudoSampler`` and a
+    ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses. Others are left as they are, and so is a head whose targets are
+    given already (:func:`mmman.local.normalisers.batch_normalisers`).
+    """
+    if 'get_targets' in vars(head) or not _is_known(head):
+        yield
+        return
+    with replaced(head, 'get_anchors', partial(_anchors, head)), replaced(head, 'get_targets', partial(_targets, head)):
+        yield
+
+
+def _is_known(head: nn.Module) -> bool:
+    from mmdet.models.dense_heads import AnchorHead
+    from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
+
+    names = ('get_anchors', 'get_targets', '_get_targets_single')
+    if any(getattr(type(head), name, None) is not getattr(AnchorHead, name) for name in names):
+        return False
+    parts = ((head.assigner, MaxIoUAssigner), (head.sampler, PseudoSampler), (head.bbox_coder, DeltaXYWHBBoxCoder))
+    if any(type(part) is not kind for part, kind in parts) or head.reg_decoded_bbox:
+        return False
+    assigner = head.assigner
+    return (
+        head.train_cfg['allowed_border'] < 0
+        and type(assigner.iou_calculator) is BboxOverlaps2D
+        and isinstance(assigner.neg_iou_thr, float)
+        and assigner.min_pos_iou >= 0
+        and assigner.gt_max_assign_all
+        and assigner.match_low_quality
+        and assigner.ignore_iof_thr <= 0
+        and assigner.gpu_assign_thr <= 0
+        and assigner.perm_repeat_gt_cfg is None
+    )
+
+
+def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str = 'cuda') -> tuple:
+    """As ``AnchorHead.get_anchors``; images padded to the same shape share their flags."""
+    anchors = head.prior_generator.grid_priors(sizes, device=device)
+    flags = {tuple(meta['pad_shape']): None for meta in metas}
+    flags = {shape: head.prior_generator.valid_flags(sizes, shape, device) for shape in flags}
+    return [anchors] * len(metas), [flags[tuple(meta['pad_shape'])] for meta in metas]
+
+
+def _targets(
+    head: nn.Module, anchors: list[list[Tensor]], flags: list[list[Tensor]], instances: list, metas: list[dict], **_: object
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
+    """As ``AnchorHead.get_targets``: labels, their weights, box targets and their weights by level, each (B, anchors, ...),
+    and the number of positive anchors, at least one an image."""
+    levels = [len(level) for level in anchors[0]]
+    priors = torch.cat(anchors[0])
+    valid = torch.stack([torch.cat(own) for own in flags])
+    boxes = pad_sequence([own.bboxes for own in instances], batch_first=True)
+    labels = pad_sequence([own.labels for own in instances], batch_first=True)
+    counts = torch.tensor([len(own.bboxes) for own in instances], device=priors.device)
+
+    count, most = boxes.shape[:2]
+    size = max(1, ELEMENTS // max(1, most * len(priors)))
+    spans = [slice(start, start + size) for start in range(0, count, size)]
+    matched = torch.cat([_matched(head.assigner, boxes[s], counts[s], priors, valid[s]) for s in spans])
+
+    image, anchor = (matched > 0).nonzero(as_tuple=True)
+    obj = matched[image, anchor] - 1
+    label = torch.full_like(matched, head.num_classes)
+    box_target, box_weight = priors.new_zeros(2, *matched.shape, 4)
+    label_weight = (matched == 0).float()
+    if len(image):
+        weight = head.train_cfg['pos_weight']
+        label[image, anchor] = labels[image, obj]
+        label_weight[image, anchor] = 1.0 if weight <= 0 else weight
+        box_target[image, anchor] = head.bbox_coder.encode(priors[anchor], boxes[image, obj])
+        box_weight[image, anchor] = 1.0
+    factor = int(image.bincount(minlength=count).clamp(min=1).sum())
+    return *([*target.split(levels, dim=1)] for target in (label, label_weight, box_target, box_weight)), factor
+
+
+def _matched(assigner: object, boxes: Tensor, counts: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
+    """What each anchor is matched to, (B, A): an object's number from 1, 0 for background, -1 for nothing.
+
+    Args:
+        assigner: A ``MaxIoUAssigner``.
+        boxes: (B, G, 4), of which an image has the first of ``counts``, (B,).
+        priors: (A, 4).
+        valid: Whether an anchor takes part, (B, A).
+    """
+    count, most = boxes.shape[:2]
+    if most == 0:
+        return valid.long() - 1
+    number = torch.arange(1, most + 1, device=boxes.device)
+    taken = (number <= counts[:, None])[..., None] & valid[:, None]
+    overlaps = assigner.iou_calculator(boxes, priors.expand(count, -1, -1)).masked_fill_(~taken, -1)
+    most_of_anchor, which = overlaps.max(dim=1)
+    most_of_object = overlaps.amax(dim=2, keepdim=True)
+
+    matched = torch.where(most_of_anchor < assigner.neg_iou_thr, 0, -1)
+    matched = torch.where(most_of_anchor >= assigner.pos_iou_thr, which + 1, matched)
+    best = (overlaps == most_of_object) & (most_of_object >= assigner.min_pos_iou) & taken
+    of_object = (best * number[:, None]).amax(dim=1)  # of several the last, as mmdet's loop leaves it
+    matched = torch.where(of_object > 0, of_object, matched)
+    return matched.masked_fill_(~valid, -1)
+
