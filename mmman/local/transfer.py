@@ -111,19 +111,31 @@ class MomentumTransfer(BaseModule):
         """
         if self.momentum is None:
             return
-        ours = self.momentum.state_dict()
-        theirs = source.state_dict() if isinstance(source, nn.Module) else source
-        names = [name for name, value in ours.items() if value.is_floating_point()]
-        torch._foreach_lerp_([ours[name] for name in names], [theirs[name] for name in names], 1 - momentum)
+        if isinstance(source, nn.Module):
+            ours, theirs = _moving(self.momentum), _moving(source)
+        else:
+            names = [name for name, value in self.momentum.state_dict().items() if value.is_floating_point()]
+            ours, theirs = ([own[name] for name in names] for own in (self.momentum.state_dict(), source))
+        torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
     def follow_(self, source: nn.Module) -> None:
         """Put every layer of E and B into the mode, train or eval, of the layer it copies (``norm_eval``, frozen layers)."""
         for module in self.copies:
-            for name, layer in module.named_modules():
-                layer.training = source.get_submodule(name).training
+            for layer, copied in zip(module.modules(), source.modules(), strict=True):
+                if layer.training != copied.training:
+                    layer.training = copied.training
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         own = self.state_dict(keep_vars=True)
         given = [state_dict.get(prefix + name) for name in own]
         self.is_loaded = all(v is not None and v.shape == own[name].shape for name, v in zip(own, given, strict=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _moving(module: nn.Module) -> list[Tensor]:
+    """The floating-point tensors of a module's state dict, in the same order for modules of the same structure."""
+    kept = []
+    for layer in module.modules():
+        kept += layer._parameters.values()
+        kept += (value for name, value in layer._buffers.items() if name not in layer._non_persistent_buffers_set)
+    return [tensor for tensor in kept if tensor is not None and tensor.is_floating_point()]
