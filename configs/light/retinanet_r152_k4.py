@@ -11,3 +11,4 @@ model = dict(
         local_head=dict(stacked_convs=1, downsample=4, bbox_head=dict(feat_channels=128)),
     )
 )
+optim_wrapper = dict(images_per_chunk=2)  # the peak is that of a block, or close to it

@@ -123,4 +123,3 @@ def _matched(assigner: object, boxes: Tensor, counts: Tensor, priors: Tensor, va
     of_object = (best * number[:, None]).amax(dim=1)  # of several the last, as mmdet's loop leaves it
     matched = torch.where(of_object > 0, of_object, matched)
     return matched.masked_fill_(~valid, -1)
-

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from mmman.errors import MisuseError, PartitionError
 from mmman.local.chunks import replaced
-from mmman.local.stem import StemInChunks, stem_paths
+from mmman.local.stem import StemInChunks, precision_of, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
@@ -23,6 +27,9 @@ SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2,
 
 Ends = dict[nn.Module, tuple[str, int]]
 """Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
+
+Kept = deque[tuple[Callable, Any, list[int]]]
+"""Costly operators in the order they ran, what came out, and the versions of that."""
 
 
 def units_to_recompute(
@@ -154,27 +161,109 @@ class Recomputed:
                 f'a compiled {type(self.module).__name__} cannot run again in the backward pass: compile the layers in it, or '
                 'leave it out of recompute'
             )
-        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts)
-
-    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """What the forward pass runs in the first time, and what it runs in again."""
-        aside = _BuffersAside(self.module)
-        if not self.selective:
-            return nullcontext(), aside
-        keeping, kept = create_selective_checkpoint_contexts(_policy)
-        return keeping, _Both(aside, kept)
+        return _Run(self.module, self.selective, forward, args)(*args)
 
 
-class _BuffersAside:
-    """While this context is open, the layers of a module that are in training mode leave their buffers as they are.
+class _Run:
+    """One call of a module whose forward pass is computed again in the backward pass, as torch's ``checkpoint`` does it.
 
-    A BatchNorm has a momentum of 0 for its statistics and counts no batches; other layers have copies to update.
-    ``track_running_stats=False`` would do as well, but then BatchNorm saves two tensors less for its backward pass, and
-    ``checkpoint`` counts them.
+    The graph is that of the plain forward, with a number in the place of each saved tensor. The first that is asked for makes
+    the forward pass run again. torch's own takes so much time in Python for every one of them that a fast GPU waits.
+
+    Args:
+        module: The module.
+        selective: Whether what :func:`is_costly` is kept.
+        forward: What to compute.
+        args: Its arguments: tensors, and others, in tuples, lists and dicts.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, selective: bool, forward: Callable[..., Any], args: tuple) -> None:
+        self.module, self.forward = module, forward
+        leaves, self.spec = tree_flatten(args)
+        self.inputs = [(_alias(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
+        self.versions = _versions(leaves)
+        self.kept: Kept | None = deque() if selective else None
+        self.places, self.saved = 0, []
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = [leaf for leaf, _ in self.inputs if isinstance(leaf, Tensor)]
+        before = _random_states(tensors)
+        self.precision = precision_of(tensors[0])
+        with saved_tensors_hooks(self._place, self._fill), nullcontext() if self.kept is None else _Keeping(self.kept):
+            out = self.forward(*args)
+        drew = any(not torch.equal(*states) for states in zip(before[0], _random_states(tensors)[0], strict=True))
+        self.random = before if drew else None
+        return out
+
+    def _place(self, _: Tensor) -> int:
+        self.places += 1
+        return self.places - 1
+
+    def _fill(self, place: int) -> Tensor:
+        if not self.saved or self.saved[place] is None:
+            self._again()
+        tensor, self.saved[place] = self.saved[place], None
+        return tensor
+
+    def _again(self) -> None:
+        """Run with the inputs, the random numbers and the autocast of the first time, up to the last tensor that is saved."""
+        if self.versions != _versions([leaf for leaf, _ in self.inputs]):
+            raise MisuseError(
+                f'an input of {type(self.module).__name__} was changed in place, so it cannot run again: leave it out of '
+                'recompute'
+            )
+        leaves = [leaf if grad is None else leaf.detach().requires_grad_(grad) for leaf, grad in self.inputs]
+        saved: list[Tensor] = []
+
+        def save(tensor: Tensor) -> None:
+            saved.append(tensor.detach())
+            if len(saved) == self.places:
+                raise _AllSaved
+
+        with ExitStack() as stack:
+            stack.enter_context(suppress(_AllSaved))
+            if self.random is not None:
+                (cpu, *states), devices = self.random
+                stack.enter_context(torch.random.fork_rng(devices))
+                torch.set_rng_state(cpu)
+                set_device_states(devices, states)
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.precision())
+            stack.enter_context(_Again(self.module, self.kept))
+            stack.enter_context(saved_tensors_hooks(save, save))
+            self.forward(*tree_unflatten(leaves, self.spec))
+        if len(saved) != self.places:
+            raise MisuseError(
+                f'{type(self.module).__name__} saved {self.places} tensors for the backward pass, and {len(saved)} when it ran '
+                'again: leave it out of recompute'
+            )
+        self.saved = saved
+
+
+class _AllSaved(Exception):  # noqa: N818  no error
+    """All that the backward pass asks for was computed."""
+
+
+def _random_states(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Of the CPU's generator and those of the devices that hold ``tensors``; and which devices these are."""
+    devices, states = get_device_states(*tensors)
+    return [torch.get_rng_state(), *states], devices
+
+
+class _Again:
+    """What a module runs in for the second time.
+
+    Its layers that are in training mode leave their buffers as they are: a BatchNorm has a momentum of 0 for its statistics and
+    counts no batches, other layers have copies to update. ``track_running_stats=False`` would do as well, but then BatchNorm
+    saves two tensors less for its backward pass, and ``checkpoint`` counts them.
+
+    Args:
+        module: The module.
+        kept: What was kept of the first time, to be taken in its order.
+    """
+
+    def __init__(self, module: nn.Module, kept: Kept | None = None) -> None:
+        self.module, self.kept = module, kept
 
     def __enter__(self) -> None:
         self.stack = ExitStack()
@@ -188,9 +277,58 @@ class _BuffersAside:
                 layer._buffers['num_batches_tracked'] = None
             else:
                 layer._buffers.update({name: buffer.clone() for name, buffer in own.items() if buffer is not None})
+        if self.kept is not None:
+            self.stack.enter_context(_Taking(self.kept))
 
     def __exit__(self, *_: object) -> None:
         self.stack.close()
+
+
+class _Keeping(TorchDispatchMode):
+    """Keeps what :func:`is_costly`. As torch's selective checkpointing, with a third of its time in Python."""
+
+    def __init__(self, kept: Kept) -> None:
+        super().__init__()
+        self.kept = kept
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:  # compiled layers run in this mode
+        return True
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        if is_costly(op, args):
+            own = _alias(out) if isinstance(out, Tensor) else tree_map_only(Tensor, _alias, out)
+            self.kept.append((op, own, _versions(own)))
+        return out
+
+
+class _Taking(_Keeping):
+    """Gives what was kept in the place of computing it."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if not is_costly(op, args):
+            return op(*args, **kwargs or {})
+        if not self.kept:
+            raise RuntimeError('a unit of selective_recompute can be back-propagated once: put it into recompute')
+        before, own, versions = self.kept.popleft()
+        if before is not op or versions != _versions(own):
+            raise MisuseError(
+                f'a unit of selective_recompute changes the output of {before} in place, or runs {op} the second time: put it '
+                'into recompute'
+            )
+        return own
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """The tensor without its graph, with the counter of its versions."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def _versions(tensors: Any) -> list[int]:
+    leaves = [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors)
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args: Any) -> Any:
@@ -206,25 +344,6 @@ def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args
         return forward(*args)
 
 
-class _Both:
-    """Two contexts, opened one in the other as often as this one is."""
-
-    def __init__(self, outer: AbstractContextManager, inner: AbstractContextManager) -> None:
-        self.outer, self.inner = outer, inner
-
-    def __enter__(self) -> None:
-        self.stack = ExitStack()
-        self.stack.enter_context(self.outer)
-        self.stack.enter_context(self.inner)
-
-    def __exit__(self, *error: Any) -> None:
-        self.stack.__exit__(*error)
-
-
-def _policy(_: object, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if is_costly(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def is_costly(op: Callable, args: Sequence[Any]) -> bool:
     """Whether an operator's output is dear to compute for its size.
 
@@ -232,10 +351,15 @@ def is_costly(op: Callable, args: Sequence[Any]) -> bool:
     the output has channels. So it is not a 1x1 convolution or a linear layer that widens, nor a depthwise convolution
     over many channels.
     """
+    weigh = _weigher(op)
+    return weigh is not None and weigh(args)
+
+
+@cache
+def _weigher(op: Callable) -> Callable[[Sequence[Any]], bool] | None:
+    """Says of the arguments of ``op`` whether it is costly; None where it never is."""
     if op is aten.convolution.default:
-        weight, is_transposed = args[1], args[6]
-        return not is_transposed and weight[0].numel() >= len(weight)
-    if op in SECOND_FACTOR:
-        summed, channels = args[SECOND_FACTOR[op]].shape[-2:]
-        return summed >= channels
-    return '_scaled_dot_product' in op.name()
+        return lambda args: not args[6] and args[1].shape[1:].numel() >= args[1].shape[0]
+    if (index := SECOND_FACTOR.get(op)) is not None:
+        return lambda args: args[index].shape[-2] >= args[index].shape[-1]
+    return (lambda _: True) if '_scaled_dot_product' in op.name() else None

@@ -89,7 +89,7 @@ def run_stem(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, post: Post) -> Te
 class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kernel, gamma, beta, conv, norm, post) -> Tensor:
-        ctx.conv, ctx.eps, ctx.post, ctx.precision = conv, norm.eps, post, _precision(x)
+        ctx.conv, ctx.eps, ctx.post, ctx.precision = conv, norm.eps, post, precision_of(x)
         ctx.mixes = norm.training or norm.running_mean is None
         spans = _spans(x)
         if ctx.mixes:
@@ -184,7 +184,7 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
     norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
 
 
-def _precision(x: Tensor) -> Callable[[], AbstractContextManager]:
+def precision_of(x: Tensor) -> Callable[[], AbstractContextManager]:
     """The autocast that is on now, for the backward pass, where it is off."""
     kind = x.device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

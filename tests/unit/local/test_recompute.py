@@ -156,7 +156,7 @@ def test_a_graph_of_selective_units_is_walked_once():
     model = build('cifar', num_blocks=1, selective_recompute=True)
     loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='allowed to backward once'):
+    with pytest.raises(RuntimeError, match='can be back-propagated once: put it into recompute'):
         loss.backward()
 
 
@@ -414,8 +414,37 @@ def test_an_input_that_is_overwritten_is_noticed():
     model.backbone.stem.register_forward_hook(lambda module, args, output: kept.append(output))
     loss = model(**toy_batches(1)[0], mode='loss')['loss_ce']
     kept[0].detach().add_(1)
-    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+    with pytest.raises(MisuseError, match='an input of ToyUnit was changed in place'):
         loss.backward()
+
+
+@pytest.mark.parametrize(
+    ('layers', 'way', 'message'),
+    [
+        ([nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)], 'full', 'an input of Sequential was changed in place'),
+        ([nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)], 'selective', 'changes the output of aten.convolution.default in place'),
+    ],
+)
+def test_what_is_overwritten_inside_is_noticed(layers, way, message):
+    unit, x = nn.Sequential(*layers), torch.randn(1, 8, 4, 4, requires_grad=True)
+    recompute_(unit, way == 'selective')
+    y = unit(x * 1).square().sum()
+    with pytest.raises(MisuseError, match=message):
+        y.backward()
+
+
+def test_another_number_of_tensors_the_second_time_is_noticed():
+    class Wavering(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x.sin() if self.calls == 2 else x.sin().sin()
+
+    unit = Wavering()
+    recompute_(unit)
+    with pytest.raises(MisuseError, match='Wavering saved 2 tensors for the backward pass, and 1 when it ran again'):
+        unit(torch.randn(3, requires_grad=True)).sum().backward()
 
 
 @pytest.mark.parametrize('partition', ['stage', ['stem', 'layer2.0']], ids=str)
