@@ -18,7 +18,7 @@ DATA_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 class SizesOnly(FakeTensorMode):
     """While this mode is active, operators only find the shapes of their results. Numbers that are read are 1.
 
-    A mask selects everything. Tensors with data may take part, as inputs.
+    A mask selects everything, and tensors are equal. Tensors with data may take part, as inputs.
 
     Raises:
         MisuseError: On leaving: sizes depended on data in another way.
@@ -30,6 +30,8 @@ class SizesOnly(FakeTensorMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].dtype.is_floating_point else 1
+        if func is torch.ops.aten.equal.default:
+            return True
         if func is torch.ops.aten.index.Tensor and (whole := _selected_whole(*args)) is not None:
             return whole
         return super().__torch_dispatch__(func, types, args, kwargs)

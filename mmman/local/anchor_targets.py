@@ -1,7 +1,7 @@
 """Anchors and targets of an anchor-based dense head, for all images in one pass.
 
-mmdet finds them image by image and object by object, in some 170 operators an image and with a wait for the device at most of
-them. A step of local learning has a dense head for each block. Here they are the same tensors, bit by bit.
+mmdet finds them image by image and object by object, in some 170 operators an image, of which dozens wait for the device; and a
+step of local learning has a dense head for each block. Here they are the same tensors, bit by bit.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ aten = torch.ops.aten
 SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
 """Which argument of a matrix product is its second factor, (..., summed, channels)."""
 
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
 Ends = dict[nn.Module, tuple[str, int]]
 """Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
 
@@ -168,7 +170,7 @@ class _Run:
     """One call of a module whose forward pass is computed again in the backward pass, as torch's ``checkpoint`` does it.
 
     The graph is that of the plain forward, with a number in the place of each saved tensor. The first that is asked for makes
-    the forward pass run again. torch's own takes so much time in Python for every one of them that a fast GPU waits.
+    the forward pass run again. That of torch takes more time in Python for each of them than a fast GPU takes to compute it.
 
     Args:
         module: The module.
@@ -187,6 +189,7 @@ class _Run:
 
     def __call__(self, *args: Any) -> Any:
         tensors = [leaf for leaf, _ in self.inputs if isinstance(leaf, Tensor)]
+        self.kind = tensors[0].device.type
         before = _random_states(tensors)
         self.precision = precision_of(tensors[0])
         with saved_tensors_hooks(self._place, self._fill), nullcontext() if self.kept is None else _Keeping(self.kept):
@@ -224,9 +227,9 @@ class _Run:
             stack.enter_context(suppress(_AllSaved))
             if self.random is not None:
                 (cpu, *states), devices = self.random
-                stack.enter_context(torch.random.fork_rng(devices))
+                stack.enter_context(torch.random.fork_rng(devices, device_type=self.kind))
                 torch.set_rng_state(cpu)
-                set_device_states(devices, states)
+                set_device_states(devices, states, device_type=self.kind)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.precision())
             stack.enter_context(_Again(self.module, self.kept))
@@ -251,11 +254,9 @@ def _random_states(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
 
 
 class _Again:
-    """What a module runs in for the second time.
+    """What a module runs in for the second time: its layers that are in training mode have other buffers to update.
 
-    Its layers that are in training mode leave their buffers as they are: a BatchNorm has a momentum of 0 for its statistics and
-    counts no batches, other layers have copies to update. ``track_running_stats=False`` would do as well, but then BatchNorm
-    saves two tensors less for its backward pass, and ``checkpoint`` counts them.
+    ``track_running_stats=False`` would do as well, but then BatchNorm saves two tensors less for its backward pass.
 
     Args:
         module: The module.
@@ -263,29 +264,33 @@ class _Again:
     """
 
     def __init__(self, module: nn.Module, kept: Kept | None = None) -> None:
-        self.module, self.kept = module, kept
+        self.module, self.taking = module, nullcontext() if kept is None else _Taking(kept)
 
     def __enter__(self) -> None:
-        self.stack = ExitStack()
-        for layer in self.module.modules():
-            if not (layer.training and layer._buffers):
-                continue
-            own = dict(layer._buffers)
-            self.stack.callback(layer._buffers.update, own)
-            if isinstance(layer, nn.modules.batchnorm._NormBase):
-                self.stack.enter_context(replaced(layer, 'momentum', 0.0))
-                layer._buffers['num_batches_tracked'] = None
-            else:
-                layer._buffers.update({name: buffer.clone() for name, buffer in own.items() if buffer is not None})
-        if self.kept is not None:
-            self.stack.enter_context(_Taking(self.kept))
+        self.own = [(layer._buffers, dict(layer._buffers)) for layer in self.module.modules() if layer.training]
+        for layer in (layer for layer in self.module.modules() if layer.training and layer._buffers):
+            layer._buffers.update(_spare_buffers(layer))
+        self.taking.__enter__()
 
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self.taking.__exit__(*error)
+        for buffers, own in self.own:
+            buffers.update(own)
+        del self.own
+
+
+def _spare_buffers(layer: nn.Module) -> dict[str, Tensor]:
+    """Copies; of a BatchNorm, whose output in training doesn't depend on them, without their values and so without a kernel."""
+    own = {name: buffer for name, buffer in layer._buffers.items() if buffer is not None}
+    if type(layer) not in BATCHNORMS:
+        return {name: buffer.clone() for name, buffer in own.items()}
+    return {
+        name: torch.empty_like(buffer) if buffer.dim() else torch.zeros((), dtype=buffer.dtype) for name, buffer in own.items()
+    }
 
 
 class _Keeping(TorchDispatchMode):
-    """Keeps what :func:`is_costly`. As torch's selective checkpointing, with a third of its time in Python."""
+    """Keeps what :func:`is_costly` as it is computed."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
@@ -310,7 +315,7 @@ class _Taking(_Keeping):
         if not is_costly(op, args):
             return op(*args, **kwargs or {})
         if not self.kept:
-            raise RuntimeError('a unit of selective_recompute can be back-propagated once: put it into recompute')
+            raise MisuseError('a unit of selective_recompute can be back-propagated once: put it into recompute')
         before, own, versions = self.kept.popleft()
         if before is not op or versions != _versions(own):
             raise MisuseError(

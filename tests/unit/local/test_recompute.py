@@ -156,7 +156,7 @@ def test_a_graph_of_selective_units_is_walked_once():
     model = build('cifar', num_blocks=1, selective_recompute=True)
     loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match='can be back-propagated once: put it into recompute'):
+    with pytest.raises(MisuseError, match='can be back-propagated once: put it into recompute'):
         loss.backward()
 
 
@@ -364,6 +364,9 @@ def test_a_clone_recomputes_itself(clone):
 
 
 def test_sync_batchnorm_conversion_and_back():
+    converted = convert_sync_batchnorm(toy(recompute=True))
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in converted.modules())
+    assert trained_alike(converted, toy())  # in one process it is a BatchNorm
     converted = revert_sync_batchnorm(convert_sync_batchnorm(toy(recompute=True)))
     assert recomputed(converted) and trained_alike(converted, toy())
 
