@@ -284,9 +284,8 @@ def _spare_buffers(layer: nn.Module) -> dict[str, Tensor]:
     own = {name: buffer for name, buffer in layer._buffers.items() if buffer is not None}
     if type(layer) not in BATCHNORMS:
         return {name: buffer.clone() for name, buffer in own.items()}
-    return {
-        name: torch.empty_like(buffer) if buffer.dim() else torch.zeros((), dtype=buffer.dtype) for name, buffer in own.items()
-    }
+    counter = torch.zeros((), dtype=torch.long)
+    return {name: torch.empty_like(buffer) if buffer.dim() else counter for name, buffer in own.items()}
 
 
 class _Keeping(TorchDispatchMode):
