@@ -24,7 +24,7 @@ ELEMENTS = 2**20
 def targets_at_once(head: nn.Module) -> Iterator[None]:
     """While this context is open, ``head`` computes anchors and targets for all images in one pass, where that is known.
 
-    It is for a head that has mmdet's own ``AnchorHead.get_targets``, with a ``MaxIoUAssigner``, a ``PseudoSampler`` and a
+    It is for a head that computes its loss and targets as mmdet's ``AnchorHead`` does, with a ``MaxIoUAssigner``, a ``PseudoSampler`` and a
     ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses. Others are left as they are, and so is a head whose targets are
     given already (:func:`mmman.local.normalisers.batch_normalisers`).
     """
@@ -39,11 +39,11 @@ def _is_known(head: nn.Module) -> bool:
     from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
 
-    names = ('get_anchors', 'get_targets', '_get_targets_single')
+    names = ('loss_by_feat', 'get_anchors', 'get_targets', '_get_targets_single')
     if any(getattr(type(head), name, None) is not getattr(AnchorHead, name) for name in names):
         return False
     parts = ((head.assigner, MaxIoUAssigner), (head.sampler, PseudoSampler), (head.bbox_coder, DeltaXYWHBBoxCoder))
-    if any(type(part) is not kind for part, kind in parts) or head.reg_decoded_bbox:
+    if any(type(part) is not kind for part, kind in parts) or head.reg_decoded_bbox or head.prior_generator.use_box_type:
         return False
     assigner = head.assigner
     return (
@@ -72,10 +72,12 @@ def _targets(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
     """As ``AnchorHead.get_targets``: labels, their weights, box targets and their weights by level, each (B, anchors, ...),
     and the number of positive anchors, at least one an image."""
+    from mmdet.structures.bbox import get_box_tensor
+
     levels = [len(level) for level in anchors[0]]
     priors = torch.cat(anchors[0])
     valid = torch.stack([torch.cat(own) for own in flags])
-    boxes = pad_sequence([own.bboxes for own in instances], batch_first=True)
+    boxes = pad_sequence([get_box_tensor(own.bboxes) for own in instances], batch_first=True)
     labels = pad_sequence([own.labels for own in instances], batch_first=True)
     counts = torch.tensor([len(own.bboxes) for own in instances], device=priors.device)
 

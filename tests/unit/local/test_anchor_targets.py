@@ -80,6 +80,24 @@ def test_other_options_are_left_to_mmdet(options):
         assert 'get_targets' not in vars(head)
 
 
+def test_boxes_of_a_box_type():
+    from mmdet.structures.bbox import HorizontalBoxes
+
+    head, (sizes, instances, metas) = head_of(), batch_of((3, 0, 5), seed=0)
+    theirs = targets_of(head, sizes, instances, metas)
+    for own in instances:
+        own.bboxes = HorizontalBoxes(own.bboxes)
+    with targets_at_once(head):
+        ours = targets_of(head, sizes, instances, metas)
+    assert ours[3] == theirs[3]
+    assert all(
+        torch.equal(a, b) for own, stock in zip(ours[2], theirs[2], strict=True) for a, b in zip(own, stock, strict=True)
+    )
+    head.prior_generator.use_box_type = True
+    with targets_at_once(head):
+        assert 'get_targets' not in vars(head)
+
+
 def test_what_is_given_already_stays():
     head = head_of()
     head.get_targets = given = object()
