@@ -24,9 +24,9 @@ ELEMENTS = 2**20
 def targets_at_once(head: nn.Module) -> Iterator[None]:
     """While this context is open, ``head`` computes anchors and targets for all images in one pass, where that is known.
 
-    It is for a head that computes its loss and targets as mmdet's ``AnchorHead`` does, with a ``MaxIoUAssigner``, a ``PseudoSampler`` and a
-    ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses. Others are left as they are, and so is a head whose targets are
-    given already (:func:`mmman.local.normalisers.batch_normalisers`).
+    It is for a head that computes its loss and targets as mmdet's ``AnchorHead`` does, with a ``MaxIoUAssigner``, a
+    ``PseudoSampler`` and a ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses. Others are left as they are, and so is a
+    head whose targets are given already (:func:`mmman.local.normalisers.batch_normalisers`).
     """
     if 'get_targets' in vars(head) or not _is_known(head):
         yield
