@@ -12,6 +12,8 @@ import torch
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.analysis.parts import block_outputs, parts_told
@@ -120,6 +122,16 @@ class StepMeter:
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return torch.cuda.max_memory_allocated() - others
+
+    def kernel_seconds(self) -> float | None:
+        """Seconds that what one step runs on a GPU takes by itself, without the time in which the GPU waits; None on a CPU."""
+        if next(self.model.parameters()).device.type != 'cuda':
+            return None
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            self.step()
+            _synchronize()
+        events = (event for event in profiled.events() if event.device_type == DeviceType.CUDA)
+        return sum(event.time_range.elapsed_us() for event in events) / 1e6
 
     def seconds(self) -> float:
         """Wall-clock seconds of one step."""

@@ -13,8 +13,9 @@ end, with activation checkpointing, under autocast, InfoPro, MAN and MAN++ in on
         --names E2E checkpointing bf16 InfoPro MAN MAN++ --shape 224 224 --batch 8 --picture memory.png
 
 Bytes are those of live tensors, counted exactly: on the CPU the same command gives the same numbers everywhere. On a GPU the
-peak of torch's allocator is told as well. The step is the second one, so that optimizer state is there. docs/results.md says
-what the floor is; in brackets, where neck and heads run on a few images at a time, that of all images at once.
+peak of torch's allocator is told as well, and how long kernels take without the time in which the GPU waits for the CPU. The
+step is the second one, so that optimizer state is there. docs/results.md says what the floor is; in brackets, where neck and
+heads run on a few images at a time, that of all images at once.
 
 Operators, views left out, are about as many as the kernels that a GPU has to start, but for the optimizer's: on a CPU they are
 some for every parameter, on a GPU some for all.
@@ -134,6 +135,7 @@ def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], b
         'floor_at_once': meter.floor(in_chunks=False) if in_chunks else floor,
         'parameters': sum(p.numel() * p.element_size() for p in meter.model.parameters()),
         'allocator_peak': meter.allocator_peak(),
+        'kernel_seconds': meter.kernel_seconds(),
         'parts': {part: memory.parts[part] for part in in_order(memory.parts)},
         'flops': memory.flops,
         'operators': memory.operators,
@@ -174,8 +176,8 @@ def tables(rows: list[dict], title: str) -> list[Table]:
     memory = _table(title, 'config', 'peak, MB', 'to first', 'floor, MB', 'parameters, MB')
     work = _table('work of the step', 'config', 'GFLOPs', 'to first', 'operators', 'to first', 'seconds', 'to first')
     if on_gpu:
-        for name in ('allocator, MB', 'to first'):
-            memory.add_column(name, justify='right', no_wrap=True)
+        for table, name in ((memory, 'allocator, MB'), (memory, 'to first'), (work, 'kernels, s'), (work, 'to first')):
+            table.add_column(name, justify='right', no_wrap=True)
     for row in rows:
         memory.add_row(
             row['config'],
@@ -194,6 +196,7 @@ def tables(rows: list[dict], title: str) -> list[Table]:
             change(row, 'operators'),
             spread(row.get('seconds'), '.3f'),
             spread(row.get('ratio'), '.2f'),
+            *([f'{row["kernel_seconds"]:.3f}', f'{row["kernel_seconds"] / first["kernel_seconds"]:.2f}'] if on_gpu else []),
         )
     parts = _table('parts of the peak, MB', 'part', *(row['config'] for row in rows))
     for part in in_order({part for row in rows for part in row['parts']}):
