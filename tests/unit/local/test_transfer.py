@@ -92,6 +92,14 @@ def test_sync_copies_and_update_is_lerp(source):
     assert 'momentum.bn.running_mean' in before and 'momentum.bn.num_batches_tracked' in before
 
 
+def test_what_is_no_state_stays(source):
+    """A mask, say: lerp would make NaN of minus infinity."""
+    source.register_buffer('mask', torch.tensor([0.0, -torch.inf]), persistent=False)
+    transfer = MomentumTransfer(source, Feature(8, 2))
+    transfer.update_(source, 0.9)
+    assert torch.equal(transfer.momentum.mask, source.mask)
+
+
 def test_copies_follow_the_modes_of_their_source(source):
     transfer = MomentumTransfer(source, Feature(8, 2))
     source.bn.eval()
