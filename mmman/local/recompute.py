@@ -170,7 +170,7 @@ class _Run:
     """One call of a module whose forward pass is computed again in the backward pass, as torch's ``checkpoint`` does it.
 
     The graph is that of the plain forward, with a number in the place of each saved tensor. The first that is asked for makes
-    the forward pass run again. That of torch takes more time in Python for each of them than a fast GPU takes to compute it.
+    the forward pass run again. torch's own spends more time in Python on each of them (docs/design/recompute.md has numbers).
 
     Args:
         module: The module.
