@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,6 +23,7 @@ from mmman.engine.checks import check_model
 from mmman.errors import MisuseError, NonFiniteLossError
 from mmman.local.blocks import localized_backbone
 from mmman.local.dense_loss import DenseLoss
+from mmman.local.graphs import CUDARecorder, StepGraphs
 from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
 from mmman.registry import OPTIM_WRAPPERS
@@ -49,6 +51,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         images_per_chunk: Run neck and dense head of a detector forward and backward on so many images at a time, and the dense
             heads of its blocks on as many as have no more positions: losses and gradients stay those of the batch, only a
             chunk's activations are alive. For heads like RetinaNet's, FCOS's and ATSS's, without BatchNorm. None: all at once.
+        cuda_graphs: Run the steps of a detector with RetinaNet-like heads, on one GPU, as CUDA graphs: recorded once for each
+            shape that a batch comes in, and started as a whole from then on, so that a fast GPU doesn't wait for its CPU.
+            Without accumulation and loss scaler.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
             precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for
@@ -71,6 +76,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         clip_scope: str = 'block',
         update: str = 'synchronous',
         images_per_chunk: int | None = None,
+        cuda_graphs: bool = False,
         dtype: str | torch.dtype | None = None,
         loss_scale: str | float | dict | None = None,
         use_fsdp: bool = False,
@@ -82,6 +88,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             raise MisuseError(f"update={update!r}: choose 'synchronous' or 'immediate'")
         if images_per_chunk is not None and images_per_chunk < 1:
             raise MisuseError(f'images_per_chunk={images_per_chunk}: choose 1 or more, or None')
+        if cuda_graphs and accumulative_counts != 1:
+            raise MisuseError('cuda_graphs=True writes gradients anew each step: it takes accumulative_counts=1')
         if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
             raise MisuseError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
         if use_fsdp:
@@ -89,6 +97,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.clip_scope = clip_scope
         self.update = update
         self.images_per_chunk = images_per_chunk
+        self.cuda_graphs = cuda_graphs
         self.dtype = _autocast_dtype(dtype, loss_scale)
         self.loss_scaler, self._fixed_scale = _loss_scaler(self.dtype, loss_scale)
         if update == 'immediate' and self.loss_scaler is not None:
@@ -96,6 +105,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 "update='immediate' steps before a loss scaler knows that all gradients are finite: "
                 "choose dtype='bfloat16' or update='synchronous'"
             )
+        if cuda_graphs and self.loss_scaler is not None:
+            raise MisuseError("cuda_graphs=True has no loss scaler: choose dtype='bfloat16' or cuda_graphs=False")
         self.steps = 0
         optimizer.register_step_post_hook(self._count_step)
         self._model: nn.Module | None = None
@@ -105,6 +116,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._groups_of: dict[
             int, dict[int, list[nn.Parameter]]
         ] = {}  # of a block: the optimizer's groups, and what is in them
+        self._dense: DenseLoss | None = None
+        self._graphs: StepGraphs | None = None
         self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
         self._local_log: dict[str, Tensor] = {}
 
@@ -122,13 +135,18 @@ class LocalLearningOptimWrapper(OptimWrapper):
             *blocks, _ = trained_parameters(module)
             self._block_of = {p: j for j, block in enumerate(blocks, start=1) for p in block.values()}
             self._groups_of = {j: self._groups(block.values()) for j, block in enumerate(blocks, start=1)}
+            self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
+            self._graphs = None
+        if self.cuda_graphs and self._graphs is None:
+            self._graphs = self._step_graphs(model)
         self._parallel = model if hasattr(model, 'block_reducers') else None
         self._due = None
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
-        dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
-        with super().optim_context(model), precision, Session(module, local, self.local_backward, dense) as session:
+        graphs = self._graphs if self.cuda_graphs else None
+        session = Session(module, local, self.local_backward, self._dense, graphs)
+        with super().optim_context(model), precision, session:
             yield
         self._local_log = session.log
 
@@ -139,11 +157,18 @@ class LocalLearningOptimWrapper(OptimWrapper):
             loss: A scalar.
             block: The block that it trains, 1 to K-1.
         """
+        self._back_propagate(loss, block)
+        self._block_done(block)
+
+    def _back_propagate(self, loss: Tensor, block: int) -> None:
         loss = self.scale_loss(loss)
         reducer = self._reducer(block)
         with torch.autocast(loss.device.type, enabled=False):
             loss = self._scaled(loss)
             (loss if reducer is None else reducer.prepare(loss)).backward()
+
+    def _block_done(self, block: int) -> None:
+        reducer = self._reducer(block)
         if self.update == 'immediate' and self.should_sync():
             due, self._due = (block, None) if reducer is None else (self._due, block)
             if due is not None:
@@ -234,6 +259,14 @@ class LocalLearningOptimWrapper(OptimWrapper):
             for group, whole in zip(groups, params, strict=True):
                 group['params'] = whole
             self.steps = steps  # the iteration's step is the one that follows the task loss
+
+    def _step_graphs(self, model: nn.Module) -> StepGraphs:
+        device = next(model.parameters()).device.type
+        if is_model_wrapper(model) or device != 'cuda':
+            reason = f'the model is in {type(model).__name__}' if is_model_wrapper(model) else f'the model is on the {device}'
+            raise MisuseError(f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False')
+        dense = self._dense or DenseLoss(model, sys.maxsize, self._scaled)
+        return StepGraphs(dense, self._backbone.local, self._back_propagate, self._block_done, CUDARecorder())
 
     def _groups(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
         ids = {id(p) for p in parameters}

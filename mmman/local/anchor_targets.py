@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
 
 ELEMENTS = 2**20
@@ -33,6 +34,16 @@ def targets_at_once(head: nn.Module) -> Iterator[None]:
         return
     with replaced(head, 'get_anchors', partial(_anchors, head)), replaced(head, 'get_targets', partial(_targets, head)):
         yield
+
+
+def check_known(head: nn.Module | None) -> None:
+    """Raise :class:`MisuseError` where the targets of a dense head aren't found here, but by its own code alone."""
+    if head is None or not _is_known(head):
+        raise MisuseError(
+            f'cuda_graphs needs dense heads with targets as RetinaNet has them (MaxIoUAssigner, PseudoSampler, '
+            f'DeltaXYWHBBoxCoder), in the model and in its local heads, not {type(head).__name__}: set '
+            'optim_wrapper.cuda_graphs=False'
+        )
 
 
 def _is_known(head: nn.Module) -> bool:
@@ -70,13 +81,37 @@ def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], d
 def _targets(
     head: nn.Module, anchors: list[list[Tensor]], flags: list[list[Tensor]], instances: list, metas: list[dict], **_: object
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
-    """As ``AnchorHead.get_targets``: labels, their weights, box targets and their weights by level, each (B, anchors, ...),
-    and the number of positive anchors, at least one an image."""
+    """As ``AnchorHead.get_targets``."""
+    levels = [len(level) for level in anchors[0]]
+    *targets, factor = _whole_targets(head, torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags]), instances)
+    return *([*target.split(levels, dim=1)] for target in targets), int(factor)
+
+
+def anchor_targets(
+    head: nn.Module, sizes: list[tuple[int, int]], instances: list, metas: list[dict], device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Targets of a dense head that :func:`check_known` accepts.
+
+    Args:
+        head: The dense head.
+        sizes: Height and width of its feature maps, by level.
+        instances: The objects of each image, with ``bboxes`` and ``labels``.
+        metas: What is known of each image: ``pad_shape``.
+        device: Of the targets.
+
+    Returns:
+        Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights, (B, A, 4); and
+        the number of positive anchors, at least one an image, a scalar, int64.
+    """
+    anchors, flags = _anchors(head, sizes, metas, device)
+    return _whole_targets(head, torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags]), instances)
+
+
+def _whole_targets(
+    head: nn.Module, priors: Tensor, valid: Tensor, instances: list
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mmdet.structures.bbox import get_box_tensor
 
-    levels = [len(level) for level in anchors[0]]
-    priors = torch.cat(anchors[0])
-    valid = torch.stack([torch.cat(own) for own in flags])
     boxes = pad_sequence([get_box_tensor(own.bboxes) for own in instances], batch_first=True)
     labels = pad_sequence([own.labels for own in instances], batch_first=True)
     counts = torch.tensor([len(own.bboxes) for own in instances], device=priors.device)
@@ -97,8 +132,7 @@ def _targets(
         label_weight[image, anchor] = 1.0 if weight <= 0 else weight
         box_target[image, anchor] = head.bbox_coder.encode(priors[anchor], boxes[image, obj])
         box_weight[image, anchor] = 1.0
-    factor = int(image.bincount(minlength=count).clamp(min=1).sum())
-    return *([*target.split(levels, dim=1)] for target in (label, label_weight, box_target, box_weight)), factor
+    return label, label_weight, box_target, box_weight, image.bincount(minlength=count).clamp(min=1).sum()
 
 
 def _matched(assigner: object, boxes: Tensor, counts: Tensor, priors: Tensor, valid: Tensor) -> Tensor:

@@ -58,9 +58,23 @@ def run_in_chunks(
                 total[name] = total[name] + value.detach() if name in total else value.detach()
             del loss, losses, leaves
     gradients += [stand_in.grad for stand_in in parameters.values()]
-    first = next(iter(total))
-    total[first] = _Computed.apply(total[first], factor, gradients, *features, *parameters)
-    return total
+    return with_gradients(total, factor, gradients, [*features, *parameters])
+
+
+def with_gradients(losses: Losses, factor: Tensor, gradients: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:
+    """Losses whose gradients are known: back-propagating their sum hands ``gradients`` to ``inputs``. It is possible once.
+
+    Args:
+        losses: By name, scalars.
+        factor: What the sum was multiplied by when ``gradients`` were computed, a scalar.
+        gradients: One for each of the inputs, or None.
+        inputs: Tensors.
+
+    Returns:
+        The losses; the first carries the gradient of their sum.
+    """
+    first = next(iter(losses))
+    return losses | {first: _Computed.apply(losses[first], factor, gradients, *inputs)}
 
 
 class _Computed(torch.autograd.Function):
@@ -77,8 +91,8 @@ class _Computed(torch.autograd.Function):
         if ctx.gradients is None:
             raise MisuseError('losses that were computed in chunks can be back-propagated once: set images_per_chunk=None')
         gradients, ctx.gradients = ctx.gradients, None
-        scale = grad / ctx.factor
-        return None, None, None, *(gradient if gradient is None else gradient.mul_(scale) for gradient in gradients)
+        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad / ctx.factor)
+        return None, None, None, *gradients
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.errors import MisuseError
 from mmman.local.chunks import Losses, replaced, run_in_chunks
-from mmman.local.normalisers import batch_normalisers, check_chunks
+from mmman.local.normalisers import Sizes, batch_normalisers, check_chunks
 
 if TYPE_CHECKING:
     from mmman.local.heads.base import LocalHead
@@ -57,6 +57,7 @@ class DenseLoss:
             )
         self.model, self.size, self._scaled = model, size, scaled
         self._loss = model.loss
+        self._seen: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
     def of_task(self, inputs: Tensor, data_samples: list) -> Losses:
         """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there."""
@@ -97,16 +98,12 @@ class DenseLoss:
         size: int,
     ) -> Losses:
         check_chunks(head, modules)
-        sizes: list[tuple[int, int]] = []
-
-        def note_sizes(maps: Sequence[Tensor], _: list) -> dict:
-            sizes.extend((*level.shape[-2:],) for level in maps)
-            return {}
-
-        with torch.no_grad(), replaced(head, 'loss', note_sizes), _Read() as read:
-            losses([feature.detach()[:1] for feature in features], slice(0, 1))
+        sizes, is_read = self._look(losses, features, head)
         # nothing else holds what neck and head don't read
-        features[:] = [feature if feature in read else feature.new_zeros(()).expand(feature.shape) for feature in features]
+        features[:] = [
+            feature if read else feature.new_zeros(()).expand(feature.shape)
+            for feature, read in zip(features, is_read, strict=True)
+        ]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
             show(span)
@@ -116,6 +113,23 @@ class DenseLoss:
 
         with batch_normalisers(head, sizes, data_samples, features[-1]) as show:
             return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
+
+    def _look(
+        self, losses: Callable[[list[Tensor], slice], dict], features: list[Tensor], head: nn.Module
+    ) -> tuple[Sizes, list[bool]]:
+        """Of features of these shapes: the sizes of the head's maps, and which are read. One image tells, once."""
+        key = (head, *(feature.shape[1:] for feature in features))
+        if key not in self._seen:
+            sizes: Sizes = []
+
+            def note_sizes(maps: Sequence[Tensor], _: list) -> dict:
+                sizes.extend((*level.shape[-2:],) for level in maps)
+                return {}
+
+            with torch.no_grad(), replaced(head, 'loss', note_sizes), _Read() as read:
+                losses([feature.detach()[:1] for feature in features], slice(0, 1))
+            self._seen[key] = sizes, [feature in read for feature in features]
+        return self._seen[key]
 
 
 def _positions(head: nn.Module) -> float:

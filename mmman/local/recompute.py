@@ -30,6 +30,9 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 Ends = dict[nn.Module, tuple[str, int]]
 """Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
 
+RandomStates = tuple[list[Tensor], list[int]]
+"""Of the CPU's generator and those of the devices that some tensors are on; and which devices these are."""
+
 Kept = deque[tuple[Callable, Any, list[int]]]
 """Costly operators in the order they ran, what came out, and the versions of that."""
 
@@ -143,6 +146,7 @@ class Recomputed:
 
     def __init__(self, module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
         self.module, self.selective, self.end = module, selective, end
+        self.draws = False
 
     def __call__(self, *args: Any) -> Any:
         forward = partial(type(self.module).forward, self.module)
@@ -163,7 +167,15 @@ class Recomputed:
                 f'a compiled {type(self.module).__name__} cannot run again in the backward pass: compile the layers in it, or '
                 'leave it out of recompute'
             )
-        return _Run(self.module, self.selective, forward, args)(*args)
+        run = _Run(self.module, self.selective, forward, args)
+        if self.draws and _is_recorded():
+            raise MisuseError(
+                f'{type(self.module).__name__} draws random numbers, which a recorded step cannot draw again: leave it out of '
+                'recompute, or set optim_wrapper.cuda_graphs=False'
+            )
+        out = run(*args)
+        self.draws = self.draws or run.random is not None
+        return out
 
 
 class _Run:
@@ -190,12 +202,11 @@ class _Run:
     def __call__(self, *args: Any) -> Any:
         tensors = [leaf for leaf, _ in self.inputs if isinstance(leaf, Tensor)]
         self.kind = tensors[0].device.type
-        before = _random_states(tensors)
+        before = None if _is_recorded() else _random_states(tensors)
         self.precision = precision_of(tensors[0])
         with saved_tensors_hooks(self._place, self._fill), nullcontext() if self.kept is None else _Keeping(self.kept):
             out = self.forward(*args)
-        drew = any(not torch.equal(*states) for states in zip(before[0], _random_states(tensors)[0], strict=True))
-        self.random = before if drew else None
+        self.random = before if before is not None and _differ(before, _random_states(tensors)) else None
         return out
 
     def _place(self, _: Tensor) -> int:
@@ -247,10 +258,18 @@ class _AllSaved(Exception):  # noqa: N818  no error
     """All that the backward pass asks for was computed."""
 
 
-def _random_states(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Of the CPU's generator and those of the devices that hold ``tensors``; and which devices these are."""
+def _random_states(tensors: Sequence[Tensor]) -> RandomStates:
     devices, states = get_device_states(*tensors)
     return [torch.get_rng_state(), *states], devices
+
+
+def _differ(before: RandomStates, after: RandomStates) -> bool:
+    return any(not torch.equal(*states) for states in zip(before[0], after[0], strict=True))
+
+
+def _is_recorded() -> bool:
+    """Whether what runs now is recorded for a CUDA graph, where the state of the device's generator is not to be had."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _Again:

@@ -8,6 +8,7 @@ boundary passes its input through untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mmengine.model import BaseModel
@@ -18,6 +19,7 @@ from mmman.errors import MisuseError
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
     from mmman.local.dense_loss import DenseLoss
+    from mmman.local.graphs import StepGraphs
     from mmman.local.heads.base import LocalHead
 
 
@@ -29,27 +31,37 @@ class Session:
         local: The local heads of its backbone.
         backward: Back-propagates the local loss of a block, scaled as the optim wrapper scales the task loss.
         dense: Where dense heads run on a few images at a time: what computes their losses.
+        graphs: Where the step runs as CUDA graphs: what runs it.
 
     Attributes:
+        batch: The model's inputs and data samples, during its forward pass.
         log: Detached local losses by ``local/<block>/<name>``, scalars.
     """
 
     def __init__(
-        self, model: BaseModel, local: LocalBlocks, backward: Callable[[Tensor, int], None], dense: DenseLoss | None = None
+        self,
+        model: BaseModel,
+        local: LocalBlocks,
+        backward: Callable[[Tensor, int], None],
+        dense: DenseLoss | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.model = model
         self.local = local
         self.backward = backward
         self.dense = dense
+        self.graphs = graphs
         self.log: dict[str, Tensor] = {}
-        self._batch: tuple | None = None
+        self.batch: tuple | None = None
         self._pending: set[int] = set()
 
     def __enter__(self) -> Session:
         self._hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
         self._pending = {head.block for head in self.local.trained()}
         self.local.open(self)
-        if self.dense is not None:
+        if self.graphs is not None:
+            self.model.loss = partial(self.graphs.of_task, self)
+        elif self.dense is not None:
             self.model.loss = self.dense.of_task
         return self
 
@@ -58,7 +70,7 @@ class Session:
         self.local.close()
         if self.dense is not None:
             del self.model.loss
-        self._batch = None
+        self.batch = None
         if error is None and self._pending:
             raise MisuseError(
                 f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads '
@@ -70,13 +82,17 @@ class Session:
         """Whether the forward pass is still in front of the last boundary."""
         return bool(self._pending)
 
+    def passed(self) -> None:
+        """All boundaries were passed in another way than through the model's forward pass."""
+        self._pending.clear()
+
     def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs, data_samples = (*args, None, None)[:2]
-        self._batch = (kwargs.get('inputs', inputs), kwargs.get('data_samples', data_samples))
+        self.batch = (kwargs.get('inputs', inputs), kwargs.get('data_samples', data_samples))
 
     def at_boundary(self, head: LocalHead, x: Tensor) -> Tensor:
         """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W) or (B, L, C)."""
-        if self._batch is None:
+        if self.batch is None:
             raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
         if head.block not in self._pending:
             raise MisuseError(
@@ -84,9 +100,9 @@ class Session:
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
-        y = head.transferred(x, self._batch[0])
+        y = head.transferred(x, self.batch[0])
         in_chunks = self.dense is not None and head.dense_head is not None
-        losses = self.dense.of_local(head, y, *self._batch) if in_chunks else head.loss(y, *self._batch)
+        losses = self.dense.of_local(head, y, *self.batch) if in_chunks else head.loss(y, *self.batch)
         del y
         loss, log = self.model.parse_losses(losses)
         self.backward(loss * head.loss_weight, head.block)

@@ -95,7 +95,8 @@ class _Stem(torch.autograd.Function):
         if ctx.mixes:
             moments = (_moments(_conv(conv, x[span], kernel)) for span in spans)
             var, mean = map(torch.stack, zip(*moments, strict=True))
-            share = mean.new_tensor([len(x[span]) / len(x) for span in spans])[:, None]
+            share = mean.new_full((len(spans), 1), len(x[spans[0]]) / len(x))
+            share[-1:].fill_(len(x[spans[-1]]) / len(x))
             means, mean = mean, (share * mean).sum(0)
             var = (share * (var + (means - mean).square())).sum(0)
         else:

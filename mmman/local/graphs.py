@@ -1,0 +1,288 @@
+"""A training step as CUDA graphs: recorded once for every shape of a batch, then started part by part.
+
+A fast GPU waits for the CPU that starts its operators one by one, and a step that takes images a few at a time and computes units
+again has many of them. A graph starts them at once. A part ends with the backward pass of a block, so that blocks step in
+between as ever; what depends on the data in another way than by value, the targets of dense heads, is computed before each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.local.anchor_targets import anchor_targets, check_known
+from mmman.local.chunks import Losses, replaced, with_gradients
+from mmman.local.dense_loss import DenseLoss
+
+if TYPE_CHECKING:
+    from mmman.local.blocks import LocalBlocks
+    from mmman.local.session import Session
+
+
+class Recorder(Protocol):
+    """Records what runs on the device between :meth:`begin` and :meth:`end`."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> Callable[[], None]:
+        """What runs the recorded operators, on the memory they were recorded with."""
+
+    def cancel(self) -> None:
+        """End a recording that failed, if one is going on."""
+
+    def place_of(self, tensor: Tensor) -> Tensor:
+        """The memory of a tensor that a recording made, which isn't kept from being used again by a later part."""
+
+
+class CUDARecorder:
+    """Records CUDA graphs that share their memory: what a part leaves free is the next part's, of every shape."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
+        self._recording: torch.cuda.graph | None = None
+
+    def begin(self) -> None:
+        # other threads, which load data, may go on
+        self._recording = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
+        self._recording.__enter__()
+
+    def end(self) -> Callable[[], None]:
+        recording, self._recording = self._recording, None
+        recording.__exit__(None, None, None)
+        return recording.cuda_graph.replay
+
+    def cancel(self) -> None:
+        if self._recording is not None:
+            with suppress(RuntimeError):
+                self._recording.cuda_graph.capture_end()
+            self._recording.stream_ctx.__exit__(None, None, None)
+            self._recording = None
+
+    def place_of(self, tensor: Tensor) -> Tensor:
+        size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        raw = _Raw(tensor.data_ptr(), size * tensor.element_size())
+        return torch.as_tensor(raw, device=tensor.device).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+    def nbytes(self) -> int:
+        """Bytes that the graphs' memory takes of the device, in use or not."""
+        return sum(segment['total_size'] for segment in torch.cuda.memory_snapshot(self.pool, include_traces=False))
+
+
+class _Raw:
+    """Bytes on the device, as other libraries hand them over."""
+
+    def __init__(self, pointer: int, size: int) -> None:
+        self.__cuda_array_interface__ = {'shape': (size,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
+
+
+class _Targets:
+    """What a dense head is trained on in a recorded step: memory that is filled before the part that reads it.
+
+    Args:
+        head: An anchor-based dense head that :func:`check_known` accepts.
+        shown: What it sees of the data samples.
+    """
+
+    def __init__(self, head: nn.Module, shown: Callable[[list], list]) -> None:
+        self.head, self.shown = head, shown
+        self.made: tuple[Tensor, ...] = ()
+
+    def get_anchors(self, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
+        """In the place of the head's. Their values aren't read by the losses."""
+        self.sizes, self.device, self.count = [(*size,) for size in sizes], device, len(metas)
+        priors = self.head.prior_generator.num_base_priors
+        self.levels = [height * width * per_place for (height, width), per_place in zip(sizes, priors, strict=True)]
+        anchors = [torch.empty(1, 1, device=device).expand(level, 4) for level in self.levels]
+        return [anchors] * self.count, [None] * self.count
+
+    def get_targets(self, *_: object, **__: object) -> tuple:
+        """In the place of the head's."""
+        whole = self.count, sum(self.levels)
+        new = partial(torch.empty, device=self.device)
+        self.made = new(whole, dtype=torch.long), new(whole), new(*whole, 4), new(*whole, 4), new((), dtype=torch.long)
+        *targets, factor = self.made
+        return *([*target.split(self.levels, dim=1)] for target in targets), factor
+
+    def fill(self, data_samples: list) -> None:
+        """Compute the targets of a batch and put them where the recorded part reads them."""
+        from mmdet.models.utils import unpack_gt_instances
+
+        instances, _, metas = unpack_gt_instances(self.shown(data_samples))
+        for place, target in zip(self.places, anchor_targets(self.head, self.sizes, instances, metas, self.device), strict=True):
+            place.copy_(target)
+
+
+@dataclass
+class _Part:
+    """What runs up to the end of a block's backward pass: of block ``block``, or of the last one (None)."""
+
+    replay: Callable[[], None]
+    block: int | None
+    targets: list[_Targets]
+    gradients: dict[nn.Parameter, Tensor]
+
+    def run(self, data_samples: list) -> None:
+        for targets in self.targets:
+            targets.fill(data_samples)
+        self.replay()
+
+
+@dataclass
+class _Step:
+    """A recorded step: where its inputs go, its parts in order, and where its losses are found."""
+
+    inputs: Tensor
+    parts: list[_Part]
+    log: Losses
+    losses: Losses
+
+
+class StepGraphs:
+    """Runs the training steps of a single-stage detector, each shape of a batch from the second time on, as recorded graphs.
+
+    The first step is an ordinary one. What it computes is what it computes without graphs, but for the rounding of one division.
+
+    Args:
+        dense: Computes the losses of the detector.
+        local: Its local heads.
+        backward: Back-propagates the local loss of a block.
+        stepped: What follows a block's backward pass.
+        recorder: What records.
+
+    Raises:
+        MisuseError: A dense head whose targets can't be computed in advance.
+    """
+
+    def __init__(
+        self,
+        dense: DenseLoss,
+        local: LocalBlocks,
+        backward: Callable[[Tensor, int], None],
+        stepped: Callable[[int], None],
+        recorder: Recorder,
+    ) -> None:
+        self.dense, self.model, self.recorder = dense, dense.model, recorder
+        self._backward, self._stepped = backward, stepped
+        self._local = local.trained()
+        self._steps: dict[tuple, _Step] = {}
+        self._is_warm = False
+        for head in (*(head.dense_head for head in self._local), self.model.bbox_head):
+            check_known(head)
+
+    def of_task(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
+        """Stands for the model's ``loss`` in a session, as :meth:`DenseLoss.of_task` does."""
+        if not self._is_warm:  # libraries set themselves up
+            self._is_warm = True
+            return self.dense.of_task(inputs, data_samples)
+        if any(p.grad is not None for p in self.model.parameters()):
+            raise MisuseError('cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each')
+        key = self._key(inputs)
+        if key in self._steps:
+            step = self._steps[key]
+            step.inputs.copy_(inputs)
+            for part in step.parts:
+                part.run(data_samples)
+                if part.block is not None:
+                    for parameter, gradient in part.gradients.items():
+                        parameter.grad = gradient.detach()
+                    self._stepped(part.block)
+            session.passed()
+        else:
+            step = self._steps[key] = self._record(session, inputs, data_samples)
+        session.log.update(step.log)
+        gradients = step.parts[-1].gradients
+        return with_gradients(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
+
+    def _key(self, inputs: Tensor) -> tuple:
+        """What a recording holds for: the shape, which modules train, and the memory of the model."""
+        modes = tuple(module.training for module in self.model.modules())
+        memory = tuple((p.data_ptr(), p.requires_grad) for p in (*self.model.parameters(), *self.model.buffers()))
+        return inputs.shape, inputs.dtype, modes, memory
+
+    def _record(self, session: Session, inputs: Tensor, data_samples: list) -> _Step:
+        """Record a step, and run each part of it as soon as it is there."""
+        targets = [_Targets(head.dense_head, head.shown) for head in self._local]
+        targets.append(_Targets(self.model.bbox_head, lambda samples: samples))
+        parts: list[_Part] = []
+        known: set[nn.Parameter] = set()
+
+        def end(block: int | None) -> None:
+            replay = self.recorder.end()
+            own = [one for one in targets if one.made]
+            for one in own:
+                one.places, one.made = [self.recorder.place_of(tensor) for tensor in one.made], ()
+            gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None and p not in known}
+            known.update(gradients)
+            parts.append(_Part(replay, block, own, {p: self.recorder.place_of(grad) for p, grad in gradients.items()}))
+            if len(parts) == 1:
+                session.batch[0].copy_(inputs)
+            parts[-1].run(data_samples)
+
+        def end_block(loss: Tensor, block: int) -> None:
+            self._backward(loss, block)
+            end(block)
+            self._stepped(block)
+            self.recorder.begin()
+
+        self.recorder.begin()
+        with self._failing(), ExitStack() as stack:
+            for head, own in zip([*self._local, None], targets, strict=True):
+                stack.enter_context(_given(own))
+                if head is not None:
+                    stack.enter_context(replaced(head, 'shown', lambda samples: samples))
+            session.batch = torch.empty_like(inputs), data_samples
+            stack.enter_context(replaced(session, 'backward', end_block))
+            losses = self.dense.of_task(*session.batch)
+            loss, _ = self.model.parse_losses(losses)
+            with torch.autocast(loss.device.type, enabled=False):
+                loss.backward()
+            losses = {name: value.detach() for name, value in losses.items()}
+            del loss
+            end(None)
+        for parameter in parts[-1].gradients:
+            parameter.grad = None
+        place_of = self.recorder.place_of
+        logs = ({name: place_of(value) for name, value in some.items()} for some in (session.log, losses))
+        return _Step(place_of(session.batch[0]), parts, *logs)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.recorder.cancel()
+            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+                raise MisuseError(
+                    f'{type(self.model).__name__} has an operator that no CUDA graph can hold, such as one that waits for the '
+                    f'device ({error}): set optim_wrapper.cuda_graphs=False'
+                ) from error
+            raise
+
+
+@contextmanager
+def _given(targets: _Targets) -> Iterator[None]:
+    """The head gets its targets there, and doesn't look at values to compute its losses."""
+    from mmdet.models.losses import L1Loss
+
+    head = targets.head
+    with ExitStack() as stack:
+        stack.enter_context(replaced(head, 'get_anchors', targets.get_anchors))
+        stack.enter_context(replaced(head, 'get_targets', targets.get_targets))
+        if type(head.loss_bbox) is L1Loss:
+            stack.enter_context(replaced(head.loss_bbox, 'forward', partial(_l1, head.loss_bbox)))
+        yield
+
+
+def _l1(loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor, avg_factor: Tensor) -> Tensor:
+    """mmdet's ``L1Loss``, without the look whether any weight is positive: if none is, this is zero as well."""
+    from mmdet.models.losses import l1_loss
+
+    return loss.loss_weight * l1_loss(pred, target, weight, reduction=loss.reduction, avg_factor=avg_factor)

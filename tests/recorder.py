@@ -1,0 +1,83 @@
+"""A recorder of operators on the CPU that shows what a CUDA graph does: run what was recorded, on the memory of the recording."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+aten = torch.ops.aten
+EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default)
+WAITS = (aten._local_scalar_dense.default, aten.nonzero.default)
+
+
+class CPURecorder(TorchDispatchMode):
+    """In a CUDA recording nothing runs; here everything does, and what it changed is put back at the end.
+
+    Fresh memory is zero and not what happens to be there. Nothing is used again: all tensors of a recording stay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recordings = 0
+        self.is_recording = False
+
+    def begin(self) -> None:
+        self.is_recording = True
+        self._run, self._before = [], []
+        self.__enter__()
+
+    @torch.no_grad()
+    def end(self) -> Callable[[], None]:
+        self.cancel()
+        for tensor, value in reversed(self._before):
+            tensor.detach().copy_(value)
+        self.recordings += 1
+        run = self._run
+
+        @torch.no_grad()
+        def replay() -> None:
+            for op, args, kwargs, out in run:
+                args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                again = op(*args, **kwargs)
+                for place, value in zip(tensors(out), tensors(again), strict=True):
+                    if place is not value:
+                        place.detach().copy_(value)
+
+        return replay
+
+    def cancel(self) -> None:
+        if self.is_recording:
+            self.__exit__(None, None, None)
+        self.is_recording = False
+
+    def place_of(self, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if op in WAITS and args[0].dtype != torch.long:  # one_hot looks at its labels on a CPU, and on no GPU
+            raise RuntimeError(f'{op} waits for the device')
+        with self.paused():
+            self._before += [(tensor, tensor.clone()) for tensor in changed(op, [*args, *kwargs.values()])]
+        out = op(*args, **kwargs)
+        if op in EMPTY:
+            with self.paused():
+                return out.zero_()
+        if not op.is_view:
+            self._run.append((op, args, kwargs, out))
+        return out
+
+    def paused(self):
+        return torch.utils._python_dispatch._disable_current_modes()
+
+
+def changed(op: torch._ops.OpOverload, given: list) -> list[Tensor]:
+    if op is aten.native_batch_norm.default:  # the running statistics, which its schema keeps quiet about
+        return tensors(given[3:5])
+    return tensors([one for one, argument in zip(given, op._schema.arguments, strict=False) if argument.is_write])
+
+
+def tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
