@@ -28,7 +28,7 @@ import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
 from mmman.analysis.cost import CHANNEL, UNIT, choose_blocks
-from mmman.analysis.focal_loss import fused_focal_loss
+from mmman.local.focal_loss import fused_focal_loss
 from mmman.analysis.profile import Profile, profile_step
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter

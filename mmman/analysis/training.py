@@ -70,7 +70,7 @@ class StepMeter:
             head.transfer.update_(head.source.of(self.model.backbone), EMA_MOMENTUM)
 
     def memory(self) -> Memory:
-        """Live tensor bytes of one step, exactly, on the CPU or a GPU."""
+        """Live tensor bytes of one step, exactly, on the CPU or a GPU; run without CUDA graphs, in which they aren't seen."""
         parameters = [*self.model.parameters()]
         held = {
             'momentum copies': [head.transfer.momentum for head in self._heads],
@@ -80,7 +80,11 @@ class StepMeter:
             'optimizer state': self.optim_wrapper.optimizer,
             'input': self.data,
         }
-        with LiveParts(held, part='input') as live, parts_told(live, self.model, self.optim_wrapper, self.outputs):
+        with (
+            replaced(self.optim_wrapper, 'cuda_graphs', False),
+            LiveParts(held, part='input') as live,
+            parts_told(live, self.model, self.optim_wrapper, self.outputs),
+        ):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}
         return Memory(live.peak, parts, live.flops, live.operators, live.curves())
@@ -115,13 +119,17 @@ class StepMeter:
         return live.peak
 
     def allocator_peak(self) -> int | None:
-        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None of a model on a CPU."""
+        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None of a model on a CPU.
+
+        CUDA graphs have their own memory, which counts in full.
+        """
         if next(self.model.parameters()).device.type != 'cuda':
             return None
+        self.step()  # records graphs, if there are to be some
         others = torch.cuda.memory_allocated() - LiveBytes(self.model, self.optim_wrapper.optimizer).current
         torch.cuda.reset_peak_memory_stats()
         self.step()
-        return torch.cuda.max_memory_allocated() - others
+        return torch.cuda.max_memory_allocated() - others + getattr(self.optim_wrapper, 'graph_bytes', 0)
 
     def kernel_seconds(self) -> float | None:
         """Seconds that what one step runs on a GPU takes by itself, without the time in which the GPU waits; None on a CPU."""

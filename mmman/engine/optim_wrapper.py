@@ -121,6 +121,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
         self._local_log: dict[str, Tensor] = {}
 
+    @property
+    def graph_bytes(self) -> int:
+        """What the memory of CUDA graphs takes of the GPU, in bytes."""
+        return 0 if self._graphs is None else self._graphs.recorder.nbytes()
+
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         """The context of a forward pass: gradient synchronisation, autocast and the session of local learning.

@@ -20,6 +20,7 @@ from mmman.errors import MisuseError
 from mmman.local.anchor_targets import anchor_targets, check_known
 from mmman.local.chunks import Losses, replaced, with_gradients
 from mmman.local.dense_loss import DenseLoss
+from mmman.local.focal_loss import fused_focal_loss
 
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
@@ -148,7 +149,8 @@ class _Step:
 class StepGraphs:
     """Runs the training steps of a single-stage detector, each shape of a batch from the second time on, as recorded graphs.
 
-    The first step is an ordinary one. What it computes is what it computes without graphs, but for the rounding of one division.
+    The first step is an ordinary one. What it computes is what it computes without graphs, but for the rounding of the focal loss,
+    which here isn't mmcv's operator, and of the division by the number of positive anchors.
 
     Args:
         dense: Computes the losses of the detector.
@@ -233,7 +235,7 @@ class StepGraphs:
             self.recorder.begin()
 
         self.recorder.begin()
-        with self._failing(), ExitStack() as stack:
+        with self._failing(), fused_focal_loss(with_kernel=False), ExitStack() as stack:
             for head, own in zip([*self._local, None], targets, strict=True):
                 stack.enter_context(_given(own))
                 if head is not None:

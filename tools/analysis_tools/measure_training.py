@@ -45,7 +45,7 @@ from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.analysis.focal_loss import fused_focal_loss
+from mmman.local.focal_loss import fused_focal_loss
 from mmman.analysis.parts import TASK, block_outputs
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter

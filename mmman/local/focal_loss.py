@@ -1,12 +1,12 @@
-"""mmdet's focal loss on a CPU with the memory that it has on a GPU.
+"""mmdet's focal loss as one operator that keeps its inputs, on any device.
 
-On a GPU it is one operator of mmcv, which keeps its inputs. On a CPU it is a chain of operators, which keeps several maps of
-(anchors x classes). This is for measuring on a CPU what a GPU would need; nothing is trained with it.
+On a GPU mmdet takes an operator of mmcv. It looks at the labels, for which the CPU waits, so no CUDA graph can hold it. On a CPU
+mmdet takes a chain of operators, which keeps several maps of (anchors x classes): far more than a GPU would need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,15 +17,19 @@ from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
 
 SLICE = 1 << 16
-"""Values that are computed at a time."""
+SLICE_ON_GPU = 1 << 20
+"""Values that are computed at a time: in a cache, and with few kernels."""
 
 
 @contextmanager
-def fused_focal_loss() -> Iterator[None]:
+def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
     """While this context is open, every ``FocalLoss`` of mmdet has the memory of mmcv's kernel on any device.
 
     It takes the path that it takes on a GPU: class indices go to the kernel; one-hot targets and probabilities don't. Logits in
     bfloat16 are taken like those in float16, though mmcv 2.1's kernel refuses them.
+
+    Args:
+        with_kernel: Whether mmcv's kernel itself is taken on a GPU.
 
     Raises:
         MisuseError: mmdet is not installed.
@@ -45,7 +49,9 @@ def fused_focal_loss() -> Iterator[None]:
         )
 
     def on_any_device(pred, target, gamma, alpha, weight, reduction):
-        return kernel(pred, target, gamma, alpha, weight, reduction) if pred.is_cuda else _loss(pred, target, gamma, alpha)
+        if with_kernel and pred.is_cuda:
+            return kernel(pred, target, gamma, alpha, weight, reduction)
+        return _loss(pred, target, gamma, alpha)
 
     with replaced(library.FocalLoss, 'forward', forward), replaced(library, '_sigmoid_focal_loss', on_any_device):
         yield
@@ -67,8 +73,7 @@ def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
     """
     loss = torch.empty_like(pred)
     for rows in _slices(pred):
-        _, weight, q, cross_entropy = _terms(pred[rows], target[rows], alpha)
-        loss[rows] = weight * q**gamma * cross_entropy
+        _with_objects(loss[rows], pred[rows], target[rows], alpha, lambda wrong: _focal(wrong, gamma))
     return loss
 
 
@@ -77,24 +82,37 @@ def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: f
     """The gradient of ``pred``, (N, C), from that of the loss."""
     result = torch.empty_like(pred)
     for rows in _slices(pred):
-        sign, weight, q, cross_entropy = _terms(pred[rows], target[rows], alpha)
-        result[rows] = grad[rows] * sign * weight * q**gamma * (gamma * (1 - q) * cross_entropy + q)
+        _with_objects(result[rows], pred[rows], target[rows], alpha, lambda wrong: _slope(wrong, gamma), sign=-1)
+        result[rows] *= grad[rows]
     return result
 
 
 def _slices(pred: Tensor) -> Iterator[slice]:
     count, classes = pred.shape
-    size = max(1, SLICE // classes)
+    size = max(1, (SLICE_ON_GPU if pred.is_cuda else SLICE) // classes)
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _terms(pred: Tensor, target: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every logit: -1 if its class is the target's, else 1; its weight; the probability q of being wrong; -log(1 - q)."""
-    positive = target[:, None] == torch.arange(pred.shape[1], device=pred.device)
-    sign = torch.ones_like(pred).masked_fill_(positive, -1)
-    weight = torch.full_like(pred, 1 - alpha).masked_fill_(positive, alpha)
-    wrong = sign * pred
-    return sign, weight, wrong.sigmoid(), -logsigmoid(-wrong)
+def _with_objects(
+    out: Tensor, pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1
+) -> None:
+    """Into ``out``, (N, C): ``(1 - alpha) * function(pred)``, and for a row's own class ``sign * alpha * function(-pred)``."""
+    wide = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
+    out.copy_(function(wide).mul_(1 - alpha))
+    own = target.clamp(max=pred.shape[1] - 1)[:, None]
+    of_own = function(-wide.gather(1, own)).mul_(sign * alpha).to(out.dtype)
+    out.scatter_(1, own, torch.where(target[:, None] < pred.shape[1], of_own, out.gather(1, own)))
+
+
+def _focal(wrong: Tensor, gamma: float) -> Tensor:
+    """``-q^gamma * log(1 - q)`` of logits of the probability q of being wrong."""
+    return logsigmoid(-wrong).mul_(wrong.sigmoid().pow_(gamma)).neg_()
+
+
+def _slope(wrong: Tensor, gamma: float) -> Tensor:
+    """Its derivative: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
+    q = wrong.sigmoid()
+    return logsigmoid(-wrong).mul_(1 - q).mul_(-gamma).add_(q).mul_(q.pow_(gamma))
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:

@@ -10,7 +10,7 @@ from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
 
 from mmman.analysis import LiveBytes
-from mmman.analysis.focal_loss import SLICE, fused_focal_loss
+from mmman.local.focal_loss import SLICE, fused_focal_loss
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 
