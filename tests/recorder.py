@@ -1,4 +1,4 @@
-"""A recorder of operators on the CPU that shows what a CUDA graph does: run what was recorded, on the memory of the recording."""
+"""A recorder of operators on the CPU, which as a CUDA graph does run again on the memory of the recording."""
 
 from collections.abc import Callable
 
@@ -32,18 +32,18 @@ class CPURecorder(TorchDispatchMode):
     def end(self) -> Callable[[], None]:
         self.cancel()
         for tensor, value in reversed(self._before):
-            tensor.detach().copy_(value)
+            tensor.data.copy_(value)
         self.recordings += 1
         run = self._run
 
         @torch.no_grad()
         def replay() -> None:
             for op, args, kwargs, out in run:
-                args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+                args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.data, (args, kwargs))  # versions aren't counted
                 again = op(*args, **kwargs)
                 for place, value in zip(tensors(out), tensors(again), strict=True):
                     if place is not value:
-                        place.detach().copy_(value)
+                        place.data.copy_(value)
 
         return replay
 
@@ -53,7 +53,13 @@ class CPURecorder(TorchDispatchMode):
         self.is_recording = False
 
     def place_of(self, tensor: Tensor) -> Tensor:
-        return tensor.detach()
+        return tensor.data
+
+    def start(self) -> None:
+        pass
+
+    def aside(self, compute: Callable) -> tuple[Tensor, ...]:
+        return compute()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -269,7 +269,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         if is_model_wrapper(model) or device != 'cuda':
             reason = f'the model is in {type(model).__name__}' if is_model_wrapper(model) else f'the model is on the {device}'
-            raise MisuseError(f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False')
+            raise MisuseError(
+                f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False'
+            )
         dense = self._dense or DenseLoss(model, sys.maxsize, self._scaled)
         return StepGraphs(dense, self._backbone.local, self._back_propagate, self._block_done, CUDARecorder())
 

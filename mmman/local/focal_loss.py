@@ -1,7 +1,7 @@
 """mmdet's focal loss as one operator that keeps its inputs, on any device.
 
-On a GPU mmdet takes an operator of mmcv. It looks at the labels, for which the CPU waits, so no CUDA graph can hold it. On a CPU
-mmdet takes a chain of operators, which keeps several maps of (anchors x classes): far more than a GPU would need.
+On a GPU mmdet takes an operator of mmcv. It looks at the labels, for which the CPU waits, so no CUDA graph can hold it. On a
+CPU mmdet takes a chain of operators, which keeps several maps of (anchors x classes): far more than a GPU would need.
 """
 
 from __future__ import annotations

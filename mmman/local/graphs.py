@@ -1,13 +1,13 @@
 """A training step as CUDA graphs: recorded once for every shape of a batch, then started part by part.
 
-A fast GPU waits for the CPU that starts its operators one by one, and a step that takes images a few at a time and computes units
-again has many of them. A graph starts them at once. A part ends with the backward pass of a block, so that blocks step in
-between as ever; what depends on the data in another way than by value, the targets of dense heads, is computed before each part.
+A fast GPU waits for the CPU that starts its operators one by one, and a step that takes images a few at a time and computes
+units again has many of them. A graph starts them at once. A part ends with the backward pass of a block, so that blocks step in
+between as ever; and where a dense head asks for its targets, which depend on the data in another way than by value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -41,19 +41,26 @@ class Recorder(Protocol):
     def place_of(self, tensor: Tensor) -> Tensor:
         """The memory of a tensor that a recording made, which isn't kept from being used again by a later part."""
 
+    def start(self) -> None:
+        """From now on what runs aside sees what was made before."""
+
+    def aside(self, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        """Run ``compute`` without waiting for the recordings that were started."""
+
 
 class CUDARecorder:
     """Records CUDA graphs that share their memory: what a part leaves free is the next part's, of every shape."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+        self._stream, self._side = torch.cuda.Stream(), torch.cuda.Stream()
         self._recording: torch.cuda.graph | None = None
 
     def begin(self) -> None:
         # other threads, which load data, may go on
-        self._recording = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
-        self._recording.__enter__()
+        recording = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
+        recording.__enter__()
+        self._recording = recording
 
     def end(self) -> Callable[[], None]:
         recording, self._recording = self._recording, None
@@ -71,6 +78,18 @@ class CUDARecorder:
         size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
         raw = _Raw(tensor.data_ptr(), size * tensor.element_size())
         return torch.as_tensor(raw, device=tensor.device).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+    def start(self) -> None:
+        self._side.wait_stream(torch.cuda.current_stream())
+
+    def aside(self, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        with torch.cuda.stream(self._side):
+            made = compute()
+        here = torch.cuda.current_stream()
+        here.wait_stream(self._side)
+        for tensor in made:
+            tensor.record_stream(here)
+        return made
 
     def nbytes(self) -> int:
         """Bytes that the graphs' memory takes of the device, in use or not."""
@@ -90,10 +109,11 @@ class _Targets:
     Args:
         head: An anchor-based dense head that :func:`check_known` accepts.
         shown: What it sees of the data samples.
+        cut: Called when it asks for its targets. A new part begins then: nothing in it uses their memory before.
     """
 
-    def __init__(self, head: nn.Module, shown: Callable[[list], list]) -> None:
-        self.head, self.shown = head, shown
+    def __init__(self, head: nn.Module, shown: Callable[[list], list], cut: Callable[[], None]) -> None:
+        self.head, self.shown, self._cut = head, shown, cut
         self.made: tuple[Tensor, ...] = ()
 
     def get_anchors(self, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
@@ -106,33 +126,43 @@ class _Targets:
 
     def get_targets(self, *_: object, **__: object) -> tuple:
         """In the place of the head's."""
+        self._cut()
         whole = self.count, sum(self.levels)
         new = partial(torch.empty, device=self.device)
         self.made = new(whole, dtype=torch.long), new(whole), new(*whole, 4), new(*whole, 4), new((), dtype=torch.long)
         *targets, factor = self.made
         return *([*target.split(self.levels, dim=1)] for target in targets), factor
 
-    def fill(self, data_samples: list) -> None:
-        """Compute the targets of a batch and put them where the recorded part reads them."""
+    def of(self, data_samples: list) -> Sequence[Tensor]:
+        """The targets of a batch."""
         from mmdet.models.utils import unpack_gt_instances
 
         instances, _, metas = unpack_gt_instances(self.shown(data_samples))
-        for place, target in zip(self.places, anchor_targets(self.head, self.sizes, instances, metas, self.device), strict=True):
-            place.copy_(target)
+        return anchor_targets(self.head, self.sizes, instances, metas, self.device)
 
 
 @dataclass
 class _Part:
-    """What runs up to the end of a block's backward pass: of block ``block``, or of the last one (None)."""
+    """What runs from one cut of a recording to the next.
+
+    Attributes:
+        replay: Runs it.
+        targets: Of a dense head whose losses it computes.
+        places: Where it reads these.
+        gradients: The memory of the gradients that are there at its end, and weren't before.
+        block: The block that they are of; None of the last one, and where there are none.
+    """
 
     replay: Callable[[], None]
-    block: int | None
-    targets: list[_Targets]
+    targets: _Targets | None
+    places: list[Tensor]
     gradients: dict[nn.Parameter, Tensor]
+    block: int | None
 
-    def run(self, data_samples: list) -> None:
-        for targets in self.targets:
-            targets.fill(data_samples)
+    def run(self, recorder: Recorder, data_samples: list) -> None:
+        if self.targets is not None:
+            for place, target in zip(self.places, recorder.aside(partial(self.targets.of, data_samples)), strict=True):
+                place.copy_(target)
         self.replay()
 
 
@@ -149,8 +179,8 @@ class _Step:
 class StepGraphs:
     """Runs the training steps of a single-stage detector, each shape of a batch from the second time on, as recorded graphs.
 
-    The first step is an ordinary one. What it computes is what it computes without graphs, but for the rounding of the focal loss,
-    which here isn't mmcv's operator, and of the division by the number of positive anchors.
+    The first step is an ordinary one. What is computed is what is computed without graphs, but for the rounding of the focal
+    loss, which here isn't mmcv's operator, and of the division by the number of positive anchors.
 
     Args:
         dense: Computes the losses of the detector.
@@ -186,12 +216,13 @@ class StepGraphs:
             return self.dense.of_task(inputs, data_samples)
         if any(p.grad is not None for p in self.model.parameters()):
             raise MisuseError('cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each')
+        self.recorder.start()
         key = self._key(inputs)
         if key in self._steps:
             step = self._steps[key]
             step.inputs.copy_(inputs)
             for part in step.parts:
-                part.run(data_samples)
+                part.run(self.recorder, data_samples)
                 if part.block is not None:
                     for parameter, gradient in part.gradients.items():
                         parameter.grad = gradient.detach()
@@ -211,35 +242,42 @@ class StepGraphs:
 
     def _record(self, session: Session, inputs: Tensor, data_samples: list) -> _Step:
         """Record a step, and run each part of it as soon as it is there."""
-        targets = [_Targets(head.dense_head, head.shown) for head in self._local]
-        targets.append(_Targets(self.model.bbox_head, lambda samples: samples))
+        recorder, place_of = self.recorder, self.recorder.place_of
         parts: list[_Part] = []
         known: set[nn.Parameter] = set()
 
-        def end(block: int | None) -> None:
-            replay = self.recorder.end()
-            own = [one for one in targets if one.made]
-            for one in own:
-                one.places, one.made = [self.recorder.place_of(tensor) for tensor in one.made], ()
-            gradients = {p: p.grad for p in self.model.parameters() if p.grad is not None and p not in known}
+        def end(block: int | None = None) -> None:
+            replay = recorder.end()
+            own = next((one for one in targets if one.made), None)
+            places = [] if own is None else [place_of(tensor) for tensor in own.made]
+            new = (p for p in self.model.parameters() if p.grad is not None and p not in known)
+            gradients = {p: place_of(p.grad) for p in new}
             known.update(gradients)
-            parts.append(_Part(replay, block, own, {p: self.recorder.place_of(grad) for p, grad in gradients.items()}))
-            if len(parts) == 1:
-                session.batch[0].copy_(inputs)
-            parts[-1].run(data_samples)
+            if own is not None:
+                own.made = ()
+            if not parts:
+                place_of(session.batch[0]).copy_(inputs)  # of another version: it was saved for the backward pass
+            parts.append(_Part(replay, own, places, gradients, block))
+            parts[-1].run(recorder, data_samples)
+
+        def cut() -> None:
+            end()
+            recorder.begin()
 
         def end_block(loss: Tensor, block: int) -> None:
             self._backward(loss, block)
             end(block)
             self._stepped(block)
-            self.recorder.begin()
+            recorder.begin()
 
-        self.recorder.begin()
+        targets = [_Targets(head.dense_head, head.shown, cut) for head in self._local]
+        targets.append(_Targets(self.model.bbox_head, lambda samples: samples, cut))
+        recorder.begin()
         with self._failing(), fused_focal_loss(with_kernel=False), ExitStack() as stack:
-            for head, own in zip([*self._local, None], targets, strict=True):
+            for own in targets:
                 stack.enter_context(_given(own))
-                if head is not None:
-                    stack.enter_context(replaced(head, 'shown', lambda samples: samples))
+            for head in self._local:
+                stack.enter_context(replaced(head, 'shown', lambda samples: samples))
             session.batch = torch.empty_like(inputs), data_samples
             stack.enter_context(replaced(session, 'backward', end_block))
             losses = self.dense.of_task(*session.batch)
@@ -248,10 +286,9 @@ class StepGraphs:
                 loss.backward()
             losses = {name: value.detach() for name, value in losses.items()}
             del loss
-            end(None)
+            end()
         for parameter in parts[-1].gradients:
             parameter.grad = None
-        place_of = self.recorder.place_of
         logs = ({name: place_of(value) for name, value in some.items()} for some in (session.log, losses))
         return _Step(place_of(session.batch[0]), parts, *logs)
 

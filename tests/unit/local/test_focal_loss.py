@@ -10,9 +10,9 @@ from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
 
 from mmman.analysis import LiveBytes
-from mmman.local.focal_loss import SLICE, fused_focal_loss
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
+from mmman.local.focal_loss import SLICE, fused_focal_loss
 
 ROWS, CLASSES = SLICE // 5 + 3, 7  # two slices, and a part of one
 

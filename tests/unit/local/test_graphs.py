@@ -7,7 +7,6 @@ from mmengine.config import Config
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.engine import optim_wrapper as wrappers
-from mmman.errors import MisuseError
 from mmman.local.focal_loss import fused_focal_loss
 from mmman.local.graphs import StepGraphs
 from tests.conftest import ROOT
@@ -55,7 +54,7 @@ def test_trains_what_is_trained_without(options, recorder):
         expected, logs = trained(sizes, **options)
     with fused_focal_loss():  # in the first step too, which is none of a graph
         got, own = trained(sizes, **options, **{'optim_wrapper.cuda_graphs': True})
-    assert recorder.recordings == 8
+    assert recorder.recordings == 16
     assert own == logs
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
