@@ -87,28 +87,45 @@ def _targets(
     return *([*target.split(levels, dim=1)] for target in targets), int(factor)
 
 
-def anchor_targets(
-    head: nn.Module, sizes: list[tuple[int, int]], instances: list, metas: list[dict], device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Targets of a dense head that :func:`check_known` accepts.
+class AnchorTargets:
+    """Targets of a dense head that :func:`check_known` accepts, for feature maps of given sizes.
 
     Args:
         head: The dense head.
         sizes: Height and width of its feature maps, by level.
-        instances: The objects of each image, with ``bboxes`` and ``labels``.
-        metas: What is known of each image: ``pad_shape``.
+        size_range: The objects it is shown: the least and the most square root of a box's area, in pixels. None: all.
         device: Of the targets.
-
-    Returns:
-        Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights, (B, A, 4); and
-        the number of positive anchors, at least one an image, a scalar, int64.
     """
-    anchors, flags = _anchors(head, sizes, metas, device)
-    return _whole_targets(head, torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags]), instances)
+
+    def __init__(
+        self,
+        head: nn.Module,
+        sizes: list[tuple[int, int]],
+        size_range: tuple[float, float] | None,
+        device: torch.device | str,
+    ) -> None:
+        self.head, self.sizes, self.size_range, self.device = head, sizes, size_range, device
+        self._priors = torch.cat(head.prior_generator.grid_priors(sizes, device=device))
+        self._shapes: list[tuple[int, ...]] = []
+
+    def of(self, data_samples: list) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The targets of a batch.
+
+        Returns:
+            Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights, (B, A, 4);
+            and the number of positive anchors, at least one an image, a scalar, int64.
+        """
+        shapes = [(*sample.metainfo['pad_shape'],) for sample in data_samples]
+        if shapes != self._shapes:
+            flags = self.head.prior_generator.valid_flags
+            flags = {shape: torch.cat(flags(self.sizes, shape, self.device)) for shape in dict.fromkeys(shapes)}
+            self._shapes, self._valid = shapes, torch.stack([flags[shape] for shape in shapes])
+        instances = [sample.gt_instances for sample in data_samples]
+        return _whole_targets(self.head, self._priors, self._valid, instances, self.size_range)
 
 
 def _whole_targets(
-    head: nn.Module, priors: Tensor, valid: Tensor, instances: list
+    head: nn.Module, priors: Tensor, valid: Tensor, instances: list, size_range: tuple[float, float] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     from mmdet.structures.bbox import get_box_tensor
 
@@ -117,9 +134,13 @@ def _whole_targets(
     counts = torch.tensor([len(own.bboxes) for own in instances], device=priors.device)
 
     count, most = boxes.shape[:2]
+    taken = torch.arange(most, device=priors.device) < counts[:, None]
+    if size_range is not None:
+        size = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).sqrt()
+        taken &= (size >= size_range[0]) & (size <= size_range[1])
     size = max(1, ELEMENTS // max(1, most * len(priors)))
     spans = [slice(start, start + size) for start in range(0, count, size)]
-    matched = torch.cat([_matched(head.assigner, boxes[s], counts[s], priors, valid[s]) for s in spans])
+    matched = torch.cat([_matched(head.assigner, boxes[s], taken[s], priors, valid[s]) for s in spans])
 
     image, anchor = (matched > 0).nonzero(as_tuple=True)
     obj = matched[image, anchor] - 1
@@ -135,12 +156,13 @@ def _whole_targets(
     return label, label_weight, box_target, box_weight, image.bincount(minlength=count).clamp(min=1).sum()
 
 
-def _matched(assigner: object, boxes: Tensor, counts: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
+def _matched(assigner: object, boxes: Tensor, taken: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
     """What each anchor is matched to, (B, A): an object's number from 1, 0 for background, -1 for nothing.
 
     Args:
         assigner: A ``MaxIoUAssigner``.
-        boxes: (B, G, 4), of which an image has the first of ``counts``, (B,).
+        boxes: (B, G, 4).
+        taken: Which of them take part, (B, G).
         priors: (A, 4).
         valid: Whether an anchor takes part, (B, A).
     """
@@ -148,7 +170,7 @@ def _matched(assigner: object, boxes: Tensor, counts: Tensor, priors: Tensor, va
     if most == 0:
         return valid.long() - 1
     number = torch.arange(1, most + 1, device=boxes.device)
-    taken = (number <= counts[:, None])[..., None] & valid[:, None]
+    taken = taken[..., None] & valid[:, None]
     overlaps = assigner.iou_calculator(boxes, priors.expand(count, -1, -1)).masked_fill_(~taken, -1)
     most_of_anchor, which = overlaps.max(dim=1)
     most_of_object = overlaps.amax(dim=2, keepdim=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.anchor_targets import anchor_targets, check_known
+from mmman.local.anchor_targets import AnchorTargets, check_known
 from mmman.local.chunks import Losses, replaced, with_gradients
 from mmman.local.dense_loss import DenseLoss
 from mmman.local.focal_loss import fused_focal_loss
@@ -53,7 +53,7 @@ class CUDARecorder:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
-        self._stream, self._side = torch.cuda.Stream(), torch.cuda.Stream()
+        self._stream, self._side = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
         self._recording: torch.cuda.graph | None = None
 
     def begin(self) -> None:
@@ -103,42 +103,35 @@ class _Raw:
         self.__cuda_array_interface__ = {'shape': (size,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
 
 
-class _Targets:
-    """What a dense head is trained on in a recorded step: memory that is filled before the part that reads it.
+class _Asked:
+    """Stands for a dense head where that asks for anchors and targets in a recording.
 
     Args:
         head: An anchor-based dense head that :func:`check_known` accepts.
-        shown: What it sees of the data samples.
+        size_range: The sizes of the objects it is shown; None: all.
         cut: Called when it asks for its targets. A new part begins then: nothing in it uses their memory before.
     """
 
-    def __init__(self, head: nn.Module, shown: Callable[[list], list], cut: Callable[[], None]) -> None:
-        self.head, self.shown, self._cut = head, shown, cut
+    def __init__(self, head: nn.Module, size_range: tuple[float, float] | None, cut: Callable[[], None]) -> None:
+        self.head, self.size_range, self._cut = head, size_range, cut
         self.made: tuple[Tensor, ...] = ()
 
-    def get_anchors(self, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
-        """In the place of the head's. Their values aren't read by the losses."""
+    def anchors(self, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
+        """In the place of ``get_anchors``. Their values aren't read by the losses."""
         self.sizes, self.device, self.count = [(*size,) for size in sizes], device, len(metas)
         priors = self.head.prior_generator.num_base_priors
         self.levels = [height * width * per_place for (height, width), per_place in zip(sizes, priors, strict=True)]
         anchors = [torch.empty(1, 1, device=device).expand(level, 4) for level in self.levels]
         return [anchors] * self.count, [None] * self.count
 
-    def get_targets(self, *_: object, **__: object) -> tuple:
-        """In the place of the head's."""
+    def targets(self, *_: object, **__: object) -> tuple:
+        """In the place of ``get_targets``: memory to be filled before the part runs."""
         self._cut()
         whole = self.count, sum(self.levels)
         new = partial(torch.empty, device=self.device)
         self.made = new(whole, dtype=torch.long), new(whole), new(*whole, 4), new(*whole, 4), new((), dtype=torch.long)
         *targets, factor = self.made
         return *([*target.split(self.levels, dim=1)] for target in targets), factor
-
-    def of(self, data_samples: list) -> Sequence[Tensor]:
-        """The targets of a batch."""
-        from mmdet.models.utils import unpack_gt_instances
-
-        instances, _, metas = unpack_gt_instances(self.shown(data_samples))
-        return anchor_targets(self.head, self.sizes, instances, metas, self.device)
 
 
 @dataclass
@@ -154,7 +147,7 @@ class _Part:
     """
 
     replay: Callable[[], None]
-    targets: _Targets | None
+    targets: AnchorTargets | None
     places: list[Tensor]
     gradients: dict[nn.Parameter, Tensor]
     block: int | None
@@ -248,16 +241,16 @@ class StepGraphs:
 
         def end(block: int | None = None) -> None:
             replay = recorder.end()
-            own = next((one for one in targets if one.made), None)
-            places = [] if own is None else [place_of(tensor) for tensor in own.made]
+            targets, places = None, []
+            for one in (one for one in asked if one.made):
+                targets = AnchorTargets(one.head, one.sizes, one.size_range, one.device)
+                places, one.made = [place_of(tensor) for tensor in one.made], ()
             new = (p for p in self.model.parameters() if p.grad is not None and p not in known)
             gradients = {p: place_of(p.grad) for p in new}
             known.update(gradients)
-            if own is not None:
-                own.made = ()
             if not parts:
                 place_of(session.batch[0]).copy_(inputs)  # of another version: it was saved for the backward pass
-            parts.append(_Part(replay, own, places, gradients, block))
+            parts.append(_Part(replay, targets, places, gradients, block))
             parts[-1].run(recorder, data_samples)
 
         def cut() -> None:
@@ -270,12 +263,12 @@ class StepGraphs:
             self._stepped(block)
             recorder.begin()
 
-        targets = [_Targets(head.dense_head, head.shown, cut) for head in self._local]
-        targets.append(_Targets(self.model.bbox_head, lambda samples: samples, cut))
+        asked = [_Asked(head.dense_head, head.size_range, cut) for head in self._local]
+        asked.append(_Asked(self.model.bbox_head, None, cut))
         recorder.begin()
         with self._failing(), fused_focal_loss(with_kernel=False), ExitStack() as stack:
-            for own in targets:
-                stack.enter_context(_given(own))
+            for one in asked:
+                stack.enter_context(_answered(one))
             for head in self._local:
                 stack.enter_context(replaced(head, 'shown', lambda samples: samples))
             session.batch = torch.empty_like(inputs), data_samples
@@ -307,14 +300,14 @@ class StepGraphs:
 
 
 @contextmanager
-def _given(targets: _Targets) -> Iterator[None]:
-    """The head gets its targets there, and doesn't look at values to compute its losses."""
+def _answered(asked: _Asked) -> Iterator[None]:
+    """The head asks there for its targets, and doesn't look at values to compute its losses."""
     from mmdet.models.losses import L1Loss
 
-    head = targets.head
+    head = asked.head
     with ExitStack() as stack:
-        stack.enter_context(replaced(head, 'get_anchors', targets.get_anchors))
-        stack.enter_context(replaced(head, 'get_targets', targets.get_targets))
+        stack.enter_context(replaced(head, 'get_anchors', asked.anchors))
+        stack.enter_context(replaced(head, 'get_targets', asked.targets))
         if type(head.loss_bbox) is L1Loss:
             stack.enter_context(replaced(head.loss_bbox, 'forward', partial(_l1, head.loss_bbox)))
         yield

@@ -72,6 +72,8 @@ class LocalHead(BaseModule):
     session: Session | None = None
     uses_images = True
     """Whether :meth:`loss` looks at the pixels of its ``inputs`` and not at their shape alone: a pipeline sends them along."""
+    size_range: tuple[float, float] | None = None
+    """The objects that :meth:`shown` leaves: the least and the most square root of a box's area, in pixels. None: all."""
 
     def __init__(
         self, boundary: Boundary, transfer: MomentumTransfer, loss_weight: float = 1.0, init_cfg: dict | list | None = None
