@@ -6,7 +6,7 @@ step of local learning has a dense head for each block. Here they are the same t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -19,6 +19,10 @@ from mmman.local.chunks import replaced
 
 ELEMENTS = 2**20
 """Of a map of overlaps, (images, objects, anchors), that are computed at once; or one image's."""
+
+Found = tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]
+"""What anchors are matched to, (B, A), see :func:`_matched`; image and anchor of the P positive ones, (P,) each; their labels,
+(P,), and box targets, (P, 4); and how many they are, at least one an image, a scalar."""
 
 
 @contextmanager
@@ -105,28 +109,44 @@ class AnchorTargets:
         device: torch.device | str,
     ) -> None:
         self.head, self.sizes, self.size_range, self.device = head, sizes, size_range, device
-        self._priors = torch.cat(head.prior_generator.grid_priors(sizes, device=device))
+        self._priors: Tensor | None = None
         self._shapes: list[tuple[int, ...]] = []
 
-    def of(self, data_samples: list) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """The targets of a batch.
-
-        Returns:
-            Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights, (B, A, 4);
-            and the number of positive anchors, at least one an image, a scalar, int64.
-        """
+    def find(self, data_samples: list) -> Found:
+        """Match the anchors of a batch. The CPU waits for the device here."""
+        if self._priors is None:
+            self._priors = torch.cat(self.head.prior_generator.grid_priors(self.sizes, device=self.device))
         shapes = [(*sample.metainfo['pad_shape'],) for sample in data_samples]
         if shapes != self._shapes:
             flags = self.head.prior_generator.valid_flags
             flags = {shape: torch.cat(flags(self.sizes, shape, self.device)) for shape in dict.fromkeys(shapes)}
             self._shapes, self._valid = shapes, torch.stack([flags[shape] for shape in shapes])
         instances = [sample.gt_instances for sample in data_samples]
-        return _whole_targets(self.head, self._priors, self._valid, instances, self.size_range)
+        return _find(self.head, self._priors, self._valid, instances, self.size_range)
+
+    def write(self, found: Found, places: Sequence[Tensor]) -> None:
+        """Write targets in their places, without waiting.
+
+        Args:
+            found: What :meth:`find` found.
+            places: Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights,
+                (B, A, 4); and the number of positive anchors, at least one an image, a scalar, int64.
+        """
+        *targets, factor = places
+        _write(self.head, found, *targets)
+        factor.copy_(found[-1])
 
 
-def _whole_targets(
+def _whole_targets(head: nn.Module, priors: Tensor, valid: Tensor, instances: list) -> tuple[Tensor, ...]:
+    found = _find(head, priors, valid, instances)
+    targets = torch.empty_like(found[0]), priors.new_empty(valid.shape), *priors.new_empty(2, *valid.shape, 4)
+    _write(head, found, *targets)
+    return *targets, found[-1]
+
+
+def _find(
     head: nn.Module, priors: Tensor, valid: Tensor, instances: list, size_range: tuple[float, float] | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Found:
     from mmdet.structures.bbox import get_box_tensor
 
     boxes = pad_sequence([get_box_tensor(own.bboxes) for own in instances], batch_first=True)
@@ -144,16 +164,18 @@ def _whole_targets(
 
     image, anchor = (matched > 0).nonzero(as_tuple=True)
     obj = matched[image, anchor] - 1
-    label = torch.full_like(matched, head.num_classes)
-    box_target, box_weight = priors.new_zeros(2, *matched.shape, 4)
-    label_weight = (matched == 0).float()
-    if len(image):
-        weight = head.train_cfg['pos_weight']
-        label[image, anchor] = labels[image, obj]
-        label_weight[image, anchor] = 1.0 if weight <= 0 else weight
-        box_target[image, anchor] = head.bbox_coder.encode(priors[anchor], boxes[image, obj])
-        box_weight[image, anchor] = 1.0
-    return label, label_weight, box_target, box_weight, image.bincount(minlength=count).clamp(min=1).sum()
+    deltas = head.bbox_coder.encode(priors[anchor], boxes[image, obj]) if len(image) else priors.new_empty(0, 4)
+    factor = image.bincount(minlength=count).clamp(min=1).sum()
+    return matched, (image, anchor), labels[image, obj], deltas, factor
+
+
+def _write(head: nn.Module, found: Found, label: Tensor, label_weight: Tensor, box_target: Tensor, box_weight: Tensor) -> None:
+    matched, where, labels, deltas, _ = found
+    is_positive, weight = matched > 0, head.train_cfg['pos_weight']
+    label.fill_(head.num_classes).index_put_(where, labels)
+    label_weight.copy_(matched == 0).masked_fill_(is_positive, 1.0 if weight <= 0 else weight)
+    box_target.zero_().index_put_(where, deltas)
+    box_weight.copy_(is_positive[..., None].expand_as(box_weight))
 
 
 def _matched(assigner: object, boxes: Tensor, taken: Tensor, priors: Tensor, valid: Tensor) -> Tensor:

@@ -7,14 +7,15 @@ between as ever; and where a dense head asks for its targets, which depend on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mmman.errors import MisuseError
 from mmman.local.anchor_targets import AnchorTargets, check_known
@@ -25,6 +26,9 @@ from mmman.local.focal_loss import fused_focal_loss
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
     from mmman.local.session import Session
+
+
+T = TypeVar('T')
 
 
 class Recorder(Protocol):
@@ -44,8 +48,8 @@ class Recorder(Protocol):
     def start(self) -> None:
         """From now on what runs aside sees what was made before."""
 
-    def aside(self, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
-        """Run ``compute`` without waiting for the recordings that were started."""
+    def aside(self, compute: Callable[[], T]) -> T:
+        """Run ``compute``, which gives tensors, without waiting for the recordings that were started."""
 
 
 class CUDARecorder:
@@ -82,12 +86,12 @@ class CUDARecorder:
     def start(self) -> None:
         self._side.wait_stream(torch.cuda.current_stream())
 
-    def aside(self, compute: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+    def aside(self, compute: Callable[[], T]) -> T:
         with torch.cuda.stream(self._side):
             made = compute()
         here = torch.cuda.current_stream()
         here.wait_stream(self._side)
-        for tensor in made:
+        for tensor in tree_leaves(made):
             tensor.record_stream(here)
         return made
 
@@ -154,8 +158,7 @@ class _Part:
 
     def run(self, recorder: Recorder, data_samples: list) -> None:
         if self.targets is not None:
-            for place, target in zip(self.places, recorder.aside(partial(self.targets.of, data_samples)), strict=True):
-                place.copy_(target)
+            self.targets.write(recorder.aside(partial(self.targets.find, data_samples)), self.places)
         self.replay()
 
 
@@ -249,7 +252,11 @@ class StepGraphs:
             gradients = {p: place_of(p.grad) for p in new}
             known.update(gradients)
             if not parts:
-                place_of(session.batch[0]).copy_(inputs)  # of another version: it was saved for the backward pass
+                place.copy_(inputs)
+                session.batch = (
+                    inputs.new_empty(()).expand(inputs.shape),
+                    data_samples,
+                )  # only the shape is read now
             parts.append(_Part(replay, targets, places, gradients, block))
             parts[-1].run(recorder, data_samples)
 
@@ -271,9 +278,10 @@ class StepGraphs:
                 stack.enter_context(_answered(one))
             for head in self._local:
                 stack.enter_context(replaced(head, 'shown', lambda samples: samples))
-            session.batch = torch.empty_like(inputs), data_samples
+            made = [torch.empty_like(inputs)]
+            session.batch, place = (made[0], data_samples), place_of(made[0])
             stack.enter_context(replaced(session, 'backward', end_block))
-            losses = self.dense.of_task(*session.batch)
+            losses = self.dense.of_task(made.pop(), data_samples)
             loss, _ = self.model.parse_losses(losses)
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
@@ -283,7 +291,7 @@ class StepGraphs:
         for parameter in parts[-1].gradients:
             parameter.grad = None
         logs = ({name: place_of(value) for name, value in some.items()} for some in (session.log, losses))
-        return _Step(place_of(session.batch[0]), parts, *logs)
+        return _Step(place, parts, *logs)
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
