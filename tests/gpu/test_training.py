@@ -1,4 +1,4 @@
-"""A training step on a GPU: the reference's bits, half precision, units computed again, and the allocator's peak."""
+"""A training step on a GPU: the reference's bits, half precision, units computed again, graphs, and the allocator's peak."""
 
 import copy
 import subprocess
@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 from tests.parity import test_classifiers, test_retinanet, test_segmentors
 from tests.parity.lockstep import ROWS
 from tests.toy import toy_batches
-from tests.unit.local import test_recompute
+from tests.unit.local import test_graphs, test_recompute
 from tests.unit.local.test_step import step, toy, wrapper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: make test-gpu')
@@ -127,8 +127,28 @@ def test_live_bytes_are_what_the_allocator_holds():
     assert peaks[1] < 0.35 * peaks[0]
 
 
-@pytest.mark.parametrize('launcher', ['none', 'pytorch'])
-def test_a_detector_trains_and_validates_in_half_precision(launcher, tmp_path):
+@pytest.mark.parametrize('options', [{}, {'optim_wrapper.update': 'synchronous', 'optim_wrapper.images_per_chunk': None}])
+def test_graphs_train_what_is_trained_without(options):
+    """But for the rounding of the focal loss. Two shapes share the graphs' memory."""
+    sizes = [(128, 192)] * 3 + [(192, 128)] * 2 + [(128, 192), (192, 128)]
+    expected, state = test_graphs.trained(sizes, device='cuda', **options)
+    logs, own = test_graphs.trained(sizes, device='cuda', **options, **test_graphs.GRAPHS)
+    for mine, theirs in zip(logs, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for name, value in state.items():
+        torch.testing.assert_close(own[name], value, rtol=0.05, atol=1e-4, msg=lambda m, name=name: f'{name}: {m}')
+
+
+def test_graphs_have_memory_that_counts():
+    one = meter('light/retinanet_r18_k4.py', test_graphs.GRAPHS)
+    one.step()
+    recorded, peak = one.optim_wrapper.graph_bytes, one.allocator_peak()
+    assert 0 < recorded == one.optim_wrapper.graph_bytes < peak
+    assert one.memory().peak > 0  # of a step without them
+
+
+@pytest.mark.parametrize('way', ['--amp', '--amp pytorch', 'graphs'])
+def test_a_detector_trains_and_validates(way, tmp_path):
     from mmman.datasets import write_shapes_dataset
 
     data = write_shapes_dataset(tmp_path / 'data', train_images=16, val_images=4)
@@ -140,8 +160,13 @@ def test_a_detector_trains_and_validates_in_half_precision(launcher, tmp_path):
         'val_dataloader.dataset.data_root': data,
         'val_evaluator.ann_file': data / 'annotations/instances_val.json',
     }
+    launcher = 'pytorch' if 'pytorch' in way else 'none'
     runner = [sys.executable, *(['-m', 'torch.distributed.run', '--nproc-per-node=1'] if launcher == 'pytorch' else [])]
-    command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k4_shapes.py', '--amp']
+    command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k4_shapes.py']
+    if way == 'graphs':
+        options |= test_graphs.GRAPHS
+    else:
+        command.append('--amp')
     command += ['--work-dir', tmp_path / 'run', '--launcher', launcher, '--cfg-options']
     command += [f'{key}={value}' for key, value in options.items()]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)

@@ -4,15 +4,25 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmman.analysis.training import StepMeter
+from mmman import LocalLearningOptimWrapper
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.engine import optim_wrapper as wrappers
+from mmman.errors import MisuseError
 from mmman.local.focal_loss import fused_focal_loss
 from mmman.local.graphs import StepGraphs
+from mmman.local.recompute import Recomputed
 from tests.conftest import ROOT
 from tests.recorder import CPURecorder
 
 pytest.importorskip('mmdet')
+
+R18 = 'light/retinanet_r18_k4.py'
+GRAPHS = {'optim_wrapper.cuda_graphs': True}
+HALF = {'update': 'synchronous', 'loss_scale': 512.0, 'dtype': 'bfloat16'}
+PARTS = 2 * 4  # of a step in four blocks
+NARROW = {'backbone.backbone.base_channels': 16, 'neck.in_channels': [32, 64, 128], 'neck.out_channels': 32}
+for head in ('bbox_head', 'backbone.local_head.bbox_head'):
+    NARROW |= {f'{head}.in_channels': 32, f'{head}.feat_channels': 16, f'{head}.num_classes': 5}
 
 
 @pytest.fixture
@@ -22,39 +32,128 @@ def recorder(monkeypatch):
 
     def step_graphs(wrapper, model):
         dense = wrapper._dense or wrappers.DenseLoss(model, 99, wrapper._scaled)
-        local, (backward, stepped) = wrapper._backbone.local, (wrapper._back_propagate, wrapper._block_done)
-        return StepGraphs(dense, local, backward, stepped, recorder)
+        backward, stepped = wrapper._back_propagate, wrapper._block_done
+        return StepGraphs(dense, wrapper._backbone.local, backward, stepped, recorder)
 
-    monkeypatch.setattr(wrappers.LocalLearningOptimWrapper, '_step_graphs', step_graphs)
+    monkeypatch.setattr(LocalLearningOptimWrapper, '_step_graphs', step_graphs)
     return recorder
 
 
-def trained(sizes, config='light/retinanet_r18_k4.py', **options):
-    torch.manual_seed(0)
-    cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.merge_from_dict({'model.backbone.backbone.norm_eval': False, **options})
-    model, optim_wrapper = build_trial(cfg, 64, 96)
-    for group in optim_wrapper.optimizer.param_groups:
-        group['lr'] = 1e-4
-    logs = []
-    for seed, size in enumerate(sizes):
+@pytest.fixture
+def fused():
+    """In ordinary steps as in graphs."""
+    with fused_focal_loss(with_kernel=False):
+        yield
+
+
+class Steps:
+    """A light detector that trains on batches of three random images."""
+
+    def __init__(self, config=R18, device='cpu', **options):
+        torch.manual_seed(0)
+        cfg = Config.fromfile(ROOT / 'configs' / config)
+        narrow = {f'model.{name}': value for name, value in NARROW.items()}
+        cfg.merge_from_dict({'model.backbone.backbone.norm_eval': False, **narrow, **options})
+        self.model, self.optim_wrapper = build_trial(cfg, 64, 96)
+        self.model.to(device)
+        self.backbone = self.model.backbone
+        for group in self.optim_wrapper.optimizer.param_groups:
+            group['lr'] = 1e-4
+
+    def __call__(self, height, width, seed=0):
+        """One step. Returns the local losses."""
         torch.manual_seed(seed)
-        meter = StepMeter.__new__(StepMeter)
-        meter.model, meter.optim_wrapper, meter._heads = model, optim_wrapper, [*model.backbone.local.values()]
-        meter.data = random_batch(model, 'mmdet', 3, *size)
-        meter.step()
-        logs.append({k: v.current() for k, v in optim_wrapper.message_hub.log_scalars.items() if 'local/' in k})
-    return model.state_dict(), logs
+        self.model.train_step(random_batch(self.model, 'mmdet', 3, height, width), self.optim_wrapper)
+        for head in self.backbone.local.values():
+            head.transfer.update_(head.source.of(self.backbone), 0.99)
+        return {key: log.current() for key, log in self.optim_wrapper.message_hub.log_scalars.items() if 'local/' in key}
 
 
+def trained(sizes, **options):
+    steps = Steps(**options)
+    logs = [steps(*size, seed) for seed, size in enumerate(sizes)]
+    return logs, steps.model.state_dict()
+
+
+@pytest.mark.usefixtures('fused')
 @pytest.mark.parametrize('options', [{}, {'optim_wrapper.update': 'synchronous', 'optim_wrapper.images_per_chunk': None}])
 def test_trains_what_is_trained_without(options, recorder):
+    """Other pixels, other numbers of objects, two shapes by turns: bit by bit."""
     sizes = [(64, 96), (64, 96), (64, 96), (96, 64), (64, 96), (96, 64)]
-    with fused_focal_loss():
-        expected, logs = trained(sizes, **options)
-    with fused_focal_loss():  # in the first step too, which is none of a graph
-        got, own = trained(sizes, **options, **{'optim_wrapper.cuda_graphs': True})
-    assert recorder.recordings == 16
-    assert own == logs
-    for name, value in expected.items():
-        assert torch.equal(got[name], value), name
+    expected, state = trained(sizes, **options)
+    logs, own = trained(sizes, **options, **GRAPHS)
+    assert recorder.recordings == 2 * PARTS
+    assert logs == expected
+    for name, value in state.items():
+        assert torch.equal(own[name], value), name
+
+
+def test_another_mode_is_another_recording(recorder):
+    steps = Steps(**GRAPHS)
+    for _ in range(3):
+        steps(64, 64)
+    assert recorder.recordings == PARTS
+    steps.backbone.layer4.requires_grad_(False)
+    steps(64, 64)
+    assert recorder.recordings == 2 * PARTS
+    steps.backbone.norm_eval = True
+    steps.model.train()
+    steps(64, 64)
+    assert recorder.recordings == 3 * PARTS
+    steps.backbone.norm_eval = False
+    steps.model.train()
+    steps(64, 64)
+    assert recorder.recordings == 3 * PARTS
+
+
+def test_an_operator_that_waits_is_named(recorder):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    loss = steps.model.bbox_head.loss_bbox
+    stock = loss.forward
+    loss.__class__ = type('Watching', (type(loss),), {'forward': lambda self, *args, **kwargs: stock(*args, **kwargs)})
+    with pytest.raises(MisuseError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
+        steps(64, 64)
+    assert not recorder.is_recording
+
+
+def test_random_numbers_cannot_be_drawn_twice(recorder, monkeypatch):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    monkeypatch.setattr('mmman.local.recompute._is_recorded', lambda: recorder.is_recording)
+    unit = steps.backbone.layer1[0]
+    assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
+    unit.forward.draws = True
+    with pytest.raises(MisuseError, match=r'BasicBlock draws random numbers.*leave it out of recompute'):
+        steps(64, 64)
+
+
+def test_gradients_from_before_are_refused(recorder):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    steps.model.neck.lateral_convs[0].conv.bias.grad = torch.zeros(32)
+    with pytest.raises(MisuseError, match='there are gradients before the step'):
+        steps(64, 64)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({}, 'one process with one GPU, and the model is on the cpu'),
+        ({'optim_wrapper.accumulative_counts': 2}, 'accumulative_counts=1'),
+        (
+            {'optim_wrapper.update': 'synchronous', 'optim_wrapper.loss_scale': 512.0, 'optim_wrapper.dtype': 'bfloat16'},
+            'no loss scaler',
+        ),
+    ],
+    ids=str,
+)
+def test_refused(options, message):
+    with pytest.raises(MisuseError, match=message):
+        Steps(**GRAPHS, **options)(64, 64)
+
+
+@pytest.mark.usefixtures('recorder')
+def test_other_heads_are_refused():
+    with pytest.raises(MisuseError, match='cuda_graphs needs dense heads.*RetinaNet.*not RetinaHead'):
+        Steps(**GRAPHS, **{'model.train_cfg.assigner.ignore_iof_thr': 0.5})(64, 64)
