@@ -70,7 +70,11 @@ class CPURecorder(TorchDispatchMode):
         out = op(*args, **kwargs)
         if op in EMPTY:
             with self.paused():
-                return out.zero_()
+                out.zero_()
+            if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+                value = float('nan') if out.is_floating_point() else torch.iinfo(out.dtype).max
+                self._run.append((aten.fill_.Scalar, (out, value), {}, out))
+            return out
         if not op.is_view:
             self._run.append((op, args, kwargs, out))
         return out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -272,8 +271,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             raise MisuseError(
                 f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False'
             )
-        dense = self._dense or DenseLoss(model, sys.maxsize, self._scaled)
-        return StepGraphs(dense, self._backbone.local, self._back_propagate, self._block_done, CUDARecorder())
+        loss = model.loss if self._dense is None else self._dense.of_task
+        return StepGraphs(model, loss, self._backbone.local, self._back_propagate, self._block_done, CUDARecorder())
 
     def _groups(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
         ids = {id(p) for p in parameters}

@@ -40,13 +40,13 @@ def targets_at_once(head: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_known(head: nn.Module | None) -> None:
-    """Raise :class:`MisuseError` where the targets of a dense head aren't found here, but by its own code alone."""
+def check_known(head: nn.Module | None, model: nn.Module) -> None:
+    """Raise :class:`MisuseError` where the targets of a dense head of ``model`` can't be computed ahead of its losses."""
     if head is None or not _is_known(head):
         raise MisuseError(
-            f'cuda_graphs needs dense heads with targets as RetinaNet has them (MaxIoUAssigner, PseudoSampler, '
-            f'DeltaXYWHBBoxCoder), in the model and in its local heads, not {type(head).__name__}: set '
-            'optim_wrapper.cuda_graphs=False'
+            f"cuda_graphs is for detectors that have dense heads with targets like RetinaNet's (MaxIoUAssigner, PseudoSampler, "
+            f'DeltaXYWHBBoxCoder), and local heads alike, not for {type(model).__name__} with '
+            f'{"another local head" if head is None else type(head).__name__}: set optim_wrapper.cuda_graphs=False'
         )
 
 

@@ -14,13 +14,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
+from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmman.errors import MisuseError
 from mmman.local.anchor_targets import AnchorTargets, check_known
 from mmman.local.chunks import Losses, replaced, with_gradients
-from mmman.local.dense_loss import DenseLoss
 from mmman.local.focal_loss import fused_focal_loss
 
 if TYPE_CHECKING:
@@ -131,9 +131,12 @@ class _Asked:
     def targets(self, *_: object, **__: object) -> tuple:
         """In the place of ``get_targets``: memory to be filled before the part runs."""
         self._cut()
-        whole = self.count, sum(self.levels)
-        new = partial(torch.empty, device=self.device)
-        self.made = new(whole, dtype=torch.long), new(whole), new(*whole, 4), new(*whole, 4), new((), dtype=torch.long)
+        shape = self.count, sum(self.levels)
+        shapes = {'labels': shape, 'weights': shape, 'boxes': (*shape, 4), 'box weights': (*shape, 4), 'positive': ()}
+        whole = {'labels', 'positive'}
+        self.made = tuple(
+            _unfilled(shape, torch.long if name in whole else torch.float, self.device) for name, shape in shapes.items()
+        )
         *targets, factor = self.made
         return *([*target.split(self.levels, dim=1)] for target in targets), factor
 
@@ -179,7 +182,8 @@ class StepGraphs:
     loss, which here isn't mmcv's operator, and of the division by the number of positive anchors.
 
     Args:
-        dense: Computes the losses of the detector.
+        model: The detector.
+        loss: Computes its losses: its own ``loss``, or :meth:`DenseLoss.of_task`.
         local: Its local heads.
         backward: Back-propagates the local loss of a block.
         stepped: What follows a block's backward pass.
@@ -191,25 +195,26 @@ class StepGraphs:
 
     def __init__(
         self,
-        dense: DenseLoss,
+        model: BaseModel,
+        loss: Callable[[Tensor, list], dict],
         local: LocalBlocks,
         backward: Callable[[Tensor, int], None],
         stepped: Callable[[int], None],
         recorder: Recorder,
     ) -> None:
-        self.dense, self.model, self.recorder = dense, dense.model, recorder
+        self.model, self.recorder, self._loss = model, recorder, loss
         self._backward, self._stepped = backward, stepped
         self._local = local.trained()
         self._steps: dict[tuple, _Step] = {}
         self._is_warm = False
-        for head in (*(head.dense_head for head in self._local), self.model.bbox_head):
-            check_known(head)
+        for head in (*(head.dense_head for head in self._local), getattr(model, 'bbox_head', None)):
+            check_known(head, model)
 
-    def of_task(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
-        """Stands for the model's ``loss`` in a session, as :meth:`DenseLoss.of_task` does."""
+    def of_task(self, session: Session, inputs: Tensor, data_samples: list) -> dict:
+        """Stands for the model's ``loss`` in a session. Arguments and result as there."""
         if not self._is_warm:  # libraries set themselves up
             self._is_warm = True
-            return self.dense.of_task(inputs, data_samples)
+            return self._loss(inputs, data_samples)
         if any(p.grad is not None for p in self.model.parameters()):
             raise MisuseError('cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each')
         self.recorder.start()
@@ -278,15 +283,14 @@ class StepGraphs:
                 stack.enter_context(_answered(one))
             for head in self._local:
                 stack.enter_context(replaced(head, 'shown', lambda samples: samples))
-            made = [torch.empty_like(inputs)]
+            made = [_unfilled(inputs.shape, inputs.dtype, inputs.device)]
             session.batch, place = (made[0], data_samples), place_of(made[0])
             stack.enter_context(replaced(session, 'backward', end_block))
-            losses = self.dense.of_task(made.pop(), data_samples)
-            loss, _ = self.model.parse_losses(losses)
+            loss, log = self.model.parse_losses(self._loss(made.pop(), data_samples))
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
-            losses = {name: value.detach() for name, value in losses.items()}
-            del loss
+            losses = {name: value.detach() for name, value in log.items() if name != 'loss'}
+            del loss, log
             end()
         for parameter in parts[-1].gradients:
             parameter.grad = None
@@ -319,6 +323,16 @@ def _answered(asked: _Asked) -> Iterator[None]:
         if type(head.loss_bbox) is L1Loss:
             stack.enter_context(replaced(head.loss_bbox, 'forward', partial(_l1, head.loss_bbox)))
         yield
+
+
+def _unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Memory, into which a recording doesn't write by itself: ``torch.empty`` does where algorithms are to be deterministic."""
+    options, before = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
+    options.fill_uninitialized_memory = False
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    finally:
+        options.fill_uninitialized_memory = before
 
 
 def _l1(loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor, avg_factor: Tensor) -> Tensor:
