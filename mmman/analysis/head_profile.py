@@ -121,6 +121,9 @@ class HeadCosts:
         def run(batch: Batch, trace: Trace) -> None:
             x = outputs[id(batch)].detach().requires_grad_()
             head.zero_grad()
+            if in_chunks:
+                with torch.no_grad(), self.runs.precision():
+                    losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples, only_look=True)
             trace.begin()
             with self.runs.precision():
                 loss, _ = model.parse_losses(losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples))

@@ -258,6 +258,9 @@ def _task_cost(runs: SmallRuns) -> HeadCost:
         with torch.no_grad(), runs.precision():
             features = backbone(batch.inputs)
         _last_tensor(features).requires_grad_()
+        if runs.dense is not None:
+            with replaced(backbone, 'forward', lambda *_, **__: features), runs.precision():
+                runs.dense.of_task(batch.inputs, batch.samples, only_look=True)
         trace.begin()
         _task_loss(runs, batch, features).backward()
         trace.mark('end')

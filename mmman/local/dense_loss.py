@@ -59,8 +59,11 @@ class DenseLoss:
         self._loss = model.loss
         self._seen: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
-    def of_task(self, inputs: Tensor, data_samples: list) -> Losses:
-        """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there."""
+    def of_task(self, inputs: Tensor, data_samples: list, only_look: bool = False) -> Losses:
+        """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there.
+
+        With ``only_look`` nothing comes of it but what is found out once for features of these shapes.
+        """
         model = self.model
         features = [*model.backbone(inputs)]
         inputs = inputs.new_empty(()).expand(inputs.shape)  # whose pixels nothing reads any more
@@ -70,24 +73,24 @@ class DenseLoss:
             with replaced(model.backbone, 'forward', lambda _: tuple(leaves)):
                 return self._loss(inputs[span], data_samples[span])
 
-        return self._run(losses, features, modules, model.bbox_head, data_samples, self.size)
+        return self._run(losses, features, modules, model.bbox_head, data_samples, self.size, only_look)
 
-    def of_local(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
+    def of_local(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list, only_look: bool = False) -> Losses:
         """Stands for ``head.loss``: all of it in chunks, each with as many positions as one of the model's own head.
 
-        Arguments and result as there.
+        Arguments and result as there; ``only_look`` as for :meth:`of_task`.
         """
         check_chunks(self.model.bbox_head, [])
         check_chunks(head.dense_head, [])
         size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(head.dense_head)))
         if size >= len(data_samples):
-            return head.loss(y, inputs, data_samples)
+            return {} if only_look else head.loss(y, inputs, data_samples)
         modules = [part for part in head.children() if part is not head.transfer]
 
         def losses(leaves: list[Tensor], span: slice) -> dict:
             return head.loss(leaves[0], inputs[span], data_samples[span])
 
-        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples), size)
+        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples), size, only_look)
 
     def _run(
         self,
@@ -97,9 +100,12 @@ class DenseLoss:
         head: nn.Module,
         data_samples: list,
         size: int,
+        only_look: bool,
     ) -> Losses:
         check_chunks(head, modules)
         sizes, is_read = self._look(losses, features, head)
+        if only_look:
+            return {}
         # nothing else holds what neck and head don't read
         features[:] = [
             feature if read else feature.new_zeros(()).expand(feature.shape)
