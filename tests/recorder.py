@@ -37,6 +37,7 @@ class CPURecorder(TorchDispatchMode):
         run = self._run
 
         @torch.no_grad()
+        @torch.autocast('cpu', enabled=False)  # what was cast was recorded
         def replay() -> None:
             for op, args, kwargs, out in run:
                 args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.data, (args, kwargs))  # versions aren't counted

@@ -97,7 +97,8 @@ class CUDARecorder:
 
     def nbytes(self) -> int:
         """Bytes that the graphs' memory takes of the device, in use or not."""
-        return sum(segment['total_size'] for segment in torch.cuda.memory_snapshot(self.pool, include_traces=False))
+        segments = (one for one in torch.cuda.memory_snapshot() if (*one['segment_pool_id'],) == (*self.pool,))
+        return sum(segment['total_size'] for segment in segments)
 
 
 class _Raw:
@@ -214,7 +215,8 @@ class StepGraphs:
         """Stands for the model's ``loss`` in a session. Arguments and result as there."""
         if not self._is_warm:  # libraries set themselves up
             self._is_warm = True
-            return self._loss(inputs, data_samples)
+            with fused_focal_loss(with_kernel=False):
+                return self._loss(inputs, data_samples)
         if any(p.grad is not None for p in self.model.parameters()):
             raise MisuseError('cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each')
         self.recorder.start()
