@@ -18,7 +18,7 @@ demo: setup  ## train a small detector by MAN++ and end to end, and compare
 	$(BIN)/python tools/demo.py
 
 test: setup  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu: setup  ## what only a GPU shows
 	MMMAN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu

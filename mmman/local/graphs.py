@@ -134,9 +134,9 @@ class _Asked:
         self._cut()
         shape = self.count, sum(self.levels)
         shapes = {'labels': shape, 'weights': shape, 'boxes': (*shape, 4), 'box weights': (*shape, 4), 'positive': ()}
-        whole = {'labels', 'positive'}
+        integers = {'labels', 'positive'}
         self.made = tuple(
-            _unfilled(shape, torch.long if name in whole else torch.float, self.device) for name, shape in shapes.items()
+            _unfilled(shape, torch.long if name in integers else torch.float, self.device) for name, shape in shapes.items()
         )
         *targets, factor = self.made
         return *([*target.split(self.levels, dim=1)] for target in targets), factor
@@ -217,8 +217,6 @@ class StepGraphs:
             self._is_warm = True
             with fused_focal_loss(with_kernel=False):
                 return self._loss(inputs, data_samples)
-        if any(p.grad is not None for p in self.model.parameters()):
-            raise MisuseError('cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each')
         self.recorder.start()
         key = self._key(inputs)
         if key in self._steps:
@@ -239,9 +237,20 @@ class StepGraphs:
 
     def _key(self, inputs: Tensor) -> tuple:
         """What a recording holds for: the shape, which modules train, and the memory of the model."""
-        modes = tuple(module.training for module in self.model.modules())
-        memory = tuple((p.data_ptr(), p.requires_grad) for p in (*self.model.parameters(), *self.model.buffers()))
-        return inputs.shape, inputs.dtype, modes, memory
+        found: list[int] = []
+        modules = [self.model]
+        while modules:  # far faster than the iterators of nn.Module, for which the GPU would wait
+            module = modules.pop()
+            modules += filter(_is_there, module._modules.values())
+            found.append(module.training)
+            for parameter in filter(_is_there, module._parameters.values()):
+                found += parameter.data_ptr(), parameter.requires_grad
+                if parameter.grad is not None:
+                    raise MisuseError(
+                        'cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each'
+                    )
+            found += (buffer.data_ptr() for buffer in filter(_is_there, module._buffers.values()))
+        return inputs.shape, inputs.dtype, *found
 
     def _record(self, session: Session, inputs: Tensor, data_samples: list) -> _Step:
         """Record a step, and run each part of it as soon as it is there."""
@@ -325,6 +334,10 @@ def _answered(asked: _Asked) -> Iterator[None]:
         if type(head.loss_bbox) is L1Loss:
             stack.enter_context(replaced(head.loss_bbox, 'forward', partial(_l1, head.loss_bbox)))
         yield
+
+
+def _is_there(value: object) -> bool:
+    return value is not None
 
 
 def _unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
