@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.errors import MisuseError
 from mmman.local.chunks import Losses, replaced, run_in_chunks
+from mmman.local.focal_loss import summed_focal_loss
 from mmman.local.normalisers import Sizes, batch_normalisers, check_chunks
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ class DenseLoss:
         check_chunks(head.dense_head, [])
         size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(head.dense_head)))
         if size >= len(data_samples):
-            return {} if only_look else head.loss(y, inputs, data_samples)
+            with summed_focal_loss(head.dense_head):
+                return {} if only_look else head.loss(y, inputs, data_samples)
         modules = [part for part in head.children() if part is not head.transfer]
 
         def losses(leaves: list[Tensor], span: slice) -> dict:
@@ -118,7 +120,7 @@ class DenseLoss:
             share = len(leaves[0]) / len(data_samples)
             return loss, {n: v if 'loss' in n else v * share for n, v in log.items() if n != 'loss'}
 
-        with batch_normalisers(head, sizes, data_samples, features[-1]) as show:
+        with summed_focal_loss(head), batch_normalisers(head, sizes, data_samples, features[-1]) as show:
             return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
 
     def _look(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
@@ -19,6 +20,9 @@ from mmman.local.chunks import replaced
 SLICE = 1 << 16
 SLICE_ON_GPU = 1 << 20
 """Values that are computed at a time: in a cache, and with few kernels."""
+
+EXACT = 40
+"""From this x on log(1 + exp(x)) is x, in double precision too."""
 
 
 @contextmanager
@@ -57,6 +61,37 @@ def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def summed_focal_loss(head: nn.Module) -> Iterator[None]:
+    """While this context is open, a dense head's ``FocalLoss`` makes no map of losses: it is summed up as it is computed.
+
+    It is for class indices and a loss that is averaged by a given number; another is computed as ever.
+    """
+    from mmdet.models.losses import FocalLoss
+
+    loss = getattr(head, 'loss_cls', None)
+    if type(loss) is not FocalLoss or not loss.use_sigmoid or loss.activated:
+        yield
+        return
+    with replaced(loss, 'forward', partial(_summed, loss)):
+        yield
+
+
+def _summed(
+    loss: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction_override: str | None = None,
+) -> Tensor:
+    by_row = pred.dim() == target.dim() + 1 and (weight is None or weight.shape == target.shape)
+    if not by_row or avg_factor is None or (reduction_override or loss.reduction) != 'mean':
+        return type(loss).forward(loss, pred, target, weight, avg_factor, reduction_override)
+    total = _sum(pred, target, weight, loss.gamma, loss.alpha)
+    return loss.loss_weight * (total / (avg_factor + torch.finfo(torch.float32).eps))
+
+
 # Operators of their own: what they allocate inside is as little seen, and counted, as a kernel's workspace.
 
 
@@ -73,18 +108,27 @@ def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
     """
     loss = torch.empty_like(pred)
     for rows in _slices(pred):
-        _with_objects(loss[rows], pred[rows], target[rows], alpha, lambda wrong: _focal(wrong, gamma))
+        loss[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma))
     return loss
 
 
 @torch.library.custom_op('mmman::sigmoid_focal_loss_backward', mutates_args=())
 def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
-    """The gradient of ``pred``, (N, C), from that of the loss."""
+    """The gradient of ``pred``, (N, C), from that of the loss, (N, C) or (N, 1)."""
     result = torch.empty_like(pred)
     for rows in _slices(pred):
-        _with_objects(result[rows], pred[rows], target[rows], alpha, lambda wrong: _slope(wrong, gamma), sign=-1)
-        result[rows] *= grad[rows]
+        result[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_slope, gamma), sign=-1).mul_(grad[rows])
     return result
+
+
+@torch.library.custom_op('mmman::sigmoid_focal_loss_sum', mutates_args=())
+def _sum(pred: Tensor, target: Tensor, weight: Tensor | None, gamma: float, alpha: float) -> Tensor:
+    """The sum of the focal loss over all classes, and over all rows, weighted by ``weight``, (N,). A scalar."""
+    total = pred.new_zeros((), dtype=_wide(pred.dtype))
+    for rows in _slices(pred):
+        of_row = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
+        total += of_row.sum() if weight is None else of_row.mul_(weight[rows]).sum()
+    return total
 
 
 def _slices(pred: Tensor) -> Iterator[slice]:
@@ -93,26 +137,28 @@ def _slices(pred: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _with_objects(
-    out: Tensor, pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1
-) -> None:
-    """Into ``out``, (N, C): ``(1 - alpha) * function(pred)``, and for a row's own class ``sign * alpha * function(-pred)``."""
-    wide = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
-    out.copy_(function(wide).mul_(1 - alpha))
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _with_objects(pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1) -> Tensor:
+    """``(1 - alpha) * function(pred)``, and for a row's own class ``sign * alpha * function(-pred)``, (N, C)."""
+    pred = pred.to(_wide(pred.dtype))
+    values = function(pred).mul_(1 - alpha)
     own = target.clamp(max=pred.shape[1] - 1)[:, None]
-    of_own = function(-wide.gather(1, own)).mul_(sign * alpha).to(out.dtype)
-    out.scatter_(1, own, torch.where(target[:, None] < pred.shape[1], of_own, out.gather(1, own)))
+    of_own = function(-pred.gather(1, own)).mul_(sign * alpha)
+    return values.scatter_(1, own, torch.where(target[:, None] < pred.shape[1], of_own, values.gather(1, own)))
 
 
-def _focal(wrong: Tensor, gamma: float) -> Tensor:
+def _focal(gamma: float, wrong: Tensor) -> Tensor:
     """``-q^gamma * log(1 - q)`` of logits of the probability q of being wrong."""
-    return logsigmoid(-wrong).mul_(wrong.sigmoid().pow_(gamma)).neg_()
+    return softplus(wrong, threshold=EXACT).mul_(wrong.sigmoid().pow_(gamma))
 
 
-def _slope(wrong: Tensor, gamma: float) -> Tensor:
+def _slope(gamma: float, wrong: Tensor) -> Tensor:
     """Its derivative: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
     q = wrong.sigmoid()
-    return logsigmoid(-wrong).mul_(1 - q).mul_(-gamma).add_(q).mul_(q.pow_(gamma))
+    return softplus(wrong, threshold=EXACT).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
@@ -124,4 +170,16 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _gradient(grad, *ctx.saved_tensors, ctx.gamma, ctx.alpha), None, None, None
 
 
+def _keep_weight(ctx, inputs: tuple, output: Tensor) -> None:
+    pred, target, weight, ctx.gamma, ctx.alpha = inputs
+    ctx.save_for_backward(pred, target, weight)
+
+
+def _sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    pred, target, weight = ctx.saved_tensors
+    of_row = grad.expand(len(pred), 1) if weight is None else grad * weight[:, None].to(grad.dtype)
+    return _gradient(of_row, pred, target, ctx.gamma, ctx.alpha), None, None, None, None
+
+
 _loss.register_autograd(_backward, setup_context=_keep)
+_sum.register_autograd(_sum_backward, setup_context=_keep_weight)

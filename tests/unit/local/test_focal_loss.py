@@ -12,7 +12,7 @@ from mmengine.hub import get_config
 from mmman.analysis import LiveBytes
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
-from mmman.local.focal_loss import SLICE, fused_focal_loss
+from mmman.local.focal_loss import SLICE, fused_focal_loss, summed_focal_loss
 
 ROWS, CLASSES = SLICE // 5 + 3, 7  # two slices, and a part of one
 
@@ -52,6 +52,67 @@ def test_values_and_gradients_are_those_of_mmdet(options, avg_factor, weighted):
     with fused_focal_loss():
         given = loss_and_gradient(criterion, pred, target, weight, avg_factor)
     torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize('weighted', [True, False])
+@pytest.mark.parametrize('options', [{}, {'gamma': 1.5, 'alpha': 0.6, 'loss_weight': 3.0}], ids=str)
+def test_a_sum_is_that_of_mmdet(options, weighted):
+    pred, target, weight = inputs()
+    head = torch.nn.Module()
+    head.loss_cls = FocalLoss(**options)
+    args = pred, target, weight if weighted else None, torch.tensor(12)
+    expected = loss_and_gradient(head.loss_cls, *args)
+    with summed_focal_loss(head):
+        given = loss_and_gradient(head.loss_cls, *args)
+        assert given[0].dim() == 0 and 'forward' in vars(head.loss_cls)
+    torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-14)
+    assert 'forward' not in vars(head.loss_cls)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_a_sum_in_half_precision_is_computed_in_single(dtype):
+    pred, target, weight = inputs(torch.float32)
+    pred = pred.detach().to(dtype).requires_grad_()
+    head = torch.nn.Module()
+    head.loss_cls = FocalLoss()
+    expected = loss_and_gradient(head.loss_cls, pred.detach().float().requires_grad_(), target, weight, 12)
+    with summed_focal_loss(head):
+        loss, gradient = loss_and_gradient(head.loss_cls, pred, target, weight, 12)
+    torch.testing.assert_close(loss, expected[0])
+    torch.testing.assert_close(gradient, expected[1].to(dtype))
+
+
+def test_a_sum_keeps_no_map_of_losses():
+    pred, target, weight = inputs(torch.float32)
+    head = torch.nn.Module()
+    head.loss_cls = FocalLoss()
+    with summed_focal_loss(head), LiveBytes(pred, target, weight) as live:
+        held = live.current
+        loss = head.loss_cls(pred, target, weight, 12)
+        assert live.peak < held + 100
+        loss.backward()
+    assert live.peak < held + pred.nbytes + weight.nbytes + 100
+
+
+@pytest.mark.parametrize(
+    'changes', [{'reduction_override': 'sum'}, {'avg_factor': None}, {'one hot': True}, {'by class': True}], ids=str
+)
+def test_what_is_no_average_of_rows_stays_with_mmdet(changes):
+    pred, target, weight = inputs()
+    head = torch.nn.Module()
+    head.loss_cls = FocalLoss()
+    options = {'weight': weight, 'avg_factor': 12.0}
+    if kind == 'summed':
+        options = {'weight': weight, 'reduction_override': 'sum'}
+    elif kind == 'by mean':
+        options = {'weight': weight}
+    elif kind == 'one hot':
+        target = torch.nn.functional.one_hot(target, CLASSES + 1)[:, :CLASSES]
+    else:
+        options['weight'] = weight[:, None].expand(-1, CLASSES)
+    expected = head.loss_cls(pred, target, **options)
+    with summed_focal_loss(head):
+        assert torch.equal(head.loss_cls(pred, target, **options), expected)
 
 
 def test_one_hot_targets_and_probabilities_stay_with_mmdet(monkeypatch):
