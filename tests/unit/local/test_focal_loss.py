@@ -94,10 +94,8 @@ def test_a_sum_keeps_no_map_of_losses():
     assert live.peak < held + pred.nbytes + weight.nbytes + 100
 
 
-@pytest.mark.parametrize(
-    'changes', [{'reduction_override': 'sum'}, {'avg_factor': None}, {'one hot': True}, {'by class': True}], ids=str
-)
-def test_what_is_no_average_of_rows_stays_with_mmdet(changes):
+@pytest.mark.parametrize('kind', ['summed', 'by mean', 'one hot', 'by class'])
+def test_what_is_no_average_of_rows_stays_with_mmdet(kind):
     pred, target, weight = inputs()
     head = torch.nn.Module()
     head.loss_cls = FocalLoss()
