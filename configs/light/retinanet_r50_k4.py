@@ -10,4 +10,4 @@ model = dict(
         local_head=dict(stacked_convs=1, downsample=4, bbox_head=dict(feat_channels=128)),
     )
 )
-optim_wrapper = dict(images_per_chunk=4)  # the peak is that of a block: image by image would only take more time
+optim_wrapper = dict(images_per_chunk=8)  # the peak is that of a block: image by image would only take more time
