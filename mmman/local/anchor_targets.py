@@ -87,8 +87,16 @@ def _targets(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
     """As ``AnchorHead.get_targets``."""
     levels = [len(level) for level in anchors[0]]
-    *targets, factor = _whole_targets(head, torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags]), instances)
-    return *([*target.split(levels, dim=1)] for target in targets), int(factor)
+    priors, valid = _on_all_levels(anchors, flags)
+    found = _find(head, priors, valid, instances)
+    targets = torch.empty_like(found[0]), priors.new_empty(valid.shape), *priors.new_empty(2, *valid.shape, 4)
+    _write(head, found, *targets)
+    return *([*target.split(levels, dim=1)] for target in targets), int(found[-1])
+
+
+def _on_all_levels(anchors: list[list[Tensor]], flags: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Anchors, (A, 4), and which of them are valid, (B, A)."""
+    return torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags])
 
 
 class AnchorTargets:
@@ -109,18 +117,15 @@ class AnchorTargets:
         device: torch.device | str,
     ) -> None:
         self.head, self.sizes, self.size_range, self.device = head, sizes, size_range, device
-        self._priors: Tensor | None = None
         self._shapes: list[tuple[int, ...]] = []
 
     def find(self, data_samples: list) -> Found:
         """Match the anchors of a batch. The CPU waits for the device here."""
-        if self._priors is None:
-            self._priors = torch.cat(self.head.prior_generator.grid_priors(self.sizes, device=self.device))
-        shapes = [(*sample.metainfo['pad_shape'],) for sample in data_samples]
+        metas = [sample.metainfo for sample in data_samples]
+        shapes = [(*meta['pad_shape'],) for meta in metas]
         if shapes != self._shapes:
-            flags = self.head.prior_generator.valid_flags
-            flags = {shape: torch.cat(flags(self.sizes, shape, self.device)) for shape in dict.fromkeys(shapes)}
-            self._shapes, self._valid = shapes, torch.stack([flags[shape] for shape in shapes])
+            self._priors, self._valid = _on_all_levels(*_anchors(self.head, self.sizes, metas, self.device))
+            self._shapes = shapes
         instances = [sample.gt_instances for sample in data_samples]
         return _find(self.head, self._priors, self._valid, instances, self.size_range)
 
@@ -135,13 +140,6 @@ class AnchorTargets:
         *targets, factor = places
         _write(self.head, found, *targets)
         factor.copy_(found[-1])
-
-
-def _whole_targets(head: nn.Module, priors: Tensor, valid: Tensor, instances: list) -> tuple[Tensor, ...]:
-    found = _find(head, priors, valid, instances)
-    targets = torch.empty_like(found[0]), priors.new_empty(valid.shape), *priors.new_empty(2, *valid.shape, 4)
-    _write(head, found, *targets)
-    return *targets, found[-1]
 
 
 def _find(

@@ -269,10 +269,8 @@ class StepGraphs:
             known.update(gradients)
             if not parts:
                 place.copy_(inputs)
-                session.batch = (
-                    inputs.new_empty(()).expand(inputs.shape),
-                    data_samples,
-                )  # only the shape is read now
+                only_shape = inputs.new_empty(()).expand(inputs.shape)  # nothing reads more of them from here on
+                session.batch = only_shape, data_samples
             parts.append(_Part(replay, targets, places, gradients, block))
             parts[-1].run(recorder, data_samples)
 
@@ -314,7 +312,7 @@ class StepGraphs:
             yield
         except BaseException as error:
             self.recorder.cancel()
-            if isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, RuntimeError) and not isinstance(error, (MisuseError, torch.OutOfMemoryError)):
                 raise MisuseError(
                     f'{type(self.model).__name__} has an operator that no CUDA graph can hold, such as one that waits for the '
                     f'device ({error}): set optim_wrapper.cuda_graphs=False'

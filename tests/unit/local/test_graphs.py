@@ -141,7 +141,7 @@ def test_random_numbers_cannot_be_drawn_twice(recorder, monkeypatch):
     unit = steps.backbone.layer1[0]
     assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
     unit.forward.draws = True
-    with pytest.raises(MisuseError, match=r'BasicBlock draws random numbers.*leave it out of recompute'):
+    with pytest.raises(MisuseError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
         steps(64, 64)
 
 
