@@ -115,7 +115,13 @@ def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
 @torch.library.custom_op('mmman::sigmoid_focal_loss_backward', mutates_args=())
 def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
     """The gradient of ``pred``, (N, C), from that of the loss, (N, C) or (N, 1)."""
+    pred, target = pred.contiguous(), target.contiguous()
     result = torch.empty_like(pred)
+    if pred.is_cuda and pred.dtype == _wide(pred.dtype):
+        from mmcv.ops.focal_loss import ext_module  # this kernel, unlike that of the loss, doesn't look at the labels
+
+        ext_module.sigmoid_focal_loss_backward(pred, target, pred.new_empty(0), result, gamma=gamma, alpha=alpha)
+        return result.mul_(grad)
     for rows in _slices(pred):
         result[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_slope, gamma), sign=-1).mul_(grad[rows])
     return result

@@ -10,12 +10,12 @@ from mmengine.config import Config
 
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
-from mmman.local.focal_loss import fused_focal_loss
+from mmman.local.focal_loss import fused_focal_loss, summed_focal_loss
 from tests.conftest import ROOT
 from tests.parity import test_classifiers, test_retinanet, test_segmentors
 from tests.parity.lockstep import ROWS
 from tests.toy import toy_batches
-from tests.unit.local import test_graphs, test_recompute
+from tests.unit.local import test_focal_loss, test_graphs, test_recompute
 from tests.unit.local.test_step import step, toy, wrapper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: make test-gpu')
@@ -139,6 +139,19 @@ def test_graphs_train_what_is_trained_without(options):
         assert mine == pytest.approx(theirs, rel=1e-4)
     for name, value in state.items():
         torch.testing.assert_close(own[name], value, rtol=0.01, atol=1e-5, msg=lambda m, name=name: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('dtype, rtol', [(torch.float32, 1e-4), (torch.float16, 1e-3), (torch.bfloat16, 0.016)])
+def test_a_sum_of_the_focal_loss_is_that_of_the_cpu(dtype, rtol):
+    """In single precision its gradient is mmcv's."""
+    results = []
+    for device in ('cpu', 'cuda'):
+        pred, target, weight = (tensor.detach().to(device) for tensor in test_focal_loss.inputs(dtype))
+        head = torch.nn.Module()
+        head.loss_cls = test_focal_loss.FocalLoss()
+        with summed_focal_loss(head):
+            results.append(test_focal_loss.loss_and_gradient(head.loss_cls, pred.requires_grad_(), target, weight, 12))
+    torch.testing.assert_close(*([tensor.cpu() for tensor in one] for one in results), rtol=1e-4, atol=1e-7)
 
 
 def test_graphs_have_memory_that_counts():

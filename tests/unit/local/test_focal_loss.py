@@ -27,7 +27,7 @@ def inputs(dtype=torch.float64):
 
 def loss_and_gradient(criterion, pred, *args, **kwargs):
     loss = criterion(pred, *args, **kwargs)
-    seed = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view_as(loss)
+    seed = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view_as(loss)
     return loss.detach(), torch.autograd.grad(loss, pred, seed)[0]
 
 
