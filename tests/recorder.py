@@ -80,6 +80,9 @@ class CPURecorder(TorchDispatchMode):
             self._run.append((op, args, kwargs, out))
         return out
 
+    def nbytes(self) -> int:
+        return 0  # tensors like all others
+
     def paused(self):
         return torch.utils._python_dispatch._disable_current_modes()
 

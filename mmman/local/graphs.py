@@ -51,6 +51,9 @@ class Recorder(Protocol):
     def aside(self, compute: Callable[[], T]) -> T:
         """Run ``compute``, which gives tensors, without waiting for the recordings that were started."""
 
+    def nbytes(self) -> int:
+        """Bytes that the recordings' memory takes of the device, in use or not."""
+
 
 class CUDARecorder:
     """Records CUDA graphs that share their memory: what a part leaves free is the next part's, of every shape."""
@@ -96,7 +99,6 @@ class CUDARecorder:
         return made
 
     def nbytes(self) -> int:
-        """Bytes that the graphs' memory takes of the device, in use or not."""
         segments = (one for one in torch.cuda.memory_snapshot() if (*one['segment_pool_id'],) == (*self.pool,))
         return sum(segment['total_size'] for segment in segments)
 

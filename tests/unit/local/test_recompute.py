@@ -322,6 +322,7 @@ def test_names():
         (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
         ('layer1.0', MisuseError, r"choose True, False or a list of unit names, e.g. \['layer1.0'\]"),
         ({'selective_recompute': 'layer1'}, MisuseError, r"selective_recompute='layer1': choose True, .*e.g. \['layer1'\]"),
+        ({'selective_recompute': None}, MisuseError, r"=None: choose True, False or a list of unit names, e.g. \['layer1.0'\]"),
         ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
         ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be computed again as a whole: put it into recom'),
         ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, MisuseError, 'layer2.1: in recompute and'),
