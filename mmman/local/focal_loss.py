@@ -70,7 +70,7 @@ def summed_focal_loss(head: nn.Module) -> Iterator[None]:
     from mmdet.models.losses import FocalLoss
 
     loss = getattr(head, 'loss_cls', None)
-    if type(loss) is not FocalLoss or not loss.use_sigmoid or loss.activated:
+    if type(loss) is not FocalLoss or loss.activated:
         yield
         return
     with replaced(loss, 'forward', partial(_summed, loss)):
@@ -168,17 +168,12 @@ def _slope(gamma: float, wrong: Tensor) -> Tensor:
 
 
 def _keep(ctx, inputs: tuple, output: Tensor) -> None:
-    pred, target, ctx.gamma, ctx.alpha = inputs
-    ctx.save_for_backward(pred, target)
+    *tensors, ctx.gamma, ctx.alpha = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _gradient(grad, *ctx.saved_tensors, ctx.gamma, ctx.alpha), None, None, None
-
-
-def _keep_weight(ctx, inputs: tuple, output: Tensor) -> None:
-    pred, target, weight, ctx.gamma, ctx.alpha = inputs
-    ctx.save_for_backward(pred, target, weight)
 
 
 def _sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
@@ -188,4 +183,4 @@ def _sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
 
 
 _loss.register_autograd(_backward, setup_context=_keep)
-_sum.register_autograd(_sum_backward, setup_context=_keep_weight)
+_sum.register_autograd(_sum_backward, setup_context=_keep)

@@ -238,7 +238,7 @@ class StepGraphs:
         return with_gradients(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
 
     def _key(self, inputs: Tensor) -> tuple:
-        """What a recording holds for: the shape, which modules train, and the memory of the model."""
+        """What a recording holds for: the shape, which modules train, and the memory of the model, without gradients so far."""
         found: list[int] = []
         modules = [self.model]
         while modules:  # far faster than the iterators of nn.Module, for which the GPU would wait

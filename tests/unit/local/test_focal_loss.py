@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip('mmdet')
 
-from mmdet.models.losses import FocalLoss
+from mmdet.models.losses import FocalLoss, L1Loss
 from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
 
@@ -111,6 +111,17 @@ def test_what_is_no_average_of_rows_stays_with_mmdet(kind):
     expected = head.loss_cls(pred, target, **options)
     with summed_focal_loss(head):
         assert torch.equal(head.loss_cls(pred, target, **options), expected)
+
+
+def test_other_losses_stay_as_they_are():
+    class Mine(FocalLoss):
+        pass
+
+    for loss in (FocalLoss(activated=True), Mine(), L1Loss(), None):
+        head = torch.nn.Module()
+        head.loss_cls = loss
+        with summed_focal_loss(head), summed_focal_loss(torch.nn.Module()):
+            assert loss is None or 'forward' not in vars(loss)
 
 
 def test_one_hot_targets_and_probabilities_stay_with_mmdet(monkeypatch):
