@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         partition=['layer3.3'],
         selective_recompute=['layer1', 'layer2', 'layer3', 'layer4'],
-        transfer=dict(bias='channel'),
+        transfer=dict(bias='depthwise'),
         local_head=dict(lambda_rec=0.0),
     )
 )

@@ -6,7 +6,7 @@ _base_ = '../paper/table2/resnet101_k4_infopro_manpp.py'
 model = dict(
     backbone=dict(
         partition=['layer1.0', 'layer2.0', 'layer3.7'],
-        transfer=dict(bias='channel'),
+        transfer=dict(bias='depthwise'),
         local_head=dict(_delete_=True, type='mmman.DGLLocalHead', head=_base_.model.head),
     )
 )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmman.analysis.head_profile import quiet
 from mmman.analysis.profile import profile_step
 from mmman.errors import MisuseError, PartitionError
+from mmman.options import Count, checked
 from mmman.partition.memory import peak_of
 from mmman.partition.planner import BY_MEMORY
 from mmman.partition.search import smallest_peak
@@ -25,6 +25,7 @@ from mmman.partition.search import smallest_peak
 SGD = {'type': 'SGD', 'lr': 0.01, 'momentum': 0.9}
 
 
+@checked('model.backbone.partition')
 @dataclass(frozen=True)
 class MemoryCuts:
     """What the plan depends on, beside the backbone and its local heads.
@@ -39,18 +40,13 @@ class MemoryCuts:
     """
 
     model: dict
-    batch: int
-    shape: Sequence[int]
+    batch: Count
+    shape: tuple[Count, Count]
     optim_wrapper: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sizes = [self.batch, *(self.shape if isinstance(self.shape, Sequence) else ())]
-        if len(sizes) != 3 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise PartitionError(f'batch={self.batch!r}, shape={self.shape!r}: give images, and height and width: {BY_MEMORY}')
-        if not isinstance(self.model, Mapping) or not {'type', 'backbone'} <= set(self.model):
+        if not {'type', 'backbone'} <= set(self.model):
             raise PartitionError(f'partition.model is no config of a model with a backbone: {BY_MEMORY}')
-        if not isinstance(self.optim_wrapper, Mapping):
-            raise PartitionError(f'partition.optim_wrapper is no config: {BY_MEMORY}')
 
     @classmethod
     def of(cls, partition: dict) -> MemoryCuts:
@@ -59,14 +55,12 @@ class MemoryCuts:
         Raises:
             PartitionError: It isn't ``dict(type='memory', ...)`` with these arguments.
         """
-        options = {key: value for key, value in partition.items() if key != 'type'}
-        known = inspect.signature(cls).parameters
-        wrong = [f'type={partition.get("type")!r}'] if partition.get('type') != 'memory' else []
-        wrong += [f'unknown {key}' for key in options if key not in known]
-        wrong += [f'no {key}' for key, one in known.items() if one.default is one.empty and key not in options]
-        if wrong:
-            raise PartitionError(f'partition has {", ".join(wrong)}; cuts by memory are asked for by {BY_MEMORY}')
-        return cls(**options)
+        if partition.get('type') != 'memory':
+            raise PartitionError(f'partition has type={partition.get("type")!r}; cuts by memory are asked for by {BY_MEMORY}')
+        try:
+            return cls(**{key: value for key, value in partition.items() if key != 'type'})
+        except MisuseError as error:
+            raise PartitionError(f'{error}; cuts by memory are asked for by {BY_MEMORY}') from None
 
     def plan(self, backbone: dict, num_blocks: int | None) -> list[str]:
         """The units to cut after, for the smallest peak of a training step on one device.

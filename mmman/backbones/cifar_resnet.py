@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 from mmengine.model import BaseModule
 from torch import Tensor
 
+from mmman.options import Count, Range, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
+@checked('CIFARResNet')
 class CIFARResNet(BaseModule):
     """ResNet of depth 6n+2 for 32x32 images: a 3x3 stem and three stages of n basic blocks with 16, 32 and 64 channels.
 
@@ -31,8 +34,8 @@ class CIFARResNet(BaseModule):
     def __init__(
         self,
         depth: int,
-        in_channels: int = 3,
-        out_indices: Sequence[int] = (2,),
+        in_channels: Count = 3,
+        out_indices: Sequence[Annotated[int, Range(0, 2)]] = (2,),
         norm_cfg: dict | None = None,
         init_cfg: dict | list | None = None,
     ) -> None:

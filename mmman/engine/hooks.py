@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
+from typing import Annotated
 
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
+from mmman.engine.config_check import check_config
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
+from mmman.engine.paramwise import separate_local_heads
 from mmman.engine.pretrained import check_prefix, report_pretrained
 from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
 from mmman.local.heads.base import LocalHead
+from mmman.local.model import changed_options
+from mmman.options import Count, Range, checked
 from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.registry import HOOKS
 
 
 @HOOKS.register_module()
+@checked('EMABiasHook')
 class EMABiasHook(Hook):
     """Starts the momentum copies and biases of all local heads, moves the copies after every step, logs every s_j.
 
@@ -39,11 +48,7 @@ class EMABiasHook(Hook):
 
     priority = 'NORMAL'
 
-    def __init__(self, momentum: float = 0.995, interval: int = 1) -> None:
-        if not 0 <= momentum <= 1:
-            raise MisuseError(f'EMABiasHook.momentum={momentum}: choose a number from 0 to 1')
-        if interval < 1:
-            raise MisuseError(f'EMABiasHook.interval={interval}: choose a whole number from 1')
+    def __init__(self, momentum: Annotated[float, Range(0, 1)] = 0.995, interval: Count = 1) -> None:
         self.momentum = momentum
         self.interval = interval
         self._seen_steps = 0
@@ -59,9 +64,12 @@ class EMABiasHook(Hook):
             raise MisuseError(
                 'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
             )
+        check_config(runner.cfg)
         backbone = localized_backbone(_unwrap(runner.model))
-        if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises nothing
+        if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises and trains nothing
+            _warn_of_changed_heads(runner.cfg)
             check_prefix(backbone)
+            separate_local_heads(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Forget what weight initialisation loaded: only this checkpoint may bring the copies along."""
@@ -115,6 +123,20 @@ class EMABiasHook(Hook):
         """In a pipeline the next stage sends what its first unit is after each of its steps."""
         if steps % self.interval == 0:
             head.transfer.update_(unit, self.momentum)
+
+
+def _warn_of_changed_heads(cfg: Config) -> None:
+    model = cfg.get('model')
+    backbone = model.get('backbone') if isinstance(model, Mapping) else None
+    if not isinstance(backbone, Mapping) or not backbone.get('local_head'):
+        return
+    if changed := changed_options(model):
+        print_log(
+            f"local heads differ from the model's own head in {', '.join(changed)}: a config that changes the head has to "
+            "change model.backbone.local_head too, or inherit type='mmman.LocalModel', whose local heads follow it",
+            logger='current',
+            level=logging.WARNING,
+        )
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

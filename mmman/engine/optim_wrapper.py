@@ -6,11 +6,9 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from mmengine.device import get_device
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
@@ -19,19 +17,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmman.engine.checks import check_model
+from mmman.engine.clipping import check_clipping
+from mmman.engine.precision import autocast_dtype, make_loss_scaler
 from mmman.errors import MisuseError, NonFiniteLossError
 from mmman.local.blocks import localized_backbone
 from mmman.local.dense_loss import DenseLoss
 from mmman.local.graphs import CUDARecorder, StepGraphs
 from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
+from mmman.options import Count, Positive, checked
 from mmman.registry import OPTIM_WRAPPERS
 
 if TYPE_CHECKING:
     from mmman.parallel import BlockReducer, LocalDistributedDataParallel
 
 
+NON_FINITE_STEPS = 20
+"""Under a loss scaler, a local loss that isn't finite for so many steps in a row ends the run."""
+
+
 @OPTIM_WRAPPERS.register_module()
+@checked('optim_wrapper', given=('optimizer',))
 class LocalLearningOptimWrapper(OptimWrapper):
     """Trains a localised model: every local loss is back-propagated at its boundary, the optimizer steps once an iteration.
 
@@ -70,23 +76,18 @@ class LocalLearningOptimWrapper(OptimWrapper):
     def __init__(
         self,
         optimizer: Optimizer,
-        accumulative_counts: int = 1,
+        accumulative_counts: Count = 1,
         clip_grad: dict | None = None,
-        clip_scope: str = 'block',
-        update: str = 'synchronous',
-        images_per_chunk: int | None = None,
+        clip_scope: Literal['block', 'global'] = 'block',
+        update: Literal['synchronous', 'immediate'] = 'synchronous',
+        images_per_chunk: Count | None = None,
         cuda_graphs: bool = False,
-        dtype: str | torch.dtype | None = None,
-        loss_scale: str | float | dict | None = None,
+        dtype: Literal['float16', 'bfloat16', torch.float16, torch.bfloat16] | None = None,
+        loss_scale: Literal['dynamic'] | Positive | dict | None = None,
         use_fsdp: bool = False,
     ) -> None:
+        check_clipping(clip_grad)
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
-        if clip_scope not in ('block', 'global'):
-            raise MisuseError(f"clip_scope={clip_scope!r}: choose 'block' or 'global'")
-        if update not in ('synchronous', 'immediate'):
-            raise MisuseError(f"update={update!r}: choose 'synchronous' or 'immediate'")
-        if images_per_chunk is not None and images_per_chunk < 1:
-            raise MisuseError(f'images_per_chunk={images_per_chunk}: choose 1 or more, or None')
         if cuda_graphs and accumulative_counts != 1:
             raise MisuseError('cuda_graphs=True writes gradients anew each step: it takes accumulative_counts=1')
         if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
@@ -97,8 +98,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.update = update
         self.images_per_chunk = images_per_chunk
         self.cuda_graphs = cuda_graphs
-        self.dtype = _autocast_dtype(dtype, loss_scale)
-        self.loss_scaler, self._fixed_scale = _loss_scaler(self.dtype, loss_scale)
+        self.dtype = autocast_dtype(dtype, loss_scale)
+        self.loss_scaler, self._fixed_scale = make_loss_scaler(self.dtype, loss_scale)
         if update == 'immediate' and self.loss_scaler is not None:
             raise MisuseError(
                 "update='immediate' steps before a loss scaler knows that all gradients are finite: "
@@ -119,6 +120,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._graphs: StepGraphs | None = None
         self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
         self._local_log: dict[str, Tensor] = {}
+        self._non_finite_steps = 0  # in a row, under a loss scaler
 
     @property
     def graph_bytes(self) -> int:
@@ -288,11 +290,15 @@ class LocalLearningOptimWrapper(OptimWrapper):
         bad = [f'{name} = {value}' for name, value in log.items() if not math.isfinite(value)]
         if bad:
             message = f'a local loss is not finite: {", ".join(bad)} (local/<block>/<loss>)'
-            if self.loss_scaler is None:
+            self._non_finite_steps += 1
+            if self.loss_scaler is None or self._non_finite_steps == NON_FINITE_STEPS:
+                steps = '' if self.loss_scaler is None else f', {NON_FINITE_STEPS} steps in a row'
                 raise NonFiniteLossError(
-                    f"{message}; lower the learning rate, set clip_grad, or lower that block's loss_weight"
+                    f"{message}{steps}; lower the learning rate, set clip_grad, or lower that block's loss_weight"
                 )
             print_log(f'{message}; the loss scaler skips this step', logger='current', level=logging.WARNING)
+        else:
+            self._non_finite_steps = 0
         for name, value in log.items():
             self.message_hub.update_scalar(f'train/{name}', value)
 
@@ -306,34 +312,3 @@ class LocalLearningOptimWrapper(OptimWrapper):
             norm = self.clip_func(scope, **self.clip_grad_kwargs)
             if norm is not None:
                 self.message_hub.update_scalar(f'train/{prefix}{self.grad_name}', float(norm))
-
-
-def _autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | dict | None) -> torch.dtype | None:
-    if dtype is None:
-        dtype = None if loss_scale is None else 'float16'
-    if isinstance(dtype, str):
-        dtype = {'float16': torch.float16, 'bfloat16': torch.bfloat16}.get(dtype, dtype)
-    if dtype not in (None, torch.float16, torch.bfloat16):
-        raise MisuseError(f"dtype={dtype!r}: choose 'float16', 'bfloat16' or None")
-    if dtype is torch.float16 and get_device() == 'cpu':
-        raise MisuseError("autocast on a CPU takes bfloat16 only: set optim_wrapper.dtype='bfloat16'")
-    return dtype
-
-
-def _loss_scaler(
-    dtype: torch.dtype | None, loss_scale: str | float | dict | None
-) -> tuple[torch.amp.GradScaler | None, float | None]:
-    """The scaler and, for a fixed scale, the value that it keeps."""
-    if loss_scale is None:
-        loss_scale = 'dynamic' if dtype is torch.float16 else None
-    if loss_scale is None:
-        return None, None
-    new = getattr(torch.amp, 'GradScaler', None)  # torch >= 2.3
-    scaler = partial(new, get_device()) if new else torch.cuda.amp.GradScaler
-    if loss_scale == 'dynamic':
-        return scaler(), None
-    if isinstance(loss_scale, dict):
-        return scaler(**loss_scale), None
-    if isinstance(loss_scale, (int, float)):
-        return scaler(init_scale=float(loss_scale)), float(loss_scale)
-    raise MisuseError(f"loss_scale={loss_scale!r}: choose 'dynamic', a number or a dict of torch.amp.GradScaler options")

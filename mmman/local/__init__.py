@@ -10,6 +10,7 @@ from mmman.local.heads import (
     SegLocalHead,
     ViTLocalHead,
 )
+from mmman.local.model import LocalModel
 from mmman.local.transfer import MomentumTransfer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     'InfoProLocalHead',
     'LocalBackbone',
     'LocalHead',
+    'LocalModel',
     'MomentumTransfer',
     'PredSimLocalHead',
     'SegLocalHead',

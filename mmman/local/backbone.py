@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -11,21 +13,32 @@ from torch import Tensor, nn
 
 from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
 from mmman.local.blocks import LocalBlocks
-from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.base import GIVEN, Boundary, LocalHead
 from mmman.local.recompute import ends_told, keep_, recompute_unit_, units_to_recompute
-from mmman.local.transfer import MomentumTransfer
+from mmman.local.transfer import MomentumTransfer, check_switches
+from mmman.options import Count, Positive, check_options, checked
 from mmman.partition import Chain, Feature, chain_of, plan_blocks
 from mmman.registry import MODELS
 
 
+def _stock_option(option: str, options: Mapping[str, Any]) -> str | None:
+    """Say where an option of the stock backbone belongs, which a stock config sets in ``model.backbone``."""
+    stock = options.get('backbone')
+    kind = class_of(stock.get('type')) if isinstance(stock, Mapping) else None
+    if any(option in inspect.signature(cls.__init__).parameters for cls in getattr(kind, '__mro__', ())[:-1]):
+        return f'{kind.__name__} has this option, the stock backbone: set model.backbone.backbone.{option}'
+    return None
+
+
 @MODELS.register_module()
+@checked('model.backbone', elsewhere=_stock_option)
 def LocalBackbone(  # noqa: N802  named as a config writes it
     backbone: dict,
-    num_blocks: int | None = None,
+    num_blocks: Count | None = None,
     local_head: dict | None = None,
     partition: str | Sequence[str] | dict = 'stage',
     transfer: dict | None = None,
-    loss_weight: float | Sequence[float] = 1.0,
+    loss_weight: Positive | Sequence[Positive] = 1.0,
     recompute: bool | Sequence[str] = False,
     selective_recompute: bool | Sequence[str] = False,
     pretrained: str | None = None,
@@ -42,6 +55,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     Returns:
         The backbone: an instance of its own class.
     """
+    _check_parts(transfer, local_head)
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
     if isinstance(partition, dict):
@@ -62,13 +76,14 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     )
 
 
+@checked('localize_')
 def localize_(
     backbone: nn.Module,
-    num_blocks: int | None = None,
+    num_blocks: Count | None = None,
     local_head: dict | None = None,
-    partition: str | Sequence[str] = 'stage',
+    partition: str | Sequence[str] | dict = 'stage',
     transfer: dict | None = None,
-    loss_weight: float | Sequence[float] = 1.0,
+    loss_weight: Positive | Sequence[Positive] = 1.0,
     recompute: bool | Sequence[str] = False,
     selective_recompute: bool | Sequence[str] = False,
 ) -> nn.Module:
@@ -99,6 +114,7 @@ def localize_(
         PartitionError: The cuts don't fit, or leave a last block that makes no output; a unit to recompute is none.
         MisuseError: It is localised already, or options contradict each other.
     """
+    _check_parts(transfer, local_head)
     if hasattr(backbone, 'local'):
         raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
     chain = chain_of(backbone)
@@ -106,13 +122,6 @@ def localize_(
     count = len(plan.blocks) - 1
     if count and local_head is None:
         raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
-    if count:
-        head_class = local_head['type']
-        if isinstance(head_class, str):
-            with MODELS.switch_scope_and_registry(None) as registry:
-                head_class = registry.get(head_class)
-        if not (isinstance(head_class, type) and issubclass(head_class, LocalHead)):
-            raise MisuseError(f'local_head.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
     if len(weights) != count:
         raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
@@ -156,6 +165,11 @@ def localize_(
                 'loss_weight': weight,
             },
         )
+        if head.transfer.channel_bias is not None and not head.sees_channel_bias:
+            raise MisuseError(
+                f"transfer.bias='channel' has no effect in front of {type(head).__name__}, whose first layers normalise each "
+                "channel: choose 'depthwise' or 'unit'"
+            )
         heads.append(head)
 
     # The copies are made: from here on units may carry hooks.
@@ -170,6 +184,54 @@ def localize_(
         raise LocalLearningError(f'localising changed keys of the stock state dict: {sorted(moved)}')
     print_log(f'{type(backbone).__name__} in {len(plan.blocks)} blocks: {plan}', logger='current')
     return backbone
+
+
+def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backbone') -> None:
+    """Check the options of :func:`LocalBackbone`, those of the transfer and the local heads included, without building it.
+
+    Args:
+        options: By name, without ``type``.
+        where: Their place in the config, for error messages.
+
+    Raises:
+        MisuseError: An option is unknown, missing or of a wrong type or value, or contradicts another.
+    """
+    check_options(LocalBackbone, options, where)
+    _check_parts(options.get('transfer'), options.get('local_head'), where)
+
+
+def _check_parts(transfer: Mapping | None, local_head: Mapping | None, where: str = 'model.backbone') -> None:
+    """Check the options of the transfer and the local heads; also for K = 1, where nothing is built from them."""
+    if transfer:
+        check_options(MomentumTransfer, transfer, f'{where}.transfer')
+        check_switches(**transfer)
+    if local_head is not None:
+        _check_local_head(local_head, f'{where}.local_head')
+
+
+def _check_local_head(local_head: Mapping, where: str) -> None:
+    if 'type' not in local_head:
+        raise MisuseError(f"{where} needs a type, e.g. dict(type='mmman.DetLocalHead', ...)")
+    kind = class_of(local_head['type'])
+    if not (isinstance(kind, type) and issubclass(kind, LocalHead)):
+        raise MisuseError(f'{where}.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
+    for option in GIVEN:
+        if option in local_head:
+            place = (
+                'is measured: remove it'
+                if option == 'boundary'
+                else f'is an option of the backbone: set model.backbone.{option}'
+            )
+            raise MisuseError(f'{where}.{option} {place}')
+    check_options(kind, {name: value for name, value in local_head.items() if name != 'type'}, where, given=GIVEN)
+
+
+def class_of(kind: str | type | None) -> type | None:
+    """The class or function that a config names as ``type``; None where there is none."""
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)
 
 
 def delocalize_(backbone: nn.Module) -> nn.Module:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.options import checked
 from mmman.partition import Feature
 
 
+@checked('model.backbone.transfer', given=('source', 'feature'))
 class MomentumTransfer(BaseModule):
     """``y = s * E(x) + (2 - s) * B(x)`` on the output x of block j (MAN++, Eq. 6-7).
 
@@ -24,10 +28,13 @@ class MomentumTransfer(BaseModule):
 
     Args:
         source: The first unit of block j+1. It is copied, never held.
-        feature: The shape of the unit's output, for ``bias='channel'``.
+        feature: The shape of the unit's output, for the light biases.
         ema: Whether there is an E.
-        bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'channel'``: B(x) is one learnable
-            value an output channel (the paper's cost model). ``False``: no B.
+        bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'depthwise'``: B(x) is a 3x3 depthwise
+            convolution of E(x), for feature maps; it starts at zero. ``'channel'``: B(x) is one learnable value an output
+            channel (the paper's cost model), starting at zero; only for local heads that set
+            :attr:`mmman.LocalHead.sees_channel_bias`, because a convolution with BatchNorm removes it together with the scale.
+            ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho starting at 1, as the authors' code
             stores it, so that weight decay pulls towards s = 2, E alone. ``False``: s = 1.
 
@@ -36,21 +43,23 @@ class MomentumTransfer(BaseModule):
     """
 
     def __init__(
-        self, source: nn.Module, feature: Feature, ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True
+        self,
+        source: nn.Module,
+        feature: Feature,
+        ema: bool = True,
+        bias: Literal['unit', 'depthwise', 'channel', False] = 'unit',
+        scale: Literal[True, False, 'release'] = True,
     ) -> None:
         super().__init__()
-        if bias not in ('unit', 'channel', False):
-            raise MisuseError(f"transfer.bias={bias!r}: choose 'unit', 'channel' or False")
-        if scale not in (True, False, 'release'):
-            raise MisuseError(f"transfer.scale={scale!r}: choose True, False or 'release'")
-        if scale and not (ema and bias):
-            raise MisuseError('transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias')
-        if bias == 'channel' and not ema:
-            raise MisuseError("transfer.bias='channel' is added to the momentum copy's output: it needs ema=True")
+        check_switches(ema, bias, scale)
+        if bias == 'depthwise' and feature.extra_tokens is not None:
+            raise MisuseError("transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
         sides = (1, 1) if feature.extra_tokens is None else ()
         self.channel_bias = nn.Parameter(torch.zeros(feature.channels, *sides)) if bias == 'channel' else None
+        # a parameter and no module: the initialisation of a local head's convolutions leaves it at zero
+        self.depthwise_bias = nn.Parameter(torch.zeros(feature.channels, 1, 3, 3)) if bias == 'depthwise' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
         self.is_loaded = False  # a state dict brought the copies along
@@ -75,6 +84,8 @@ class MomentumTransfer(BaseModule):
             Shaped as the unit's output, or as what ``run`` returns.
         """
         terms = [copied(x, *grid) if run is None else run(copied, x) for copied in self.copies]
+        if self.depthwise_bias is not None:
+            return self._with_depthwise_bias(terms[0])
         if self.channel_bias is not None:
             terms.append(self.channel_bias)
         if not terms:
@@ -82,6 +93,12 @@ class MomentumTransfer(BaseModule):
         if (s := self.s) is not None:
             return s * terms[0] + (2 - s) * terms[1]
         return sum(terms[1:], terms[0])
+
+    def _with_depthwise_bias(self, y: Tensor) -> Tensor:
+        """``s * y + (2 - s) * depthwise(y)`` of E's output, as one convolution: only ``y`` is saved for the backward pass."""
+        s = 1 if self.s is None else self.s
+        identity = F.pad(y.new_ones(1, 1, dtype=self.depthwise_bias.dtype), (1, 1, 1, 1))
+        return F.conv2d(y, s * identity + (2 - s) * self.depthwise_bias, padding=1, groups=len(self.depthwise_bias))
 
     @property
     def copies(self) -> list[nn.Module]:
@@ -130,6 +147,16 @@ class MomentumTransfer(BaseModule):
         given = [state_dict.get(prefix + name) for name in own]
         self.is_loaded = all(v is not None and v.shape == own[name].shape for name, v in zip(own, given, strict=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_switches(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
+    """Raise :class:`MisuseError` where the switches of a :class:`MomentumTransfer` contradict each other."""
+    if scale and not (ema and bias):
+        raise MisuseError(
+            'transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias, or scale=False'
+        )
+    if bias in ('channel', 'depthwise') and not ema:
+        raise MisuseError(f"transfer.bias={bias!r} acts on the momentum copy's output: it needs ema=True")
 
 
 def _moving(module: nn.Module) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mmman.errors import MisuseError
 from mmman.local.chunks import replaced
 from mmman.local.scopes import trained_parameters
+from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS
 
 REFUSED = {
@@ -98,6 +99,7 @@ class BlockReducer:
 
 
 @MODEL_WRAPPERS.register_module()
+@checked('model_wrapper_cfg', given=('module',))
 class LocalDistributedDataParallel(MMDistributedDataParallel):
     """Distributed data parallel training of a localised model; on one block it is ``MMDistributedDataParallel``.
 
@@ -125,6 +127,7 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
         for option, instead in REFUSED.items():
             if kwargs.get(option):
                 raise MisuseError(f'LocalDistributedDataParallel does not take {option}: {instead}')
+        check_options(DistributedDataParallel, kwargs, 'model_wrapper_cfg', given=('module',))
         if next(module.parameters()).device.type == 'cpu':
             kwargs.update(device_ids=None, output_device=None)
         *blocks, own = trained_parameters(module)

@@ -7,15 +7,16 @@ import copy
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
-from mmman.local.heads.base import Boundary
+from mmman.local.heads.base import GIVEN, Boundary
 from mmman.local.heads.cls import ClsLocalHead
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import Count, checked
 from mmman.partition import Feature
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class AugLocalHead(ClsLocalHead):
     """The local head of Ma et al., "Scaling Supervised Local Learning with Augmented Auxiliary Networks" (2024).
 
@@ -29,10 +30,8 @@ class AugLocalHead(ClsLocalHead):
     """
 
     def __init__(
-        self, boundary: Boundary, transfer: MomentumTransfer, head: dict, depth: int = 2, loss_weight: float = 1.0
+        self, boundary: Boundary, transfer: MomentumTransfer, head: dict, depth: Count = 2, loss_weight: float = 1.0
     ) -> None:
-        if depth < 1:
-            raise MisuseError(f'AugLocalHead.depth={depth}: choose a whole number from 1')
         shapes = [boundary.feature, *boundary.following_features]
         count = len(boundary.following)
         chosen = sorted({(i + 1) * count // depth - 1 for i in range(depth)} - {-1})

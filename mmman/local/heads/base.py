@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from mmengine.model import BaseModule
@@ -12,6 +14,9 @@ from mmman.errors import MisuseError
 from mmman.local.session import Session
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Feature, Unit
+
+GIVEN = ('boundary', 'transfer', 'loss_weight')
+"""The arguments of a local head that :func:`mmman.localize_` passes, and no config."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,9 @@ class LocalHead(BaseModule):
     session: Session | None = None
     uses_images = True
     """Whether :meth:`loss` looks at the pixels of its ``inputs`` and not at their shape alone: a pipeline sends them along."""
+    sees_channel_bias = False
+    """Whether a constant a channel of y, and a factor on y, change what :meth:`loss` computes. They don't where the head begins
+    with a convolution and BatchNorm, which removes both; then ``transfer.bias='channel'`` is refused."""
     size_range: tuple[float, float] | None = None
     """The objects that :meth:`shown` leaves: the least and the most square root of a box's area, in pixels. None: all."""
 
@@ -87,6 +95,24 @@ class LocalHead(BaseModule):
         self.takes_grid = boundary.takes_grid
         self.loss_weight = loss_weight
         self.transfer = transfer
+
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that a head of this class takes from the config of the model that it is part of.
+
+        Args:
+            model: The model's config.
+            options: What the config of the local head sets itself.
+
+        Returns:
+            Options by name, as in ``_base_.model``; nothing where the model has no head that this class can be made of.
+        """
+        return {}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Of this head's options those that decide what it learns: without those that only size it."""
+        return {}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The local losses of a block.
@@ -143,3 +169,8 @@ class LocalHead(BaseModule):
             'stock tools replaces the wrapper); to train or differentiate end to end call mmman.delocalize_(backbone) or use '
             'num_blocks=1'
         )
+
+
+def without(config: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
+    """A config without some of its options; empty for None."""
+    return {name: value for name, value in (config or {}).items() if name not in names}

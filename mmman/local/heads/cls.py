@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.base import GIVEN, Boundary, LocalHead, without
 from mmman.local.heads.layers import INIT, conv_bn_relu, linear_bn_relu
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import Count, checked
 from mmman.registry import MODELS
 
 
@@ -44,6 +47,19 @@ class ClsLocalHead(LocalHead):
         self.num_classes = head.get('num_classes')
         self.head = _classifier(head, in_channels)
 
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        if 'head' not in model:
+            return {}
+        stock = model['backbone'].get('backbone') or {}  # which has the classifier of a VGG
+        return {'head': {**({'num_classes': stock['num_classes']} if 'num_classes' in stock else {}), **model['head']}}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        head = without(options.get('head'), ('in_channels', 'hidden_dim'))
+        name = str(head.get('type')).rpartition('.')[-1]
+        return {'head': {**head, 'type': _LINEAR.get(name, name)}}
+
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Features for the classifier.
 
@@ -72,6 +88,7 @@ class ClsLocalHead(LocalHead):
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class DGLLocalHead(ClsLocalHead):
     """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
 
@@ -90,9 +107,9 @@ class DGLLocalHead(ClsLocalHead):
         boundary: Boundary,
         transfer: MomentumTransfer,
         head: dict,
-        pool_size: int = 8,
-        conv_channels: int = 128,
-        fc_channels: int = 512,
+        pool_size: Count = 8,
+        conv_channels: Count = 128,
+        fc_channels: Count = 512,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, head, fc_channels, loss_weight)

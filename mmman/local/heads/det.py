@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,13 +13,15 @@ from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.anchor_targets import targets_at_once
-from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.base import GIVEN, Boundary, LocalHead, without
 from mmman.local.heads.levels import LevelProjection, assign_levels, size_range
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import Count, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class DetLocalHead(LocalHead):
     """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
 
@@ -46,14 +50,12 @@ class DetLocalHead(LocalHead):
         transfer: MomentumTransfer,
         bbox_head: dict | None = None,
         train_cfg: dict | None = None,
-        num_classes: int | None = None,
-        stacked_convs: int = 2,
-        downsample: int = 1,
+        num_classes: Count | None = None,
+        stacked_convs: Count = 2,
+        downsample: Count = 1,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
-        if downsample < 1:
-            raise MisuseError(f'local_head.downsample={downsample}: choose 1 or more')
         if (bbox_head is None) == (num_classes is None):
             raise MisuseError(
                 'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
@@ -93,6 +95,23 @@ class DetLocalHead(LocalHead):
                 f'{type(whole).__name__} cannot be built for the strides {self.level_strides}: {error}'
             ) from error
 
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        if options.get('num_classes') is not None and 'bbox_head' in model:
+            return {}  # chosen in place of the model's own dense head
+        if isinstance(model.get('bbox_head'), Mapping):
+            return {'bbox_head': model['bbox_head'], 'train_cfg': model.get('train_cfg')}
+        boxes = (model.get('roi_head') or {}).get('bbox_head')
+        boxes = boxes[0] if isinstance(boxes, (list, tuple)) else boxes
+        return {'num_classes': boxes['num_classes']} if boxes and 'num_classes' in boxes else {}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        if 'bbox_head' not in options:
+            return {}
+        sizes = ('in_channels', 'feat_channels', 'stacked_convs')
+        return {'bbox_head': without(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
+
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
         y = self.as_map(y, inputs)
@@ -101,6 +120,11 @@ class DetLocalHead(LocalHead):
         levels = self.projection(y)
         with targets_at_once(self.bbox_head):
             return self.bbox_head.loss(levels, self.shown(data_samples))
+
+    @property
+    def sees_channel_bias(self) -> bool:
+        norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+        return not any(isinstance(module, norms) for module in self.bbox_head.modules())
 
     @property
     def dense_head(self) -> nn.Module:

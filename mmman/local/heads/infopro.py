@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.heads.base import Boundary
+from mmman.local.heads.base import GIVEN, Boundary
 from mmman.local.heads.cls import ClsLocalHead
 from mmman.local.heads.layers import conv_bn_relu
 from mmman.local.heads.reconstruction import ReconstructionDecoder, check_preprocessor, pixels, reconstruction_loss
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import NonNegative, Positive, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class InfoProLocalHead(ClsLocalHead):
     """The local head of information propagation (Wang et al., "Revisiting Locally Supervised Learning", 2021).
 
@@ -40,15 +44,13 @@ class InfoProLocalHead(ClsLocalHead):
         boundary: Boundary,
         transfer: MomentumTransfer,
         head: dict,
-        classifier: str = '1c2f',
-        lambda_rec: float | tuple[float, float] = 5.0,
-        lambda_task: float | tuple[float, float] = 0.75,
+        classifier: Literal['1c2f', 'imagenet'] = '1c2f',
+        lambda_rec: NonNegative | tuple[NonNegative, NonNegative] = 5.0,
+        lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 0.75,
         contrast: bool = False,
-        temperature: float = 0.07,
+        temperature: Positive = 0.07,
         loss_weight: float = 1.0,
     ) -> None:
-        if classifier not in ('1c2f', 'imagenet'):
-            raise MisuseError(f"InfoProLocalHead.classifier={classifier!r}: choose '1c2f' or 'imagenet'")
         is_small = classifier == '1c2f'
         super().__init__(boundary, transfer, head, 128 if is_small else 2048, loss_weight)
         channels = boundary.channels

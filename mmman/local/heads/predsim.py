@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmman.local.heads.base import Boundary
+from mmman.local.heads.base import GIVEN, Boundary
 from mmman.local.heads.cls import ClsLocalHead
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import Range, checked
 from mmman.registry import MODELS
 
 MAX_FEATURES = 2048
@@ -18,6 +20,7 @@ MAX_FEATURES = 2048
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class PredSimLocalHead(ClsLocalHead):
     """The local head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019), its ``predsim``.
 
@@ -30,8 +33,15 @@ class PredSimLocalHead(ClsLocalHead):
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
+    sees_channel_bias = True
+
     def __init__(
-        self, boundary: Boundary, transfer: MomentumTransfer, head: dict, beta: float = 0.99, loss_weight: float = 1.0
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        head: dict,
+        beta: Annotated[float, Range(0, 1)] = 0.99,
+        loss_weight: float = 1.0,
     ) -> None:
         pool_size = max(1, math.isqrt(MAX_FEATURES // boundary.channels))
         super().__init__(boundary, transfer, head, boundary.channels * pool_size**2, loss_weight)

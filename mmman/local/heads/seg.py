@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.heads.base import Boundary, LocalHead
+from mmman.local.heads.base import GIVEN, Boundary, LocalHead
 from mmman.local.heads.reconstruction import ReconstructionDecoder, check_preprocessor, pixels, reconstruction_loss
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import NonNegative, checked
 from mmman.registry import MODELS
 
 SHARED = ('num_classes', 'out_channels', 'threshold', 'ignore_index', 'align_corners', 'sampler', 'loss_decode', 'norm_cfg')
@@ -20,6 +23,7 @@ FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input':
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class SegLocalHead(LocalHead):
     """Transfer, then a decode head, and beside it a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
 
@@ -44,10 +48,10 @@ class SegLocalHead(LocalHead):
         self,
         boundary: Boundary,
         transfer: MomentumTransfer,
-        decode_head: dict | list,
+        decode_head: dict | Sequence[dict],
         network: dict | None = None,
-        lambda_rec: float | tuple[float, float] = 0.0,
-        lambda_task: float | tuple[float, float] = 1.0,
+        lambda_rec: NonNegative | tuple[NonNegative, NonNegative] = 0.0,
+        lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 1.0,
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
@@ -59,6 +63,16 @@ class SegLocalHead(LocalHead):
         self.lambda_rec = boundary.at_block(lambda_rec)
         self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, stepwise=True) if self.lambda_rec else None
         self.uses_images = self.decoder is not None
+
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        return {'decode_head': model['decode_head']} if 'decode_head' in model else {}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        head = options.get('decode_head') or {}
+        own = head if isinstance(head, Mapping) else head[-1]
+        return {'decode_head': {name: own[name] for name in SHARED if name in own}}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,16 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.heads.base import Boundary
+from mmman.local.heads.base import GIVEN, Boundary
 from mmman.local.heads.cls import ClsLocalHead
 from mmman.local.recompute import Recomputed
 from mmman.local.transfer import MomentumTransfer
+from mmman.options import Range, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
 class ViTLocalHead(ClsLocalHead):
     """Transfer, one more learnable layer, LayerNorm, class token, linear classifier (MAN++ on ViT).
 
@@ -35,13 +38,15 @@ class ViTLocalHead(ClsLocalHead):
         MisuseError: The backbone has maps, not tokens, or no class token to take.
     """
 
+    sees_channel_bias = True
+
     def __init__(
         self,
         boundary: Boundary,
         transfer: MomentumTransfer,
         head: dict,
-        layers: int = 1,
-        pool: str | None = None,
+        layers: Annotated[int, Range(0)] = 1,
+        pool: Literal['cls_token', 'mean'] | None = None,
         loss_weight: float = 1.0,
     ) -> None:
         extra = boundary.feature.extra_tokens
@@ -49,10 +54,8 @@ class ViTLocalHead(ClsLocalHead):
             raise MisuseError(
                 'ViTLocalHead is for transformers; for a convolutional backbone set local_head.type to DGLLocalHead or another'
             )
-        if pool not in (None, 'cls_token', 'mean') or (pool == 'cls_token' and not extra):
-            raise MisuseError(f"ViTLocalHead.pool={pool!r}: choose 'mean'" + (" or 'cls_token'" if extra else ''))
-        if layers < 0:
-            raise MisuseError(f'ViTLocalHead.layers={layers}: choose 0 or more')
+        if pool == 'cls_token' and not extra:
+            raise MisuseError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
         following = [*zip(boundary.following, boundary.following_features, strict=True)][:layers]
         feature = following[-1][1] if following else boundary.feature
         super().__init__(boundary, transfer, head, feature.channels, loss_weight, init_cfg=None)

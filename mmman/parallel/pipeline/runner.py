@@ -17,6 +17,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
+from mmman.engine.config_check import PipelineOptions
 from mmman.engine.launch import type_name
 from mmman.errors import MisuseError
 from mmman.parallel.pipeline.loop import StageLoop
@@ -48,16 +49,11 @@ class PipelineRunner(Runner):
     """
 
     def __init__(self, model: dict, work_dir: str, launcher: str = 'none', cfg: dict | None = None, **kwargs) -> None:
-        options = dict((cfg or {}).get('pipeline') or {})
-        self._staleness = options.pop('staleness', 2)
-        timeout = options.pop('timeout', 120.0)
-        if options or not isinstance(self._staleness, int) or self._staleness < 0 or not timeout > 0:
-            raise MisuseError(
-                f'pipeline={dict(cfg.pipeline)}: the options are staleness, a whole number from 0, and timeout, in seconds'
-            )
+        options = PipelineOptions(**((cfg or {}).get('pipeline') or {}))
+        self._staleness = options.staleness
         self.place, self._store = rendezvous(launcher, _count_blocks(model))
         join_replicas(self.place, self._store)
-        self._watchdog = Watchdog(self.place, patient(self._store), timeout)
+        self._watchdog = Watchdog(self.place, patient(self._store), options.timeout)
         kwargs['randomness'] = self._agree_on_seed(dict(kwargs.get('randomness') or {'seed': None}))
         if not self.place.is_first:
             work_dir = f'{work_dir}/stages/{self.place.stage}'

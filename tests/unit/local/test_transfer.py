@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mmman import MomentumTransfer
 from mmman.errors import MisuseError
@@ -70,6 +71,27 @@ def test_channel_bias(source):
     assert sum(p.numel() for p in transfer.parameters() if p.requires_grad) == 8 + 1
 
 
+def test_depthwise_bias(source):
+    transfer = MomentumTransfer(source, Feature(8, 2), bias='depthwise').double()
+    assert torch.equal(transfer(X), source(X))
+    transfer.depthwise_bias.data.normal_()
+    transfer.delta.data += 0.5
+    y = source(X)
+    expected = 1.5 * y + 0.5 * F.conv2d(y, transfer.depthwise_bias, padding=1, groups=8)
+    torch.testing.assert_close(transfer(X), expected)
+    assert sum(p.numel() for p in transfer.parameters() if p.requires_grad) == 8 * 9 + 1
+    without_scale = MomentumTransfer(source, Feature(8, 2), bias='depthwise', scale=False).double()
+    without_scale.load_state_dict(transfer.state_dict(), strict=False)
+    torch.testing.assert_close(without_scale(X), y + F.conv2d(y, transfer.depthwise_bias, padding=1, groups=8))
+
+
+def test_depthwise_bias_is_for_maps(source):
+    with pytest.raises(
+        MisuseError, match="transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'"
+    ):
+        MomentumTransfer(source, Feature(8, 2, extra_tokens=1), bias='depthwise')
+
+
 def test_sync_copies_and_update_is_lerp(source):
     transfer = MomentumTransfer(source, Feature(8, 2)).double()
     assert not transfer.is_synced
@@ -125,11 +147,13 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'bias': 'block'}, "bias='block': choose 'unit', 'channel' or False"),
+        ({'bias': 'block'}, "bias='block': choose 'unit', 'depthwise', 'channel' or False"),
         ({'scale': 'paper'}, "scale='paper': choose True, False or 'release'"),
+        ({'scale': 1}, "scale=1: choose True, False or 'release'"),
         ({'ema': False}, 'needs ema=True and a bias'),
         ({'bias': False}, 'needs ema=True and a bias'),
         ({'ema': False, 'bias': 'channel', 'scale': False}, 'needs ema=True'),
+        ({'ema': False, 'bias': 'depthwise', 'scale': False}, 'needs ema=True'),
     ],
 )
 def test_meaningless_combinations(source, options, message):

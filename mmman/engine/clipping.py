@@ -1,0 +1,41 @@
+"""The options of gradient clipping, which mmengine passes on to torch unchecked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mmman.errors import MisuseError
+from mmman.options import Positive, checked
+
+
+@checked('optim_wrapper.clip_grad')
+@dataclass(frozen=True)
+class ClipByNorm:
+    """Options of ``clip_grad`` by norm, those of :func:`torch.nn.utils.clip_grad_norm_`."""
+
+    max_norm: Positive
+    norm_type: Positive | Literal[math.inf, 'inf'] = 2.0
+    error_if_nonfinite: bool = False
+    foreach: bool | None = None
+
+
+@checked('optim_wrapper.clip_grad')
+@dataclass(frozen=True)
+class ClipByValue:
+    """Options of ``clip_grad`` by value, those of :func:`torch.nn.utils.clip_grad_value_`."""
+
+    clip_value: Positive
+    foreach: bool | None = None
+
+
+def check_clipping(clip_grad: dict | None) -> None:
+    """Raise :class:`MisuseError` where the options of ``clip_grad`` are none of torch's, or out of range."""
+    if clip_grad is None:
+        return
+    options = dict(clip_grad)
+    kind = options.pop('type', 'norm')
+    if kind not in ('norm', 'value'):
+        raise MisuseError(f"optim_wrapper.clip_grad.type={kind!r}: choose 'norm' or 'value'")
+    (ClipByNorm if kind == 'norm' else ClipByValue)(**options)

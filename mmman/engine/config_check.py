@@ -1,0 +1,149 @@
+"""All of mmman's options in a config, checked before anything is built from it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.runner import BaseLoop, Runner
+
+import mmman.registry as registries
+from mmman.errors import MisuseError
+from mmman.local.backbone import LocalBackbone, check_backbone_options
+from mmman.local.heads.base import GIVEN, LocalHead
+from mmman.options import Positive, Range, check_options, checked, option_parameters
+
+_REGISTRIES = (
+    registries.MODELS,
+    registries.MODEL_WRAPPERS,
+    registries.OPTIM_WRAPPERS,
+    registries.HOOKS,
+    registries.RUNNERS,
+    registries.DATASETS,
+    registries.LOOPS,
+)
+
+
+@checked('pipeline')
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What ``cfg.pipeline`` sets.
+
+    Attributes:
+        staleness: S, how many batches a stage may be ahead of the next one.
+        timeout: Seconds after which a process that shows no sign of life ends the job.
+    """
+
+    staleness: Annotated[int, Range(0)] = 2
+    timeout: Positive = 120.0
+
+
+def check_config(cfg: Config | Mapping[str, Any]) -> None:
+    """Check every component of mmman that a config names, and options that stand where nothing reads them.
+
+    Args:
+        cfg: A whole config, as a runner gets it.
+
+    Raises:
+        MisuseError: It names the option by its place in the config and says what to change.
+    """
+    for where, node in _components(cfg, ''):
+        kind = node['type']
+        component = _component(kind)
+        if component is None:
+            raise MisuseError(f'{where}.type={kind!r}: {_unknown_name(kind)}')
+        options = {name: value for name, value in node.items() if name not in ('type', '_scope_')}
+        if component is LocalBackbone:
+            check_backbone_options(options, where)
+        elif not (isinstance(component, type) and issubclass(component, Runner)):
+            check_options(component, options, where, given=_given(component))
+    _check_hooks(cfg)
+    _check_pipeline(cfg)
+    _check_places(cfg)
+
+
+def _components(node: Any, where: str) -> Iterator[tuple[str, Mapping]]:
+    """Every dict below a node whose type is mmman's, with its place."""
+    if isinstance(node, Mapping):
+        if _is_ours(node.get('type')):
+            yield where, node
+        for name, value in node.items():
+            yield from _components(value, f'{where}.{name}' if where else str(name))
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _components(value, f'{where}[{index}]')
+
+
+def _is_ours(kind: Any) -> bool:
+    name = kind if isinstance(kind, str) else f'{getattr(kind, "__module__", "")}.'
+    return name.startswith('mmman.')
+
+
+def _component(kind: Any) -> Any:
+    if not isinstance(kind, str):
+        return kind
+    name = kind.removeprefix('mmman.').rpartition('.')[-1]
+    return next((found for registry in _REGISTRIES if (found := registry.module_dict.get(name)) is not None), None)
+
+
+def _unknown_name(kind: str) -> str:
+    known = sorted({name for registry in _REGISTRIES for name in registry.module_dict})
+    near = difflib.get_close_matches(kind.removeprefix('mmman.'), known, 1)
+    return 'mmman has nothing of that name; ' + (f'did you mean mmman.{near[0]}?' if near else f'it has {", ".join(known)}')
+
+
+def _given(component: Any) -> tuple[str, ...]:
+    """What the library passes to components that don't say so themselves, or takes from their config before it builds them."""
+    if not isinstance(component, type):
+        return ()
+    if issubclass(component, OptimWrapper):
+        return ('optimizer', 'constructor', 'paramwise_cfg')
+    if issubclass(component, BaseLoop):
+        return ('runner', 'dataloader')
+    return GIVEN if issubclass(component, LocalHead) else ()
+
+
+def _check_hooks(cfg: Mapping[str, Any]) -> None:
+    hooks = [*(cfg.get('custom_hooks') or ()), *(cfg.get('default_hooks') or {}).values()]
+    hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
+    count = sum(_name(hook.get('type')) == 'EMABiasHook' for hook in hooks)
+    if count > 1:
+        raise MisuseError(f'custom_hooks has {count} of mmman.EMABiasHook, and each would move the momentum copies: keep one')
+
+
+def _check_pipeline(cfg: Mapping[str, Any]) -> None:
+    options, runs = cfg.get('pipeline'), _name(cfg.get('runner_type')) == 'PipelineRunner'
+    if options is not None and runs:
+        check_options(PipelineOptions, options, 'pipeline')
+    known = option_parameters(PipelineOptions)
+    if isinstance(options, Mapping) and not runs and known.keys() & options.keys():
+        raise MisuseError("pipeline has no effect without runner_type='mmman.PipelineRunner': set it, or remove pipeline")
+
+
+def _check_places(cfg: Mapping[str, Any]) -> None:
+    """Refuse options of the backbone or the optim wrapper that stand in the config itself, or in its model.
+
+    A config may use such a name for a variable of its own; then the value is the one in force.
+    """
+    model = cfg.get('model')
+    backbone = model.get('backbone') if isinstance(model, Mapping) else None
+    if not (isinstance(backbone, Mapping) and _component(backbone.get('type')) is LocalBackbone):
+        return
+    wrapper = cfg.get('optim_wrapper') or {}
+    owners = [
+        ('model.backbone', backbone, {'num_blocks', 'local_head', 'partition', 'transfer', 'recompute', 'selective_recompute'}),
+        ('optim_wrapper', wrapper, {'clip_scope', 'images_per_chunk', 'cuda_graphs', 'loss_scale'}),
+    ]
+    for where, owner, names in owners:
+        for place, holder in (('', cfg), ('model.', model)):
+            for name in sorted(names & holder.keys()):
+                if place or holder[name] != owner.get(name):
+                    raise MisuseError(f'{place}{name} has no effect there: set {where}.{name}')
+
+
+def _name(kind: Any) -> str:
+    return kind.rpartition('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', '')

@@ -1,0 +1,243 @@
+"""Options that a config gives, checked against the typed signature of the component that takes them.
+
+The signature is the description: its parameters are the known options, its annotations their types, and
+``Annotated[float, Range(above=0)]`` and ``Literal['block', 'global']`` their values. :func:`checked` applies that wherever a
+component is built; :func:`check_options` applies it to a config that isn't built yet.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from mmman.errors import MisuseError
+
+Component = TypeVar('Component', bound=Callable)
+
+Elsewhere = Callable[[str, Mapping[str, Any]], str | None]
+"""Called with an unknown option and all options given; says where that option belongs, or returns None."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number or of the length of a sequence; used as ``Annotated[int, Range(1)]``. Numbers are always finite.
+
+    Attributes:
+        least: Smallest value.
+        most: Largest value.
+        above: The value is larger than this.
+        below: The value is smaller than this.
+    """
+
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            (self.least is None or value >= self.least)
+            and (self.most is None or value <= self.most)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        bounds = {'from': self.least, 'above': self.above, 'to': self.most, 'below': self.below}
+        return ' '.join(f'{word} {bound:g}' for word, bound in bounds.items() if bound is not None)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the options of a component stand in a config; which parameters don't come from there; where others belong."""
+
+    where: str
+    component: Callable
+    given: tuple[str, ...]
+    elsewhere: Elsewhere | None
+
+
+_PLACES: dict[Callable, _Place] = {}  # what is decorated by checked(), by the function whose signature describes it
+
+Positive = Annotated[float, Range(above=0)]
+"""A finite number above 0."""
+NonNegative = Annotated[float, Range(0)]
+"""A finite number from 0."""
+Count = Annotated[int, Range(1)]
+"""A whole number from 1."""
+
+
+def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None = None) -> Callable[[Component], Component]:
+    """Decorate a class or a builder function: its arguments are checked each time that it is called.
+
+    Args:
+        where: How error messages name the component: the place of its options in a config, e.g. ``'optim_wrapper'``.
+        given: Parameters that other code passes, and no config.
+        elsewhere: Says where an unknown option belongs.
+
+    Returns:
+        A decorator. A decorated call raises :class:`MisuseError` for an option that is unknown, missing or of a wrong type or
+        value. A parameter without an annotation takes any value.
+    """
+
+    def decorate(component: Component) -> Component:
+        call = component.__init__ if inspect.isclass(component) else component
+
+        @functools.wraps(call)
+        def with_check(*args, **kwargs) -> Any:
+            own, values = (args[:1], args[1:]) if inspect.isclass(component) else ((), args)
+            if not own or type(own[0]).__init__ is with_check:  # else a subclass describes the options
+                check_options(component, {**dict(zip(names, values, strict=False)), **kwargs}, where)
+            return call(*args, **kwargs)
+
+        names = [*option_parameters(component)]
+        _PLACES[inspect.unwrap(call)] = _Place(where, component, tuple(given), elsewhere)
+        if inspect.isclass(component):
+            component.__init__ = with_check
+            return component
+        return with_check
+
+    return decorate
+
+
+def check_options(component: Callable, options: Mapping[str, Any], where: str, given: Iterable[str] = ()) -> None:
+    """Check options against the signature of the component that will be called with them.
+
+    Args:
+        component: A class or function.
+        options: Its arguments by name.
+        where: How error messages name their place in a config.
+        given: Parameters that other code passes, beside those that :func:`checked` was told. They are neither required nor
+            checked.
+
+    Raises:
+        MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and says what to
+            choose; for an unknown one it suggests the nearest known one.
+    """
+    parameters, hints, name = option_parameters(component), _hints(component), component.__name__
+    place = _PLACES.get(_signature_owner(component), _Place(where, component, (), None))
+    given = {*given, *place.given}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [one for one, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and one not in given]
+    for option, value in options.items():
+        if option in known:
+            if option in hints and not _fits(hints[option], value):
+                raise MisuseError(f'{where}.{option}={_short(value)}: choose {_describe(hints[option])}')
+        elif option not in given and not takes_any:
+            if place.elsewhere is not None and (hint := place.elsewhere(option, options)):
+                raise MisuseError(f'{where}.{option}: {hint}')
+            raise MisuseError(f'{where}: {_unknown(option, known, name)}')
+    for option in known:
+        if parameters[option].default is inspect.Parameter.empty and option not in options:
+            raise MisuseError(f'{where}: {name} needs {option}')
+
+
+def _unknown(option: object, known: Sequence[str], name: str) -> str:
+    """Say that a component has no such option, and which one may be meant."""
+    near = difflib.get_close_matches(str(option), known, 1)
+    owners = [one.where for one in _PLACES.values() if option in {*option_parameters(one.component)} - {*one.given}]
+    if near:
+        hint = f'did you mean {near[0]}?'
+    elif owners:
+        hint = f'it is an option of {_any_of(owners)}'
+    else:
+        hint = f'the options are {", ".join(known) or "none"}'
+    return f'{name} has no option {option}; {hint}'
+
+
+def option_parameters(component: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a class or function by name, without ``self``."""
+    parameters = dict(inspect.signature(component).parameters)
+    parameters.pop('self', None)
+    return parameters
+
+
+def _signature_owner(component: Callable) -> Callable:
+    return inspect.unwrap(component.__init__ if inspect.isclass(component) else component)
+
+
+def _hints(component: Callable) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(_signature_owner(component), include_extras=True)
+    except NameError:  # annotations that only a type checker can resolve
+        return {}
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        bounds = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
+        return _fits(arguments[0], value) and (bounds is None or _measure(value) in bounds)
+    if origin in (Union, types.UnionType):
+        return any(_fits(argument, value) for argument in arguments)
+    if origin is Literal:
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
+    if hint in (None, type(None)):
+        return value is None
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            return False
+        if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+            return len(value) == len(arguments) and all(map(_fits, arguments, value))
+        return not arguments or all(_fits(arguments[0], item) for item in value)
+    if hint is dict or origin is dict:
+        return isinstance(value, Mapping)
+    if inspect.isclass(hint) and not getattr(hint, '_is_protocol', False):
+        return isinstance(value, hint)
+    return True  # a kind of annotation that isn't checked
+
+
+def _measure(value: Any) -> float:
+    return value if isinstance(value, (int, float)) else len(value)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return ' '.join([_describe(arguments[0]), *(str(extra) for extra in arguments[1:] if isinstance(extra, Range))])
+    if origin in (Union, types.UnionType):
+        return _any_of([_describe(argument) for argument in arguments])
+    if origin is Literal:
+        return _any_of([repr(argument) for argument in arguments])
+    if origin is tuple and arguments and arguments[-1] is not Ellipsis:
+        return f'{len(arguments)} values, each {_describe(arguments[0])}'
+    if origin in (list, tuple, Sequence):
+        return f'a list of {_PLURALS.get(_bare(arguments[0]), "values")}' if arguments else 'a list'
+    return _NAMES.get(origin or hint) or getattr(hint, '__name__', str(hint))
+
+
+_NAMES = {
+    None: 'None',
+    type(None): 'None',
+    bool: 'True or False',
+    int: 'a whole number',
+    float: 'a finite number',
+    str: 'a string',
+    dict: 'a dict',
+}
+_PLURALS = {int: 'whole numbers', float: 'finite numbers', str: 'strings', dict: 'dicts'}
+
+
+def _bare(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
+def _any_of(choices: Sequence[str]) -> str:
+    *others, last = dict.fromkeys(choices)
+    return f'{", ".join(others)} or {last}' if others else last
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f'{text[:77]}...'
