@@ -94,7 +94,8 @@ def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None =
         def with_check(*args, **kwargs) -> Any:
             own, values = (args[:1], args[1:]) if inspect.isclass(component) else ((), args)
             if not own or type(own[0]).__init__ is with_check:  # else a subclass describes the options
-                check_options(component, {**dict(zip(names, values, strict=False)), **kwargs}, where)
+                options = {**dict(zip(names, values, strict=False)), **kwargs}
+                check_options(component, {name: value for name, value in options.items() if name not in given}, where)
             return call(*args, **kwargs)
 
         names = [*option_parameters(component)]
@@ -114,8 +115,7 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
         component: A class or function.
         options: Its arguments by name.
         where: How error messages name their place in a config.
-        given: Parameters that other code passes, beside those that :func:`checked` was told. They are neither required nor
-            checked.
+        given: Parameters that other code passes, beside those that :func:`checked` was told. They are no options.
 
     Raises:
         MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and says what to
@@ -130,7 +130,7 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
         if option in known:
             if option in hints and not _fits(hints[option], value):
                 raise MisuseError(f'{where}.{option}={_short(value)}: choose {_describe(hints[option])}')
-        elif option not in given and not takes_any:
+        elif not takes_any:
             if place.elsewhere is not None and (hint := place.elsewhere(option, options)):
                 raise MisuseError(f'{where}.{option}: {hint}')
             raise MisuseError(f'{where}: {_unknown(option, known, name)}')

@@ -24,7 +24,7 @@ from mmman.engine.launch import (
     type_name,
 )
 from mmman.engine.resume import use_exact_resume
-from mmman.errors import CheckpointError
+from mmman.errors import CheckpointError, LocalLearningError
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,11 +80,13 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    runner = build_runner(cfg)
     try:
+        runner = build_runner(cfg)
         runner.train()
     except CheckpointError as error:
         raise SystemExit(f'{cfg.load_from}: {error}') from error
+    except LocalLearningError as error:
+        raise SystemExit(f'{args.config}: {error}') from error
     leave_process_group()
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
+from mmengine.registry import DefaultScope
 from mmengine.runner import BaseLoop, Runner
 
 import mmman.registry as registries
@@ -51,19 +52,30 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
     Raises:
         MisuseError: It names the option by its place in the config and says what to change.
     """
-    for where, node in _components(cfg, ''):
-        kind = node['type']
-        component = _component(kind)
-        if component is None:
-            raise MisuseError(f'{where}.type={kind!r}: {_unknown_name(kind)}')
-        options = {name: value for name, value in node.items() if name not in ('type', '_scope_')}
-        if component is LocalBackbone:
-            check_backbone_options(options, where)
-        elif not (isinstance(component, type) and issubclass(component, Runner)):
-            check_options(component, options, where, given=_given(component))
+    cfg = dict(cfg.items())  # a Config is no mapping
+    components = [*_components(cfg, '')]
+    for where, node in components:
+        if _component(node['type']) is None:
+            raise MisuseError(f'{where}.type={node["type"]!r}: {_unknown_name(node["type"])}')
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        for where, node in components:
+            _check_component(_component(node['type']), node, where)
     _check_hooks(cfg)
     _check_pipeline(cfg)
     _check_places(cfg)
+
+
+def _check_component(component: Any, node: Mapping[str, Any], where: str) -> None:
+    not_passed = ('type', '_scope_', *(('optimizer', 'constructor', 'paramwise_cfg') if _is_a(component, OptimWrapper) else ()))
+    options = {name: value for name, value in node.items() if name not in not_passed}
+    if component is LocalBackbone:
+        check_backbone_options(options, where)
+    elif _is_a(component, BaseLoop):
+        check_options(component, options, where, given=('runner', 'dataloader'))
+    elif _is_a(component, LocalHead):
+        check_options(component, options, where, given=GIVEN)
+    elif not _is_a(component, Runner):
+        check_options(component, options, where)
 
 
 def _components(node: Any, where: str) -> Iterator[tuple[str, Mapping]]:
@@ -86,25 +98,24 @@ def _is_ours(kind: Any) -> bool:
 def _component(kind: Any) -> Any:
     if not isinstance(kind, str):
         return kind
-    name = kind.removeprefix('mmman.').rpartition('.')[-1]
-    return next((found for registry in _REGISTRIES if (found := registry.module_dict.get(name)) is not None), None)
+    return _registered().get(kind.removeprefix('mmman.').rpartition('.')[-1])
+
+
+def _registered() -> dict[str, Any]:
+    """Everything that a config can name with the scope mmman."""
+    for registry in _REGISTRIES:
+        registry.import_from_location()
+    return {name: component for registry in _REGISTRIES for name, component in registry.module_dict.items()}
 
 
 def _unknown_name(kind: str) -> str:
-    known = sorted({name for registry in _REGISTRIES for name in registry.module_dict})
+    known = sorted(_registered())
     near = difflib.get_close_matches(kind.removeprefix('mmman.'), known, 1)
     return 'mmman has nothing of that name; ' + (f'did you mean mmman.{near[0]}?' if near else f'it has {", ".join(known)}')
 
 
-def _given(component: Any) -> tuple[str, ...]:
-    """What the library passes to components that don't say so themselves, or takes from their config before it builds them."""
-    if not isinstance(component, type):
-        return ()
-    if issubclass(component, OptimWrapper):
-        return ('optimizer', 'constructor', 'paramwise_cfg')
-    if issubclass(component, BaseLoop):
-        return ('runner', 'dataloader')
-    return GIVEN if issubclass(component, LocalHead) else ()
+def _is_a(component: Any, base: type) -> bool:
+    return isinstance(component, type) and issubclass(component, base)
 
 
 def _check_hooks(cfg: Mapping[str, Any]) -> None:

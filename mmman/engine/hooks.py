@@ -128,7 +128,7 @@ class EMABiasHook(Hook):
 def _warn_of_changed_heads(cfg: Config) -> None:
     model = cfg.get('model')
     backbone = model.get('backbone') if isinstance(model, Mapping) else None
-    if not isinstance(backbone, Mapping) or not backbone.get('local_head'):
+    if not isinstance(backbone, Mapping) or 'local_head' not in backbone:
         return
     if changed := changed_options(model):
         print_log(

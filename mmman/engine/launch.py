@@ -18,6 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
+from mmman.engine.config_check import check_config
 from mmman.errors import CheckpointError
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
@@ -113,7 +114,12 @@ def type_name(cfg: ConfigDict, default: str = '') -> str:
 
 
 def build_runner(cfg: Config) -> Runner:
-    """Build the runner, ready for any launcher, with or without a GPU."""
+    """Build the runner, ready for any launcher, with or without a GPU.
+
+    Raises:
+        LocalLearningError: The config can't be run as it is; the message says what to change.
+    """
+    check_config(cfg)
     if cfg.launcher != 'none' and not is_pipeline(cfg):
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':

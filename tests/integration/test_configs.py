@@ -22,9 +22,11 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmman.engine.config_check import check_config
 from mmman.errors import MisuseError
 from mmman.local.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.conftest import ROOT
+from tests.transfer_effect import assert_transfer_has_effect
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
@@ -80,6 +82,7 @@ models = {}
 def meta_model(name: str) -> BaseModel:
     """The model of a config on the meta device; rows that differ in nothing else share it."""
     cfg = config(name)
+    check_config(cfg)
     key = str((cfg.model, cfg.get('data_preprocessor')))
     if key not in models:
         # mmpretrain reads its drop path rates off a tensor
@@ -124,6 +127,7 @@ def test_local_detector(name: str) -> None:
     assert [head.level_strides for head in backbone.local.values()] == [[8], [16], [32, 64, 128]]
     for head in backbone.local.values():
         head.check_model(model)
+    assert_transfer_has_effect(config(name), model)
 
 
 @pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END + FLAGSHIPS + FROM_MANPP])
@@ -187,6 +191,7 @@ def test_local_classifier_is_what_its_name_says(name: str) -> None:
         assert tuple(part is not None for part in (transfer.momentum, transfer.bias, transfer.delta)) == expected
         assert transfer.channel_bias is None and transfer.rho is None
         head.check_model(model)
+    assert_transfer_has_effect(config(name), model)
 
     is_infopro = 'infopro' in words or (net == 'resnet101' and num_blocks == 4)
     kind = InfoProLocalHead if is_infopro else ViTLocalHead if net == 'vit' else DGLLocalHead
@@ -298,6 +303,7 @@ def test_local_segmentor_is_what_its_name_says(name: str) -> None:
     expected = next((TRANSFERS[word] for word in words if word in TRANSFERS), (False, False, False))
     assert tuple(part is not None for part in (transfer.momentum, transfer.bias, transfer.delta)) == expected
     assert transfer.channel_bias is None and transfer.rho is None
+    assert_transfer_has_effect(cfg, model)
 
     assert type(head) is SegLocalHead
     assert cfg.model.backbone.local_head.decode_head == cfg.model.decode_head

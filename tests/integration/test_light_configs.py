@@ -22,6 +22,7 @@ from tests.integration.test_configs import (
     smaller_segmentor,
     step,
 )
+from tests.transfer_effect import assert_transfer_has_effect
 
 LIGHT = sorted(str(path.relative_to(CONFIGS)) for path in (CONFIGS / 'light').glob('*.py'))
 pytestmark = pytest.mark.filterwarnings('ignore:.*(build_loss|avg_non_ignore|draw is False):UserWarning')
@@ -33,9 +34,11 @@ def test_heads_are_light(name):
     local = model.backbone.local
     assert len(local) == int(re.search(r'_k(\d+)', name)[1]) - 1
     for head in local.values():
-        assert head.transfer.bias is None and head.transfer.channel_bias is not None and head.transfer.delta is not None
+        light = [head.transfer.channel_bias, head.transfer.depthwise_bias]
+        assert head.transfer.bias is None and light.count(None) == 1 and head.transfer.delta is not None
         assert not head.uses_images
         head.check_model(model)
+    assert_transfer_has_effect(config(name), model)
     assert config(name).optim_wrapper['update'] == 'immediate'
     assert 'error' not in config(name).get('paper', {})
 

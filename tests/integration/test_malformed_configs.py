@@ -136,7 +136,11 @@ def replaced(cfg: Config, key: str, value: object) -> Config:
     *path, last = key.split('.')
     node = cfg
     for part in path:
-        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node = node[int(part)]
+        else:
+            node[part] = node.get(part, {})
+            node = node[part]
     node[last] = value
     return cfg
 
@@ -275,11 +279,6 @@ def test_nested_options_of_the_optim_wrapper(configs, option, case):
     wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key not in ('optimizer', 'paramwise_cfg')}
     message = error_of(lambda: OPTIM_WRAPPERS.build(wrapper, default_args={'optimizer': optimizer}))
     assert message is not None and expected in message
-
-
-@pytest.mark.parametrize('name', [str(path.relative_to(ROOT / 'configs')) for path in (ROOT / 'configs').glob('*.py')])
-def test_shipped_configs_pass(name):
-    check_config(Config.fromfile(ROOT / 'configs' / name))
 
 
 def test_a_tool_ends_with_one_line():
