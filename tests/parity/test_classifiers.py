@@ -13,6 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from mmman.partition import chain_of
+from tests.alive import without_gradient
 from tests.parity.lockstep import ROWS, compare_steps, reference_of, task_of, total
 
 pytest.importorskip('mmpretrain')
@@ -259,7 +260,7 @@ CASES = [
 def test_bitwise_parity(family, system, row):
     torch.manual_seed(0)
     gradients = lockstep(classifier(family, system, row), family, row)
-    still = [name for name, grad in gradients.items() if grad is None or not grad.any()]
+    still = without_gradient(gradients)
     assert not still, f'no gradient at {still}'
 
 
@@ -282,7 +283,7 @@ def test_every_number_of_blocks(family):
         # an output from inside ConvNeXt's final block is summed with the next stage's gradient in another memory format there
         is_compared = num_blocks in (3 if family == 'convnext' else 2, units)
         gradients = lockstep(model, family, 'manpp') if is_compared else one_step(model)
-        still = [name for name, grad in gradients.items() if grad is None or not grad.any()]
+        still = without_gradient(gradients)
         assert all(name.endswith('delta') for name in still), f'no gradient at {still} with K={num_blocks}'
 
 

@@ -10,6 +10,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import PixelData
 from torch import nn
 
+from tests.alive import without_gradient
 from tests.parity.lockstep import ROWS, compare_steps, reference_of, task_of, total
 
 pytest.importorskip('mmseg')
@@ -95,5 +96,5 @@ def lockstep(model, row):
         momentum=0.9,
     )
     gradients = compare_steps(model, other, [images(0), images(1)], task_modules)
-    still = [name for name, grad in gradients.items() if grad is None or not grad.any()]
+    still = without_gradient(gradients)
     assert not still, f'no gradient at {still}'
