@@ -19,6 +19,10 @@ GIVEN = ('boundary', 'transfer', 'loss_weight')
 """The arguments of a local head that :func:`mmman.localize_` passes, and no config."""
 
 
+_TASKS = {'BaseDetector': 'detector', 'BaseSegmentor': 'segmentor', 'BaseClassifier': 'classifier'}
+"""The libraries' base classes of models."""
+
+
 @dataclass(frozen=True)
 class Boundary:
     """Where a local head sits; measured on the backbone, never typed into a config.
@@ -75,6 +79,8 @@ class LocalHead(BaseModule):
     """
 
     session: Session | None = None
+    task: str | None = None
+    """What the head trains, ``'detector'``, ``'segmentor'`` or ``'classifier'``; None: any model."""
     uses_images = True
     """Whether :meth:`loss` looks at the pixels of its ``inputs`` and not at their shape alone: a pipeline sends them along."""
     sees_channel_bias = False
@@ -138,6 +144,12 @@ class LocalHead(BaseModule):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""
+        theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
+        if self.task is not None and theirs not in (None, self.task):
+            raise MisuseError(
+                f'{type(self).__name__} is a local head for a {self.task}, {type(model).__name__} is a {theirs}: choose another '
+                'model.backbone.local_head.type'
+            )
 
     def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
         """What the task head sees of the block's output x, for the model's input batch."""

@@ -32,6 +32,7 @@ class ClsLocalHead(LocalHead):
         MisuseError: ``head`` isn't such a head, or doesn't say its ``num_classes``.
     """
 
+    task = 'classifier'
     uses_images = False
 
     def __init__(
@@ -77,7 +78,8 @@ class ClsLocalHead(LocalHead):
         return self.head.loss((self.embed(y, inputs),), data_samples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the model has another number of classes."""
+        """Raise :class:`MisuseError` where the model is no classifier, or has another number of classes."""
+        super().check_model(model)
         owners = [getattr(model, name, None) for name in ('head', 'backbone')]
         theirs = next((n for owner in owners if (n := getattr(owner, 'num_classes', None)) and n > 0), None)
         if theirs not in (None, self.num_classes):

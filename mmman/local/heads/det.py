@@ -42,6 +42,7 @@ class DetLocalHead(LocalHead):
         MisuseError: ``bbox_head`` is no dense head of that kind, by name; or both or none of it and ``num_classes`` are given.
     """
 
+    task = 'detector'
     uses_images = False
 
     def __init__(
@@ -149,7 +150,8 @@ class DetLocalHead(LocalHead):
         return views
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the model's own head has another ``num_classes``."""
+        """Raise :class:`MisuseError` where the model is no detector, or its own head has another ``num_classes``."""
+        super().check_model(model)
         own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
         own = own[0] if isinstance(own, nn.ModuleList) else own
         theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes

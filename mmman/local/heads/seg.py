@@ -44,6 +44,8 @@ class SegLocalHead(LocalHead):
         MisuseError: ``network`` needs several feature levels or another head's prediction, by name.
     """
 
+    task = 'segmentor'
+
     def __init__(
         self,
         boundary: Boundary,
@@ -86,7 +88,8 @@ class SegLocalHead(LocalHead):
         return losses
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the classes differ, or the images can't be restored."""
+        """Raise :class:`MisuseError` where the task or the classes differ, or the images can't be restored."""
+        super().check_model(model)
         theirs = getattr(model, 'num_classes', None)
         if theirs not in (None, self.decode_head.num_classes):
             raise MisuseError(

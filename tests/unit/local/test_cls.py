@@ -414,7 +414,7 @@ def test_the_class_token_of_an_attention_that_is_another():
 
 
 def test_vit_head_options_are_checked():
-    with pytest.raises(MisuseError, match='ViTLocalHead.layers=-1: choose 0 or more'):
+    with pytest.raises(MisuseError, match='layers=-1: choose a whole number from 0'):
         local_head('ViTLocalHead', where=boundary(TOKENS), layers=-1)
     with pytest.raises(MisuseError, match='for transformers; .*DGLLocalHead'):
         local_head('ViTLocalHead')

@@ -130,5 +130,5 @@ def test_a_coarser_grid_keeps_the_sizes(head):
 
 
 def test_downsample_is_refused_below_one():
-    with pytest.raises(MisuseError, match='downsample=0: choose 1 or more'):
+    with pytest.raises(MisuseError, match='downsample=0: choose a whole number from 1'):
         backbone_with('RetinaHead', downsample=0)
