@@ -147,8 +147,8 @@ class LocalHead(BaseModule):
         theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
         if self.task is not None and theirs not in (None, self.task):
             raise MisuseError(
-                f'{type(self).__name__} is a local head for a {self.task}, {type(model).__name__} is a {theirs}: choose another '
-                'model.backbone.local_head.type'
+                f'{type(self).__name__} is a local head for a {self.task}, {type(model).__name__} is a {theirs}: choose '
+                'another model.backbone.local_head.type'
             )
 
     def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
