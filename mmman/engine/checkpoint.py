@@ -1,8 +1,8 @@
 """The one place where checkpoints are read: ours, and with mmman imported everything that mmengine loads.
 
-``import mmman`` registers :func:`load_from_local` for local files and a loader over it for URLs with mmengine's ``CheckpointLoader``, so
-``load_from``, resume, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the inferencers of the libraries read every
-checkpoint this way. Design: docs/design/checkpoints.md.
+``import mmman`` registers :func:`load_from_local` for local files and a loader over it for URLs with mmengine's
+``CheckpointLoader``: ``load_from``, resume, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the inferencers of the
+libraries read every checkpoint this way. Design: docs/design/checkpoints.md.
 """
 
 from __future__ import annotations

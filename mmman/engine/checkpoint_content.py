@@ -23,6 +23,7 @@ _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set, torch.Size)
 _MAX_DEPTH, _MAX_VALUES = 50, 5_000_000
 _SLACK = 64 * 2**20  # bytes that views may claim beyond their file: expanded buffers, tied weights
+LOG = ('log_scalars', 'runtime_info', 'resumed_keys')  # the parts of mmengine's message hub
 _CONFIG_TEXTS = (('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
 
 
@@ -188,13 +189,13 @@ def _check_state(state: Any, name: str) -> None:
 def _check_log(checkpoint: dict) -> None:
     log = checkpoint.get('message_hub')
     if log is None:
-        checkpoint.pop('message_hub', None)
         return
-    parts = ('log_scalars', 'runtime_info', 'resumed_keys')
-    if not isinstance(log, dict) or not all(isinstance(log.get(part), dict) for part in parts):
-        raise CheckpointError(f'has a message_hub without the parts of a log of mmengine: {", ".join(parts)}')
-    for part in parts:
-        _check_names(log[part], part)
+    if not isinstance(log, dict):
+        raise CheckpointError(f'has a message_hub that is no dict but {type(log).__name__}')
+    for part in LOG:
+        if not isinstance(log.get(part, {}), dict):
+            raise CheckpointError(f'has a message_hub whose {part} is no dict but {type(log[part]).__name__}')
+        _check_names(log.get(part, {}), part)
 
 
 def _check_names(mapping: dict, where: str) -> None:
@@ -211,7 +212,7 @@ def _drop_programs(checkpoint: dict) -> list[str]:
     for *parents, name in _CONFIG_TEXTS:
         holder = checkpoint
         for parent in parents:
-            holder = holder.get(parent, {})
+            holder = holder.get(parent) or {}
         if name not in holder:
             continue
         text, reasons = plain_config(holder[name]) if isinstance(holder[name], str) else ('', ['it is no text'])

@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 
 from mmman.engine.archive import shown
 from mmman.engine.checkpoint import REMEDY, load_from_local
+from mmman.engine.checkpoint_content import LOG
 from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
 
@@ -74,6 +75,8 @@ def check_whole(path: str | Path) -> None:
         reason = f'is not from a training run of mmengine: its {odd[0]} is {meta[odd[0]]!r}'
     elif type(meta.get('seed')) not in (int, type(None)):
         reason = f'is not from a training run of mmengine: its seed is {meta["seed"]!r}'
+    elif not all(part in checkpoint.get('message_hub', dict.fromkeys(LOG)) for part in LOG):
+        reason = f'has a message_hub without the parts of a log of mmengine: {", ".join(LOG)}'
     if reason:
         raise CheckpointError(one_line(f'{shown(path)} {reason}; {REMEDY}'))
 
