@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import copy
 
 import torch
 from mmengine.hooks import Hook
@@ -28,10 +29,14 @@ class WeightsHook(Hook):
             raise CheckpointError(f'{runner._load_from} has no weights of a model, but one tensor; give another checkpoint')
         if runner._resume:
             return
+        if 'state_dict' not in checkpoint:  # a plain one, as torchvision's; mmengine's EMAHook looks for the name
+            weights = copy(checkpoint)
+            checkpoint.clear()
+            checkpoint['state_dict'] = weights
         model = runner.model
         while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
             model = model.module
-        state = checkpoint.get('state_dict', checkpoint)
+        state = checkpoint['state_dict']
         ours = model.state_dict()
         theirs = {re.sub(r'^module\.', '', name): value for name, value in state.items() if torch.is_tensor(value)}
         if not any(name in ours and ours[name].shape == value.shape for name, value in theirs.items()):
