@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pickletools
 import tarfile
@@ -61,8 +62,7 @@ def _check_zip(path: str | os.PathLike) -> None:
         if damaged := archive.testzip():
             raise CheckpointError(f'is damaged: its record {damaged} has another checksum than when it was written')
         root = records[0].filename.partition('/')[0]
-        with archive.open(f'{root}/data.pkl') as file:
-            _check_names(_named(file))
+        _check_names(_named(io.BytesIO(archive.read(f'{root}/data.pkl'))))
 
 
 def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:

@@ -115,7 +115,13 @@ def code_in_pickles(content, saved, placed, command, canary) -> Iterator[Case]:
         'pickle in a pickle': Name('pickle', 'loads', pickle.dumps(Call(os.system, command))),
         'codec': Name('codecs', 'open', str(canary), 'w'),
     }
-    places = [('extra',), ('state_dict', 'extra'), ('meta', 'extra'), ('message_hub', 'runtime_info', 'extra'), ('optimizer', 'x')]
+    places = [
+        ('extra',),
+        ('state_dict', 'extra'),
+        ('meta', 'extra'),
+        ('message_hub', 'runtime_info', 'extra'),
+        ('optimizer', 'x'),
+    ]
     for i, (name, call) in enumerate(calls.items()):
         place = places[i % len(places)]
         yield f'calls {name} in {".".join(place)}', REFUSED, placed(call, *place)
@@ -124,11 +130,15 @@ def code_in_pickles(content, saved, placed, command, canary) -> Iterator[Case]:
     yield 'a log buffer of foreign statistics', REFUSED, placed(Call(HistoryBuffer, state=state), 'extra')
     body = pickle.dumps({'state_dict': Call(os.system, command)}, protocol=4)
     yield 'protocol 4', REFUSED, archive({'a/data.pkl': body, 'a/version': b'3'})
-    yield 'INST', REFUSED, archive({'a/data.pkl': b"(S'" + command.encode() + b"'\nios\nsystem\n."})
-    yield 'OBJ', REFUSED, archive({'a/data.pkl': b"(cos\nsystem\nS'" + command.encode() + b"'\no."})
-    yield 'extension code', REFUSED, archive({'a/data.pkl': b'\x80\x02\x82\x01)R.'})
+    yield 'INST', REFUSED, archive({'a/version': b'3\n', 'a/data.pkl': b"(S'" + command.encode() + b"'\nios\nsystem\n."})
+    yield 'OBJ', REFUSED, archive({'a/version': b'3\n', 'a/data.pkl': b"(cos\nsystem\nS'" + command.encode() + b"'\no."})
+    yield 'extension code', REFUSED, archive({'a/version': b'3\n', 'a/data.pkl': b'\x80\x02\x82\x01)R.'})
     yield 'a pickle alone', REFUSED, lambda path: path.write_bytes(pickle.dumps(Call(os.system, command), protocol=2))
-    yield 'code, legacy', REFUSED, lambda path: torch.save({'a': Call(os.system, command)}, path, _use_new_zipfile_serialization=False)
+    yield (
+        'code, legacy',
+        REFUSED,
+        lambda path: torch.save({'a': Call(os.system, command)}, path, _use_new_zipfile_serialization=False),
+    )
 
 
 def code_in_texts(placed, command, folder) -> Iterator[Case]:
@@ -140,7 +150,7 @@ def code_in_texts(placed, command, folder) -> Iterator[Case]:
         'a lambda': f"model = dict(type=(lambda: __import__('os').system({command!r}))())",
         'a comprehension': f"model = dict(a=[__import__('os').system(c) for c in [{command!r}]])",
         'a decorator': '@exec\n@input\nclass X: pass',
-        'an f-string': f"model = dict(a=f'{{__import__(\"os\").system({command!r})}}')",
+        'an f-string': f'model = dict(a=f\'{{__import__("os").system({command!r})}}\')',
         'a default': f"def f(x=__import__('os').system({command!r})): pass\nmodel = dict()",
         'a base': f"_base_ = '{module}'\nmodel = dict(type='A')",
         'an environment variable': "model = dict(type='A', x='{{$HOME:}}')",
@@ -240,7 +250,7 @@ def claiming(values: int, shape: tuple[int, ...], offset: int = 0) -> dict[str, 
     def number(value: int) -> bytes:
         return b'\x8a\x09' + value.to_bytes(9, 'little', signed=True)
 
-    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu" + number(values) + b'tQ'
+    storage = b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu' + number(values) + b'tQ'
     view = number(offset) + b'(' + b''.join(map(number, shape)) + b't(K\x01t' + b'\x89ccollections\nOrderedDict\n)R'
     tensor = b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + view + b'tR'
     pickled = b'\x80\x02}X\x0a\x00\x00\x00state_dict}X\x01\x00\x00\x00w' + tensor + b'ss.'
