@@ -87,6 +87,13 @@ def _scalar(dtype: LoadedDtype, data: bytes) -> np.generic:
     return np.frombuffer(data, dtype.dtype)[0]
 
 
+def _no_bytes(*data: object) -> bytes:
+    """``bytes()``, as an empty array's content is pickled."""
+    if data:
+        raise CheckpointError('calls bytes() with arguments')
+    return b''
+
+
 def _attribute(owner: type, name: str) -> str:
     """What ``getattr`` means in a checkpoint: the name of one of a log buffer's statistics, and nothing else."""
     if owner is LoadedBuffer and name in ('min', 'max', 'current', 'mean'):
@@ -98,6 +105,7 @@ _BUFFER = f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'
 STAND_INS: dict[str, Callable[..., Any]] = {
     _BUFFER: LoadedBuffer,
     'builtins.getattr': _attribute,
+    'builtins.bytes': _no_bytes,
     'numpy.ndarray': LoadedArray,
     'numpy.dtype': LoadedDtype,
     **{f'numpy.{core}.multiarray._reconstruct': _reconstruct for core in ('core', '_core')},

@@ -15,7 +15,9 @@ PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'mmcls', 'mmman'
 
 _MAX_LENGTH, _MAX_DEPTH = 2**22, 60
 _PACKAGE = '|'.join(PACKAGES)
-_TYPE = re.compile(rf'(({_PACKAGE})\.)?[A-Z]\w*|(torchvision|timm)/[A-Z]\w*|default_collate|pseudo_collate|(soft_)?nms')
+_TYPE = re.compile(
+    rf'(({_PACKAGE})\.)?[a-z]{{0,3}}[A-Z]\w*|(torchvision|timm)/[A-Z]\w*|default_collate|pseudo_collate|(soft_)?nms'
+)
 _IMPORT = re.compile(rf'({_PACKAGE})(\.(models|datasets|engine|evaluation|visualization|structures))?')
 _SCOPE = re.compile(_PACKAGE)
 # No call, subscript, comprehension or dunder: some constructors of the libraries evaluate a string. {} are format fields.
@@ -75,18 +77,25 @@ def _value(node: ast.expr, depth: int) -> Any:
         return node.value
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         return [_value(item, depth - 1) for item in node.elts]
-    if isinstance(node, ast.Dict) and None not in node.keys:
-        return [(_value(key, depth - 1), _value(item, depth - 1)) for key, item in zip(node.keys, node.values, strict=True)]
+    if isinstance(node, ast.Dict):
+        return _pairs(node, depth)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         if isinstance(node.operand, ast.Constant) and type(node.operand.value) in (int, float):
             return -node.operand.value
     elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id == 'dict' and not node.args and all(keyword.arg for keyword in node.keywords):
-            return [(keyword.arg, _value(keyword.value, depth - 1)) for keyword in node.keywords]
+        if node.func.id == 'dict' and len(node.args) <= 1 and all(keyword.arg for keyword in node.keywords):
+            pairs = [pair for argument in node.args for pair in _pairs(argument, depth)]
+            return pairs + [(keyword.arg, _value(keyword.value, depth - 1)) for keyword in node.keywords]
         argument = node.args[0] if len(node.args) == 1 and not node.keywords else None
         if node.func.id == 'float' and isinstance(argument, ast.Constant) and argument.value in _FLOATS:
             return float(argument.value)
     raise _NotPlainError('is no plain value')
+
+
+def _pairs(node: ast.expr, depth: int) -> list[tuple[Any, Any]]:
+    if not isinstance(node, ast.Dict) or None in node.keys:
+        raise _NotPlainError('is no plain value')
+    return [(_value(key, depth - 1), _value(item, depth - 1)) for key, item in zip(node.keys, node.values, strict=True)]
 
 
 def _check_value(key: Any, value: Any) -> None:
