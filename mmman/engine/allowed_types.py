@@ -16,9 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
 
 from mmman.errors import CheckpointError
 
+READS_TRAINING_CHECKPOINTS = digit_version(TORCH_VERSION) >= digit_version('2.6')
+"""Whether torch binds names in a checkpoint to functions of ours. An older one reads weights alone."""
 _SIMPLE_DTYPE = re.compile(r'[biufc]\d{1,2}|[US]\d{1,6}')
 _ORDERS = ('<', '>', '|', '=')
 
@@ -134,4 +138,5 @@ def is_allowed(name: str) -> bool:
 
 def allow_training_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read what mmengine's message hub pickles, by the stand-ins of this module."""
-    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+    if READS_TRAINING_CHECKPOINTS:
+        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])

@@ -29,6 +29,7 @@ from mmengine.runner import (
 )
 from torch import Tensor
 
+from mmman.engine.allowed_types import READS_TRAINING_CHECKPOINTS
 from mmman.engine.archive import check_archive, shown
 from mmman.engine.checkpoint_content import plain_checkpoint
 from mmman.engine.messages import one_line
@@ -65,6 +66,8 @@ def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict |
         reason = str(error).partition('\n')[0]
         if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch advises to switch the check off
             reason = 'its pickle is not one of weights and plain data'
+            if not READS_TRAINING_CHECKPOINTS:
+                reason += ', or holds a log of mmengine, which takes torch 2.6 to read'
         raise CheckpointError(one_line(f'{shown(path)} cannot be read: {type(error).__name__}: {reason}; {REMEDY}')) from None
     if left_out:
         message = f'{shown(path)}: left out what would be run as a program: {"; ".join(left_out)}. Give the config as a file'
