@@ -1,7 +1,8 @@
 """Supervised local learning (MAN++) for stock OpenMMLab models."""
 
 from mmman.engine import EMABiasHook, LocalLearningOptimWrapper
-from mmman.engine.checkpoint import allow_training_checkpoints
+from mmman.engine.allowed_types import allow_training_checkpoints
+from mmman.engine.checkpoint import read_all_checkpoints
 from mmman.errors import LocalLearningError
 from mmman.local import (
     AugLocalHead,
@@ -45,3 +46,4 @@ __all__ = [
 ]
 
 allow_training_checkpoints()
+read_all_checkpoints()

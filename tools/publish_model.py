@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import mmman  # noqa: F401  lets torch.load read mmengine's checkpoints
+import mmman  # noqa: F401  reads every checkpoint
 from mmman.engine.formats import FORMATS
 from mmman.engine.publish import publish
 from mmman.errors import CheckpointError

@@ -14,11 +14,12 @@ from copy import deepcopy
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
+import mmman  # noqa: F401  registers its parts, and reads every checkpoint
 from mmman.engine.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,
+    end_on_error,
     is_pipeline,
     leave_process_group,
     load_config,
@@ -114,10 +115,12 @@ def main() -> None:
         enable_tta(cfg)
     if is_pipeline(cfg):
         cfg.pop('runner_type')  # a whole model is evaluated, by one process or data parallel
-    runner = build_runner(cfg)
-    if args.out:
-        dump_predictions(runner, args.out)
-    runner.test()
+        cfg.pop('pipeline', None)
+    with end_on_error(cfg.load_from):
+        runner = build_runner(cfg)
+        if args.out:
+            dump_predictions(runner, args.out)
+        runner.test()
     leave_process_group()
 
 

@@ -13,18 +13,18 @@ import argparse
 from mmengine.config import Config
 from mmengine.device import get_device
 
-import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
+import mmman  # noqa: F401  registers its parts, and reads every checkpoint
 from mmman.engine.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
     build_runner,
+    end_on_error,
     leave_process_group,
     load_config,
     set_resume,
     type_name,
 )
 from mmman.engine.resume import use_exact_resume
-from mmman.errors import CheckpointError, LocalLearningError
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,13 +80,8 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    try:
-        runner = build_runner(cfg)
-        runner.train()
-    except CheckpointError as error:
-        raise SystemExit(f'{cfg.load_from}: {error}') from error
-    except LocalLearningError as error:
-        raise SystemExit(f'{args.config}: {error}') from error
+    with end_on_error(cfg.get('load_from')):
+        build_runner(cfg).train()
     leave_process_group()
 
 

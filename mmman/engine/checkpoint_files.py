@@ -1,37 +1,57 @@
-"""Which checkpoint of a work folder a run goes on from, and whether that file is whole."""
+"""Which checkpoint of a work folder a run goes on from, and whether a run can go on from a file."""
 
 from __future__ import annotations
 
-import pickle
+import logging
+import os
 import re
-import zipfile
 from pathlib import Path
 
-import torch
+from mmengine.logging import print_log
 
+from mmman.engine.archive import shown
+from mmman.engine.checkpoint import REMEDY, load_from_local
+from mmman.engine.checkpoint_content import LOG
+from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
 
 _NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
+NOTE = 'last_checkpoint'
 
 
-def latest_checkpoint(folder: str | Path) -> Path | str | None:
+def latest_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | str | None:
     """The newest checkpoint of a run: the one that ``last_checkpoint`` names, or else the one with the highest number.
 
-    The note counts only if it names a file that is there, or a URL (a str, then): mmengine's own hook can leave it empty, and a
-    folder can be moved.
+    The note counts where it names a file in the folder, or one in ``out_dir``. Anything else it says (the checkpoint of
+    another run, a file that is gone, a URL that the config doesn't name, no text at all) is ignored, which one line of the log
+    says. Of a folder that was moved or copied, the file of the noted name is taken.
+
+    Args:
+        folder: The work folder.
+        out_dir: ``out_dir`` of the run's checkpoint hook, where checkpoints go that are not kept in the work folder.
+
+    Returns:
+        A path, a URL below ``out_dir`` (a str), or None where there is no checkpoint.
     """
-    note = Path(folder, 'last_checkpoint')
-    noted = note.read_text().strip() if note.is_file() else ''
-    if '://' in noted:
+    numbered = next(iter(_numbered(folder)), None)
+    noted = _noted(folder)
+    if noted is None:
+        return numbered
+    if '://' in noted and out_dir and noted.startswith(f'{out_dir.rstrip("/")}/') and '..' not in noted.split('/'):
         return noted
-    if noted and Path(noted).is_file():
+    homes = [folder, *([out_dir] if out_dir and '://' not in out_dir else [])]
+    if Path(noted).is_file() and any(_is_below(noted, home) for home in homes):
         return Path(noted)
-    return next(iter(_numbered(folder)), None)
+    moved = Path(folder, os.path.basename(noted))
+    found = moved if noted and moved.is_file() and _NAME.fullmatch(moved.name) else numbered
+    if noted:
+        _say(folder, f'names {shown(noted)}, which is no checkpoint file of this work folder', found)
+    return found
 
 
-def previous_checkpoint(folder: str | Path) -> Path | None:
+def previous_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | None:
     """The newest checkpoint of a run before :func:`latest_checkpoint`; None also where checkpoints are remote."""
-    latest = latest_checkpoint(folder)
+    latest = latest_checkpoint(folder, out_dir)
     if isinstance(latest, str):
         return None
     older = [path for path in _numbered(folder) if latest is None or path.name != latest.name]
@@ -41,25 +61,51 @@ def previous_checkpoint(folder: str | Path) -> Path | None:
 
 
 def check_whole(path: str | Path) -> None:
-    """Check every byte of a checkpoint file against the checksums in it, and that ``torch.load`` reads it.
+    """Check all of a checkpoint file, and that it is a training checkpoint.
 
     Raises:
         CheckpointError: The file is cut short or damaged, or no checkpoint that a run can go on from.
     """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f'{path} is cut short, damaged, or no checkpoint: {error}') from error
-    if damaged:
-        raise CheckpointError(f'{path} is damaged: its record {damaged} has another checksum than when it was written')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', mmap=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise CheckpointError(f'{path} is no checkpoint that torch.load reads: {str(error).splitlines()[0]}') from error
+    checkpoint = load_from_local(path)
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
+    reason = ''
     if not isinstance(meta, dict) or not {'epoch', 'iter'} <= meta.keys():
-        raise CheckpointError(f"{path} is not from a training run of mmengine: it has no meta with 'epoch' and 'iter'")
+        reason = "is not from a training run of mmengine: it has no meta with 'epoch' and 'iter'"
+    elif odd := [name for name in ('epoch', 'iter') if type(meta[name]) is not int or meta[name] < 0]:
+        reason = f'is not from a training run of mmengine: its {odd[0]} is {meta[odd[0]]!r}'
+    elif type(meta.get('seed')) not in (int, type(None)):
+        reason = f'is not from a training run of mmengine: its seed is {meta["seed"]!r}'
+    elif not all(part in checkpoint.get('message_hub', dict.fromkeys(LOG)) for part in LOG):
+        reason = f'has a message_hub without the parts of a log of mmengine: {", ".join(LOG)}'
+    if reason:
+        raise CheckpointError(one_line(f'{shown(path)} {reason}; {REMEDY}'))
+
+
+def _noted(folder: str | Path) -> str | None:
+    """What the note says; None where there is none; an empty text where mmengine's own hook was killed in writing it."""
+    note = Path(folder, NOTE)
+    if not os.path.lexists(note):
+        return None
+    try:
+        text = note.read_bytes()[:4097].decode().strip()
+        if len(text) <= 4096 and text.isprintable():
+            return text
+        reason = 'holds no path'
+    except (OSError, UnicodeDecodeError) as error:
+        reason = f'cannot be read ({type(error).__name__})'
+    _say(folder, reason, next(iter(_numbered(folder)), None))
+    return ''
+
+
+def _is_below(path: str, folder: str | Path) -> bool:
+    """Whether a path names a file below a folder. A link in the folder is the folder's own affair."""
+    return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
+
+
+def _say(folder: str | Path, reason: str, found: Path | None) -> None:
+    instead = f'taking {shown(found)} instead' if found else 'there is no other checkpoint in this folder'
+    message = one_line(f'{shown(Path(folder, NOTE))} is ignored: it {reason}; {instead}')
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def _numbered(folder: str | Path) -> list[Path]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,9 +21,12 @@ from mmengine.runner import Runner
 
 from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
 from mmman.engine.config_check import check_config
-from mmman.errors import CheckpointError
+from mmman.engine.messages import one_line
+from mmman.engine.weights_hook import WeightsHook
+from mmman.errors import CheckpointError, LocalLearningError
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
+LONGEST = 2000  # characters of a last line
 
 # Where a launcher tells a process its rank, the number of processes, and its rank on this machine.
 RANK_VARIABLES = {
@@ -85,13 +90,14 @@ def set_resume(cfg: Config, choice: str | None) -> None:
             return
         choice = cfg.get('load_from') or 'auto'
     cfg.resume = True
+    out_dir = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('out_dir')
     if choice == 'auto':
-        path = latest_checkpoint(cfg.work_dir)
+        path = latest_checkpoint(cfg.work_dir, out_dir)
         if path is None:  # what the run would have begun from stays in load_from
             cfg.resume = False
             return
     elif choice == 'previous':
-        path = previous_checkpoint(cfg.work_dir)
+        path = previous_checkpoint(cfg.work_dir, out_dir)
         if path is None:
             raise SystemExit(f'--resume previous: {cfg.work_dir} has no checkpoint before the latest; give a path')
     else:
@@ -102,9 +108,27 @@ def set_resume(cfg: Config, choice: str | None) -> None:
     try:
         check_whole(path)
     except CheckpointError as error:
-        previous = previous_checkpoint(cfg.work_dir) if choice == 'auto' else None
-        remedy = f'--resume previous goes on from {previous}' if previous else 'give another with --resume PATH, or start anew'
-        raise SystemExit(f'--resume: {error}; {remedy}') from None
+        previous = previous_checkpoint(cfg.work_dir, out_dir) if choice == 'auto' else None
+        remedy = f'--resume previous goes on from {previous}' if previous else 'or start anew, without --resume'
+        raise SystemExit(one_line(f'--resume: {error}; {remedy}', LONGEST)) from None
+
+
+@contextmanager
+def end_on_error(checkpoint: str | None) -> Iterator[None]:
+    """End the program with one line where mmman refuses something.
+
+    Args:
+        checkpoint: The checkpoint that the run loads, if any: errors about it name it.
+    """
+    try:
+        yield
+    except LocalLearningError as error:
+        text = str(error)
+        if not isinstance(error, CheckpointError) and not text.startswith('cannot resume'):
+            text = f'{type(error).__name__}: {text}'
+        elif checkpoint and checkpoint not in text:
+            text = f'{checkpoint}: {text}'
+        raise SystemExit(one_line(text, LONGEST)) from error
 
 
 def type_name(cfg: ConfigDict, default: str = '') -> str:
@@ -124,7 +148,10 @@ def build_runner(cfg: Config) -> Runner:
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':
             _init_gloo(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if not is_pipeline(cfg):  # a stage may have nothing of the checkpoint's
+        runner.register_hook(WeightsHook())
+    return runner
 
 
 def is_pipeline(cfg: Config) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import pickle
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -13,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmman.engine.archive import shown
+from mmman.engine.checkpoint import load_from_local
 from mmman.engine.formats import FORMATS, backbone_config, rename
+from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
 
 BACKBONE = 'backbone.'
@@ -72,18 +74,17 @@ def publish(
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a training checkpoint. Nothing in it can run code: see :mod:`mmman.engine.checkpoint`."""
+    """Read a training checkpoint, after checking all of it (:mod:`mmman.engine.checkpoint`)."""
     if not path.is_file():
-        raise CheckpointError(f'no checkpoint at {path}; give the path of a .pth file')
-    try:
-        checkpoint = torch.load(path, map_location='cpu')
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f'{path} is not a checkpoint that torch.load reads: {str(error).splitlines()[0]}') from error
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('state_dict'), dict):
-        found = ', '.join(map(str, [*checkpoint][:3])) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise CheckpointError(one_line(f'no checkpoint at {shown(path)}; give the path of a .pth file'))
+    checkpoint = load_from_local(path)
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        found = ', '.join(map(str, [*checkpoint][:3])) if isinstance(checkpoint, dict) else 'one tensor'
         raise CheckpointError(
-            f"{path} has no state_dict, but {found or 'nothing'}: give a checkpoint that mmengine's runner saved, "
-            "or torch.save({'state_dict': weights}, ...)"
+            one_line(
+                f"{shown(path)} has no state_dict, but {found}: give a checkpoint that mmengine's runner saved, "
+                "or torch.save({'state_dict': weights}, ...)"
+            )
         )
     return checkpoint
 

@@ -65,8 +65,9 @@ def test_only_weights_and_plain_meta_are_published(tmp_path):
     assert published.keys() == {'state_dict', 'meta'}
     assert [*published['state_dict']] == ['backbone.conv1.weight', 'head.fc.bias']
     assert all(torch.equal(tensor, trained[name]) for name, tensor in published['state_dict'].items())
+    text = published['meta'].pop('cfg')
+    assert 'open' not in text and backbone_config(text) == {'type': 'ResNet', 'depth': 18, 'style': 'pytorch'}
     assert published['meta'] == {
-        'cfg': CONFIG.format('ResNet', 'pytorch'),
         'dataset_meta': {'classes': ('a', 'b'), 'palette': [[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]},
         'epoch': 3,
         'iter': 12,
@@ -113,7 +114,7 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'options', 'message'),
     [
-        ({'state_dict': None}, {}, 'has no state_dict, but meta, message_hub, optimizer: give a checkpoint'),
+        ({'state_dict': None}, {}, 'has no weights: there is no state_dict, but meta, message_hub, optimizer; copy or'),
         (
             {'state_dict': {'head.fc.bias': torch.zeros(1)}},
             {'backbone_only': True},
@@ -133,10 +134,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match='no checkpoint at'):
         publish(tmp_path / 'none.pth', tmp_path / 'b.pth')
     (tmp_path / 'text.pth').write_text('not a checkpoint')
-    with pytest.raises(CheckpointError, match='not a checkpoint that torch.load reads'):
+    with pytest.raises(CheckpointError, match='no checkpoint: it does not begin as a file of torch.save'):
         publish(tmp_path / 'text.pth', tmp_path / 'b.pth')
     torch.save([1, 2], tmp_path / 'list.pth')
-    with pytest.raises(CheckpointError, match='no state_dict, but list'):
+    with pytest.raises(CheckpointError, match='holds a list, no dict of weights'):
         publish(tmp_path / 'list.pth', tmp_path / 'b.pth')
 
 

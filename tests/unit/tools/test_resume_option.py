@@ -20,7 +20,7 @@ def config(folder, **options):
 def save(folder, *iterations):
     paths = [folder / f'iter_{i}.pth' for i in iterations]
     for path, iteration in zip(paths, iterations, strict=True):
-        torch.save({'meta': {'epoch': 0, 'iter': iteration}}, path)
+        torch.save({'meta': {'epoch': 0, 'iter': iteration}, 'state_dict': {'a': torch.zeros(9)}}, path)
     return paths
 
 
@@ -59,11 +59,12 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_is_named(tmp_path)
         chosen('auto', tmp_path)
     assert str(error.value) == (
         f'--resume: {latest} is cut short, damaged, or no checkpoint: File is not a zip file; '
+        'copy or download it again, or give another checkpoint; '
         f'--resume previous goes on from {older}'
     )
     assert chosen('previous', tmp_path) == (True, str(older))
     cut(older)
-    with pytest.raises(SystemExit, match=r'iter_4.pth is cut short, damaged.*give another with --resume PATH, or start anew'):
+    with pytest.raises(SystemExit, match=r'iter_4.pth is cut short.*another checkpoint; or start anew, without --resume'):
         chosen('previous', tmp_path)
 
 

@@ -1,0 +1,12 @@
+"""Messages that end a program: one line, whatever is put into them."""
+
+from __future__ import annotations
+
+LONGEST = 400
+
+
+def one_line(text: object, longest: int = LONGEST) -> str:
+    """The text on one line: without control characters, and cut where it is long."""
+    line = ''.join(character if character.isprintable() else ' ' for character in str(text))
+    line = ' '.join(line.split())
+    return line if len(line) <= longest else f'{line[: longest - 4]} ...'
