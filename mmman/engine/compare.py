@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Number
 from typing import NamedTuple
 
@@ -40,11 +40,16 @@ def kind(value: object) -> Kind:
     return Kind(_name(value))
 
 
+def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> Kind:
+    """The kind of a tensor."""
+    return Kind(f'{str(dtype).removeprefix("torch.")} {tuple(shape)}')
+
+
 def _name(value: object) -> str:
-    if isinstance(value, Tensor) and value.dim():
-        return f'{str(value.dtype).removeprefix("torch.")} {tuple(value.shape)}'
-    if isinstance(value, (Number, np.number, Tensor)):
-        return 'a number'
+    if isinstance(value, Tensor):
+        return kind_of(value.dtype, value.shape)
+    if isinstance(value, (Number, np.number)):
+        return 'a number' if is_number(value) else 'no finite number'
     if isinstance(value, (list, tuple)):
         return f'a list of {len(value)}'
     return 'a text' if isinstance(value, str) else type(value).__name__
@@ -121,10 +126,10 @@ def is_list_of(value: object, holds: Callable[[object], bool]) -> bool:
     return isinstance(value, (list, tuple)) and all(map(holds, value))
 
 
-def at(value: object, path: str) -> object:
-    """The value at a dotted path through nested tables; None where there is none."""
+def at(value: object, path: str, default: object = None) -> object:
+    """The value at a dotted path through nested tables, or the default where there is none."""
     for key in path.split('.'):
-        value = value.get(key) if isinstance(value, Mapping) else None
+        value = value.get(key, default) if isinstance(value, Mapping) else default
     return value
 
 

@@ -49,6 +49,11 @@ class ResumableLoop(BaseLoop):
             'dataset length': len(self.dataloader.dataset) if self.is_seeded else 0,
         }
 
+    @property
+    def sampler_seed(self) -> int | None:
+        """The seed that the order of samples follows from, where the sampler has one."""
+        return getattr(getattr(self.dataloader.batch_sampler, 'sampler', None), 'seed', None)
+
     def position(self, epoch: int, iteration: int) -> int:
         """How many batches of its epoch lie behind a checkpoint that stores this epoch and iteration."""
         return iteration - self._pass_began if epoch == self._pass else 0

@@ -7,28 +7,25 @@ from typing import NamedTuple
 
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import nn
 
-from mmman.engine.compare import FLAG, NOTHING, TABLE, Difference, Kind, at, differences, is_whole, kind, kinds, plain, words
+from mmman.engine.compare import FLAG, NOTHING, TABLE, Kind, at, differences, is_whole, kind, kinds, words
 from mmman.engine.hooks import check_local_heads
-from mmman.engine.optimizer_state import IMPLEMENTATION, state_of_a_step
+from mmman.engine.optimizer_state import IMPLEMENTATION, StateOfAStep
+from mmman.engine.resume_changes import REMEDY, SCHEDULER_STATE, changed_options, changed_position
 from mmman.engine.resume_record import (
     GRADIENTS,
     RECORD,
     averaged_model,
     by_number,
     classes,
+    scaler_state,
     states_by_wrapper,
     unwrap,
     wrappers,
 )
-from mmman.engine.resume_values import DAMAGED, check_finite, check_values
+from mmman.engine.resume_values import check_finite, check_values
 from mmman.errors import CheckpointError
-
-_REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
-
-# What a scheduler changes; the rest is its config. The last three are ReduceOnPlateau's.
-_SCHEDULER_STATE = ('last_step', '_global_step', 'base_values', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter')
 
 
 class Part(NamedTuple):
@@ -70,10 +67,10 @@ def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
             path, theirs, ours = found[0]
             raise CheckpointError(
                 f'cannot resume: {part.what.format(path).strip()}: {theirs} in the checkpoint, {ours} in this run'
-                f'{f" ({len(found) - 1} more differ)" if found[1:] else ""}; {_REMEDY}'
+                f'{f" ({len(found) - 1} more differ)" if found[1:] else ""}; {REMEDY}'
             )
     check_finite(checkpoint, runner)
-    notes = [*_changed_options(checkpoint, runner, record), *_position_notes(checkpoint['meta'], record, runner)]
+    notes = [*changed_options(checkpoint, runner, record), *changed_position(checkpoint['meta'], record, runner)]
     if record and 'classes' not in record:
         notes.append(
             'The checkpoint is of an earlier version, and does not say of which classes its optimizer and schedulers are: '
@@ -100,6 +97,10 @@ def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Par
     )
     states = states_by_wrapper(checkpoint['optimizer'], runner)
     yield Part('optimizer {}', kinds(states), dict.fromkeys(wrappers(runner), TABLE))
+    if 'parameters with state' in record:
+        yield Part(
+            'optimizer {}', dict.fromkeys(record['parameters with state'], TABLE), dict.fromkeys(wrappers(runner), TABLE)
+        )
     for name, wrapper in wrappers(runner).items():
         yield from _optimizer_parts(name, wrapper, states[name], checkpoint['meta'], record, dict(model.named_parameters()))
     parameters = dict(model.named_parameters())
@@ -107,15 +108,18 @@ def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Par
     yield Part(
         'accumulated gradients {}', gradients, {name: parameters.get(name) for name in record.get('gradients', gradients)}
     )
-    counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
-    if gradients and 'accumulative counts' in record:
-        yield Part('accumulative_counts {}', words(record['accumulative counts']), words(counts))
+    if 'accumulative counts' in record:
+        look = words if gradients else kinds
+        counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
+        yield Part('accumulative_counts {}', look(record['accumulative counts']), look(counts))
 
 
 def _optimizer_parts(
     name: str, wrapper: OptimWrapper, state: Mapping, meta: Mapping, record: Mapping, parameters: dict[str, nn.Parameter]
 ) -> Iterator[Part]:
     what = f'optimizer {name}'.rstrip()
+    if 'classes' in record:
+        yield Part(f'{what} {{}}', dict.fromkeys(state, TABLE), dict.fromkeys(wrapper.state_dict(), TABLE))
     groups = wrapper.optimizer.param_groups
     count = sum(len(group['params']) for group in groups)
     yield Part(f'{what}, groups (paramwise_cfg?) {{}}', [*map(_group, state['param_groups'])], [*map(_group, groups)])
@@ -123,18 +127,20 @@ def _optimizer_parts(
     yield Part(
         f'{what}, numbers of its parameters', Kind('others' if indices != [*range(count)] else 'in order'), Kind('in order')
     )
-    scaler, base = getattr(wrapper, 'loss_scaler', None), wrapper.base_param_settings
-    yield Part(f'{what}, loss scaler (dtype?) {{}}', state.get('loss_scaler'), None if scaler is None else scaler.state_dict())
+    yield Part(f'{what}, loss scaler (dtype?) {{}}', state.get('loss_scaler'), scaler_state(wrapper))
     yield Part(
         f'{what}, base_param_settings {{}}',
-        *(_group(side) if isinstance(side, Mapping) else kind(side) for side in (state.get('base_param_settings'), base)),
+        *(
+            _group(side) if isinstance(side, Mapping) else kind(side)
+            for side in (state.get('base_param_settings'), wrapper.base_param_settings)
+        ),
     )
 
     own = [parameter for group in groups for parameter in group['params']]
     names = {id(parameter): name for name, parameter in parameters.items()}
     labels = [names.get(id(parameter), str(index)) for index, parameter in enumerate(own)]
     theirs = {
-        labels[index] if is_whole(index, maximum=count - 1) else index: _without_nothing(values)
+        labels[index] if is_whole(index, maximum=count - 1) else index: _as_stepped(values)
         for index, values in state['state'].items()
         if values != {}
     }
@@ -150,112 +156,19 @@ def _optimizer_parts(
     )
 
 
-def _expected_state(
-    wrapper: OptimWrapper, groups: list[Mapping], indices: Iterable[int]
-) -> dict[int, dict[str, Tensor] | None]:
+def _expected_state(wrapper: OptimWrapper, groups: list[Mapping], indices: Iterable[int]) -> dict[int, object]:
     """By a parameter's number, what a step leaves of it; None where that isn't known."""
     options = [group for group in groups for _ in group['params']]
     own = [parameter for group in wrapper.optimizer.param_groups for parameter in group['params']]
-    known: dict[tuple, dict[str, Tensor] | None] = {}
-    expected = {}
-    for index in indices:
-        if index >= len(own):
-            continue
-        key = (id(options[index]), own[index].shape, own[index].dtype)
-        if key not in known:
-            known[key] = state_of_a_step(wrapper.optimizer, options[index], own[index])
-        expected[index] = known[key]
-    return expected
-
-
-def _changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[str]:
-    """Numbers that the config has changed. What chooses an algorithm, and another order of schedulers, is refused.
-
-    Yields:
-        One line for each optimizer and scheduler that goes on as the checkpoint says, against the config.
-    """
-    states = states_by_wrapper(checkpoint['optimizer'], runner)
-    for name, wrapper in wrappers(runner).items():
-        changes = []
-        for change in differences(_options(states[name]['param_groups']), _options(wrapper.optimizer.param_groups), plain):
-            values = {change.theirs, change.ours}
-            if values == {'True', 'False'}:
-                raise CheckpointError(
-                    f"cannot resume: the optimizer's {change.path.partition('.')[2]} is {change.theirs} in the checkpoint, "
-                    f'{change.ours} in this config; {_REMEDY}'
-                )
-            if not values <= {'True', 'False', NOTHING}:  # else an option of another version of torch
-                changes.append(
-                    change._replace(path=f'{change.path.partition(".")[2]} of group {change.path.partition(".")[0]}')
-                )
-        yield from _note(f'optimizer {name}'.rstrip(), changes)
-    theirs = {name: _config(state) for name, state in by_number(checkpoint.get('param_schedulers')).items()}
-    ours = {name: _config(scheduler.state_dict()) for name, scheduler in by_number(runner.param_schedulers).items()}
-    texts = [[repr(config) for config in side.values()] for side in (theirs, ours)]
-    if texts[0] != texts[1] and sorted(texts[0]) == sorted(texts[1]):
-        raise CheckpointError(
-            f'cannot resume: the schedulers of param_scheduler have another order in the checkpoint; {_REMEDY}'
-        )
-    for name in ours:
-        yield from _note(f'param_scheduler {name}', [*differences(theirs[name], ours[name], plain)])
-    counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
-    if record.get('accumulative counts', counts) != counts:
-        yield f'accumulative_counts was {record["accumulative counts"]}, and is {counts} from here on'
-
-
-def _note(what: str, changes: list[Difference]) -> Iterator[str]:
-    if changes:
-        said = '; '.join(f'{path} {theirs} there, {ours} here' for path, theirs, ours in changes[:3])
-        more = f' and {len(changes) - 3} more' if changes[3:] else ''
-        yield (
-            f'The {what} goes on as in the checkpoint, not as this config says: {said}{more}. To train with the new values, '
-            'start a new run from its weights: load_from without resume'
-        )
-
-
-def _position_notes(meta: Mapping, record: Mapping, runner: Runner) -> Iterator[str]:
-    """Check that a checkpoint's place in the data is one of this run.
-
-    Yields:
-        What the user should know of it.
-    """
-    loop, epoch, iteration = runner.train_loop, meta['epoch'], meta['iter']
-    behind, end, option = (epoch, loop.max_epochs, 'max_epochs') if loop.by_epoch else (iteration, loop.max_iters, 'max_iters')
-    if behind > end:
-        raise CheckpointError(
-            f'cannot resume: the checkpoint has {behind} {option.removeprefix("max_")} behind it, and train_cfg.{option} is '
-            f'{end}: raise it, or resume from an earlier one'
-        )
-    if not record:
-        yield 'The checkpoint was not saved by a loop of mmman: the resumed run will not be exactly the uninterrupted one'
-        return
-    if record['by epoch'] != loop.by_epoch:
-        units = ['epochs' if by_epoch else 'iterations' for by_epoch in (record['by epoch'], loop.by_epoch)]
-        raise CheckpointError(f'cannot resume: the checkpoint counts {units[0]}, train_cfg {units[1]}; {_REMEDY}')
-    batch, ours = record['batch'], loop.data_facts()
-    changed = [name for name, value in record['data'].items() if ours.get(name) != value]
-    changes = '; '.join(f'{name} {record["data"][name]} there, {ours.get(name, NOTHING)} here' for name in changed)
-    if changes and batch:
-        raise CheckpointError(
-            f'cannot resume after batch {batch} of other data: {changes}. Resume with the same data '
-            'and processes, or from the end of an epoch, or start a new run from its weights: load_from without resume'
-        )
-    is_place = loop.is_possible if changes or not record.get('regular', True) else loop.is_regular
-    if not is_place(epoch, iteration, batch):
-        raise CheckpointError(
-            f'cannot resume: no run is in epoch {epoch} at batch {batch} after {iteration} iterations, where an epoch has '
-            f'{len(loop.dataloader)} batches; {DAMAGED}'
-        )
-    if changes:
-        yield f'The run goes on with other data than it began: {changes}'
+    state = StateOfAStep(wrapper.optimizer)
+    return {index: _as_stepped(state.of(own[index], options[index])) for index in indices if index < len(own)}
 
 
 def _scheduler(state: object) -> object:
-    return {**kinds(state), 'param_name': words(state.get('param_name'))} if isinstance(state, Mapping) else kind(state)
-
-
-def _config(state: Mapping) -> dict:
-    return {name: value for name, value in sorted(state.items()) if name not in _SCHEDULER_STATE}
+    if not isinstance(state, Mapping):
+        return kind(state)
+    moving = {name: Kind('a state') for name in SCHEDULER_STATE if name in state}
+    return {**kinds(state), **moving, 'param_name': words(state.get('param_name'))}
 
 
 def _group(group: Mapping) -> dict:
@@ -265,14 +178,9 @@ def _group(group: Mapping) -> dict:
     return {**needed, 'params': Kind(f'{len(group["params"])} parameters')}
 
 
-def _options(groups: list[Mapping]) -> list[dict]:
-    """What the config says of groups: where schedulers change an option, what it began as."""
-    unused = ('params', *IMPLEMENTATION)
-    return [
-        {name: group.get(f'initial_{name}', value) for name, value in group.items() if name not in unused} for group in groups
-    ]
-
-
-def _without_nothing(values: object) -> object:
-    """A parameter's state; older versions of torch keep None for what an option switches off."""
-    return {name: value for name, value in values.items() if value is not None} if isinstance(values, Mapping) else values
+def _as_stepped(values: object) -> object:
+    """A parameter's state as it is compared: other versions of torch count in Python numbers, and keep None for what is off."""
+    if not isinstance(values, Mapping):
+        return values
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {**kept, 'step': Kind('a count')} if 'step' in kept else kept

@@ -33,7 +33,7 @@ class ResumeRecordHook(Hook):
             'by epoch': loop.by_epoch,
             'batch': batch,
             'regular': loop.is_regular(meta['epoch'], meta['iter'], batch),
-            'sampler seed': getattr(getattr(loop.dataloader.batch_sampler, 'sampler', None), 'seed', None),
+            'sampler seed': loop.sampler_seed,
             'data': loop.data_facts(),
             'classes': classes(runner),
             'accumulative counts': {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()},
@@ -89,6 +89,12 @@ def wrappers(runner: Runner) -> dict[str, OptimWrapper]:
 def states_by_wrapper(state: Any, runner: Runner) -> dict[str, Any]:
     """The optimizer's entry of a checkpoint, by the names of :func:`wrappers`."""
     return state if isinstance(runner.optim_wrapper, OptimWrapperDict) else {'': state}
+
+
+def scaler_state(wrapper: OptimWrapper) -> dict | None:
+    """The state of an optim wrapper's loss scaler, if it has one."""
+    scaler = getattr(wrapper, 'loss_scaler', None)
+    return None if scaler is None else scaler.state_dict()
 
 
 def averaged_model(runner: Runner) -> nn.Module | None:
