@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmman  # noqa: F401  registers its parts, and lets torch.load read mmengine's checkpoints
+from mmman.engine.atomic_files import check_folder, naming_full_disks
 from mmman.engine.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
@@ -24,7 +25,7 @@ from mmman.engine.launch import (
     type_name,
 )
 from mmman.engine.resume import use_exact_resume
-from mmman.errors import CheckpointError
+from mmman.errors import CheckpointError, CheckpointWriteError
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,9 +81,12 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    runner = build_runner(cfg)
     try:
-        runner.train()
+        with naming_full_disks(cfg.work_dir):
+            check_folder(cfg.work_dir)
+            build_runner(cfg).train()
+    except CheckpointWriteError as error:
+        raise SystemExit(str(error)) from error
     except CheckpointError as error:
         raise SystemExit(f'{cfg.load_from}: {error}') from error
     leave_process_group()

@@ -42,11 +42,33 @@ def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
     except ConnectionError:  # another process has failed, and no file is to blame
         raise
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno, 'make the folder usable')
-        raise CheckpointWriteError(
-            f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are as they were: {remedy} and go '
-            'on with --resume, or train on in another work folder: --work-dir FOLDER --resume CHECKPOINT'
-        ) from error
+        raise _write_error(path, error) from error
+
+
+@contextmanager
+def naming_full_disks(folder: str | os.PathLike) -> Iterator[None]:
+    """The same for code that does many other things: only for errors that say that a disk takes no more.
+
+    Args:
+        folder: Where the code inside writes, as far as an error doesn't say where.
+
+    Raises:
+        CheckpointWriteError: A disk or quota is full, or a disk is read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise _write_error(error.filename or folder, error) from error
+
+
+def _write_error(path: str | os.PathLike, error: OSError) -> CheckpointWriteError:
+    remedy = _REMEDIES.get(error.errno, 'make the folder usable')
+    return CheckpointWriteError(
+        f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are as they were: {remedy} and go '
+        'on with --resume, or train on in another work folder: --work-dir FOLDER --resume CHECKPOINT'
+    )
 
 
 def check_folder(folder: str | os.PathLike) -> None:
