@@ -167,6 +167,11 @@ class CheckpointHook(MMCheckpointHook):
             self._keep_current()
             self.file_backend.flush()
 
+    def after_train(self, runner: Runner) -> None:
+        """Publish, where ``published_keys`` asks for it."""
+        with naming_write_errors(self.out_dir):
+            super().after_train(runner)
+
     def _path(self, step: int) -> str:
         return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
 

@@ -50,6 +50,11 @@ class ResumableLoop(BaseLoop):
         }
 
     @property
+    def batches(self) -> int:
+        """How many batches a pass over the data has; 0 where that isn't known."""
+        return len(self.dataloader) if hasattr(self.dataloader.dataset, '__len__') else 0
+
+    @property
     def sampler_seed(self) -> int | None:
         """The seed that the order of samples follows from, where the sampler has one."""
         return getattr(getattr(self.dataloader.batch_sampler, 'sampler', None), 'seed', None)
@@ -60,8 +65,7 @@ class ResumableLoop(BaseLoop):
 
     def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
         """Whether a place in the run is where one with epochs of today's length gets."""
-        length = len(self.dataloader)
-        return batch <= length and iteration == epoch * length + batch
+        return batch <= self.batches and iteration == epoch * self.batches + batch
 
     def is_possible(self, epoch: int, iteration: int, batch: int) -> bool:
         """Whether a place in the run is where one can get whose epochs weren't all of the same length."""

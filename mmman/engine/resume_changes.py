@@ -8,7 +8,6 @@ from mmengine.runner import Runner
 
 from mmman.engine.compare import NOTHING, Difference, differences, kind, plain
 from mmman.engine.resume_record import by_number, scaler_state, states_by_wrapper, wrappers
-from mmman.engine.resume_values import DAMAGED
 from mmman.errors import CheckpointError
 
 REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
@@ -91,8 +90,8 @@ def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator
         return
     batch, ours = record['batch'], loop.data_facts()
     facts = [
-        {**record['data'], 'sampler seed': kind(record.get('sampler seed'))},
-        {**ours, 'sampler seed': kind(loop.sampler_seed)},
+        {**record['data'], 'sampler seed': kind(record.get('sampler seed')), 'batches': record.get('batches', loop.batches)},
+        {**ours, 'sampler seed': kind(loop.sampler_seed), 'batches': loop.batches},
     ]
     changes = '; '.join(f'{name} {theirs} there, {ours} here' for name, theirs, ours in differences(*facts, plain))
     if changes and batch:
@@ -103,8 +102,8 @@ def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator
     is_place = loop.is_possible if changes or not record.get('regular', True) else loop.is_regular
     if not is_place(epoch, iteration, batch):
         raise CheckpointError(
-            f'cannot resume: no run is in epoch {epoch} at batch {batch} after {iteration} iterations, where an epoch has '
-            f'{len(loop.dataloader)} batches; {DAMAGED}'
+            f'cannot resume: no run with this data is in epoch {epoch} at batch {batch} after {iteration} iterations: an epoch '
+            f'has {loop.batches} batches; {REMEDY}'
         )
     if changes:
         yield f'The run goes on with other data than it began: {changes}'

@@ -119,7 +119,7 @@ def _optimizer_parts(
 ) -> Iterator[Part]:
     what = f'optimizer {name}'.rstrip()
     if 'classes' in record:
-        yield Part(f'{what} {{}}', dict.fromkeys(state, TABLE), dict.fromkeys(wrapper.state_dict(), TABLE))
+        yield Part(f'{what}, steps', kind(state.get('steps')), kind(getattr(wrapper, 'steps', None)))
     groups = wrapper.optimizer.param_groups
     count = sum(len(group['params']) for group in groups)
     yield Part(f'{what}, groups (paramwise_cfg?) {{}}', [*map(_group, state['param_groups'])], [*map(_group, groups)])

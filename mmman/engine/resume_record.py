@@ -33,6 +33,7 @@ class ResumeRecordHook(Hook):
             'by epoch': loop.by_epoch,
             'batch': batch,
             'regular': loop.is_regular(meta['epoch'], meta['iter'], batch),
+            'batches': loop.batches,
             'sampler seed': loop.sampler_seed,
             'data': loop.data_facts(),
             'classes': classes(runner),

@@ -41,6 +41,7 @@ _OPTIONAL = {
     f'meta.{RECORD}.by epoch': _FLAG,
     f'meta.{RECORD}.batch': _WHOLE,
     f'meta.{RECORD}.regular': _FLAG,
+    f'meta.{RECORD}.batches': _WHOLE,
     f'meta.{RECORD}.sampler seed': Rule('a whole number from 0', lambda value: value is None or is_whole(value)),
     f'meta.{RECORD}.data': _COUNTS,
     f'meta.{RECORD}.classes': _TABLE,
@@ -58,7 +59,7 @@ _OPTIONAL = {
 }
 # Of the record: what every version wrote, and what only this one did.
 _RECORDED = ('by epoch', 'batch', 'data')
-_NEWLY_RECORDED = ('regular', 'classes', 'accumulative counts', 'gradients', 'parameters with state')
+_NEWLY_RECORDED = ('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state')
 
 # Of mmengine's message hub: the checkpoint hook reads them back. By the beginning of the name.
 _HUB = {'superseded_ckpts': _NAMES, 'keep_ckpt_ids': _WHOLES, 'last_ckpt': _TEXT, 'best_ckpt': _TEXT, 'best_score': _SCORE}
@@ -101,12 +102,13 @@ def check_values(checkpoint: Mapping, runner: Runner) -> None:
 
 
 def check_finite(checkpoint: Mapping, runner: Runner) -> None:
-    """Check that no tensor of a checkpoint has NaN, and no parameter infinity.
+    """Check that no tensor of a checkpoint has NaN, and no parameter infinity, unless the new model has.
 
     Raises:
         CheckpointError: One has; a run that diverged can't go on.
     """
-    parameters = {name for name, _ in unwrap(runner.model).named_parameters()}
+    model = unwrap(runner.model)
+    parameters, ours = {name for name, _ in model.named_parameters()}, model.state_dict()
     average = {f'module.{name}' for name in parameters}
     parts = [
         ('state_dict', checkpoint['state_dict'], parameters),
@@ -119,7 +121,8 @@ def check_finite(checkpoint: Mapping, runner: Runner) -> None:
             parts.append((_below('optimizer', name, 'state', str(index)), own if isinstance(own, Mapping) else {}, set()))
     for part, tensors, bounded in parts:
         for name, tensor in (tensors or {}).items():
-            if not is_finite(tensor, infinity=name not in bounded):
+            infinity = name not in bounded
+            if not is_finite(tensor, infinity) and is_finite(ours.get(name.removeprefix('module.')), infinity):
                 raise CheckpointError(f'cannot resume: {part}.{name} of the checkpoint is not finite; {DAMAGED}')
 
 
@@ -137,12 +140,7 @@ def _values(checkpoint: Mapping, runner: Runner) -> Iterator[tuple[str, Any, Rul
         for beginning, rule in _HUB.items():
             if name.startswith(beginning):
                 yield f'message_hub.runtime_info.{name}', _ABSENT if value is None else value, rule, False
-                yield (
-                    f'message_hub.resumed_keys.{name}',
-                    flags.get(name, _ABSENT),
-                    Rule('True', lambda flag: flag is True),
-                    False,
-                )
+                yield f'message_hub.resumed_keys.{name}', flags.get(name, _ABSENT), _TRUE, False
     states = states_by_wrapper(checkpoint['optimizer'], runner)
     yield 'optimizer', states, _TABLE, True
     for name, state in states.items():

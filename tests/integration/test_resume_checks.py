@@ -133,7 +133,7 @@ def older(change: Callable[[dict], None]) -> Callable[[dict], None]:
     """The same change of a checkpoint of an earlier version, which says less about itself."""
 
     def both(checkpoint: dict) -> None:
-        forget('regular', 'classes', 'accumulative counts', 'gradients', 'parameters with state')(checkpoint)
+        forget('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state')(checkpoint)
         change(checkpoint)
 
     return both
@@ -190,7 +190,7 @@ CHANGED_CHECKPOINTS = {
     'maximize': (put(f'{GROUP}/maximize', True), "the optimizer's maximize is True in the checkpoint, False in this config"),
     'steps beyond the iterations': (put('optimizer/steps', 7), 'optimizer.steps of the checkpoint is 7, not no more than'),
     'negative steps': (put('optimizer/steps', -1), 'optimizer.steps of the checkpoint is -1, not a whole number from 0'),
-    'no steps': (put('optimizer/steps', REMOVED), 'optimizer steps: nothing in the checkpoint, a table in this run'),
+    'no steps': (put('optimizer/steps', REMOVED), 'optimizer, steps: nothing in the checkpoint, a number in this run'),
     # loss scaler
     'no scaler': (
         older(put('optimizer/loss_scaler', REMOVED)),
@@ -222,12 +222,15 @@ CHANGED_CHECKPOINTS = {
     # place
     'batch beyond the epoch': (
         put(f'{RECORD}/batch', 5),
-        'no run is in epoch 1 at batch 5 after 6 iterations, where an epoch has 4',
+        'no run with this data is in epoch 1 at batch 5 after 6 iterations: an epoch has 4',
     ),
-    'batch beyond the epoch, older': (older(put(f'{RECORD}/batch', 5)), 'no run is in epoch 1 at batch 5 after 6 iterations'),
+    'batch beyond the epoch, older': (
+        older(put(f'{RECORD}/batch', 5)),
+        'no run with this data is in epoch 1 at batch 5 after 6 iterations',
+    ),
     'negative batch': (put(f'{RECORD}/batch', -1), 'batch of the checkpoint is -1, not a whole number from 0'),
-    'epoch and iteration differ': (put('meta/epoch', 2), 'no run is in epoch 2 at batch 2 after 6 iterations'),
-    'iteration too high': (put('meta/iter', 7), 'no run is in epoch 1 at batch 2 after 7 iterations'),
+    'epoch and iteration differ': (put('meta/epoch', 2), 'no run with this data is in epoch 2 at batch 2 after 6 iterations'),
+    'iteration too high': (put('meta/iter', 7), 'no run with this data is in epoch 1 at batch 2 after 7 iterations'),
     'negative iteration': (put('meta/iter', -6), 'meta.iter of the checkpoint is -6, not a whole number from 0'),
     'epoch is no number': (put('meta/epoch', '1'), "meta.epoch of the checkpoint is '1', not a whole number"),
     'epoch beyond the end': (older(put('meta/epoch', 4)), 'has 4 epochs behind it, and train_cfg.max_epochs is 3: raise it'),
@@ -305,7 +308,10 @@ CHANGED_CONFIGS = {
     ),
     'schedulers swapped': ({'schedulers': SCHEDULERS[::-1]}, 'the class of the param_scheduler 0: MultiStepLR .* LinearLR in'),
     'no average': ({'ema': False}, 'the class of the averaged weights: ExponentialMovingAverage in the checkpoint, nothing in'),
-    'no scaler': ({'wrapper': {'loss_scale': None}}, 'loss_scaler: a table in the checkpoint, nothing in this run'),
+    'no scaler': (
+        {'wrapper': {'loss_scale': None}},
+        r'loss scaler \(dtype\?\): a table in the checkpoint, nothing in this run',
+    ),
     'accumulation': ({'wrapper': {'accumulative_counts': 3}}, 'accumulative_counts: 4 in the checkpoint, 3 in this run'),
     'groups': (
         {'wrapper': {'paramwise_cfg': {'bias_lr_mult': 2.0}}},
@@ -341,7 +347,7 @@ def test_numbers_that_the_config_changes_stay_the_checkpoints_and_the_log_says_s
     ('names', 'note'),
     [
         (
-            ('regular', 'classes', 'accumulative counts', 'gradients', 'parameters with state'),
+            ('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state'),
             'of an earlier version, and does not say',
         ),
         ((), 'was not saved by a loop of mmman: the resumed run will not be exactly'),
@@ -356,7 +362,7 @@ def test_a_checkpoint_that_says_less_about_itself_fits_with_a_note(names, note, 
 
 def test_an_older_checkpoint_of_another_optimizer_is_refused_by_what_it_holds(fresh):
     checkpoint = clone(fresh.checkpoint)
-    forget('regular', 'classes', 'accumulative counts', 'gradients', 'parameters with state')(checkpoint)
+    forget('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state')(checkpoint)
     with pytest.raises(
         CheckpointError, match="the optimizer's decoupled_weight_decay is True in the checkpoint, False in this"
     ):
