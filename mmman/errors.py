@@ -25,6 +25,10 @@ class CheckpointError(LocalLearningError, ValueError):
     """A checkpoint can't be published as asked, or a run can't go on from it."""
 
 
+class CheckpointWriteError(CheckpointError):
+    """A checkpoint, or what belongs to it, can't be written; the message names the path, the reason and the remedy."""
+
+
 class ScalingError(LocalLearningError, ValueError):
     """A plan for several GPUs doesn't fit together, or a number in it can't be read."""
 

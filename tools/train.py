@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmman  # noqa: F401  registers its parts, and reads every checkpoint
+from mmman.engine.atomic_files import check_folder, naming_full_disks
 from mmman.engine.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
@@ -80,7 +81,8 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    with end_on_error(cfg.get('load_from')):
+    with end_on_error(cfg.get('load_from')), naming_full_disks(cfg.work_dir):
+        check_folder(cfg.work_dir)
         build_runner(cfg).train()
     leave_process_group()
 

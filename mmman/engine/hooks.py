@@ -19,7 +19,7 @@ from mmman.engine.config_check import check_config
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 from mmman.engine.paramwise import separate_local_heads
 from mmman.engine.pretrained import check_prefix, report_pretrained
-from mmman.errors import MisuseError
+from mmman.errors import CheckpointError, MisuseError
 from mmman.local.blocks import localized_backbone
 from mmman.local.heads.base import LocalHead
 from mmman.local.model import changed_options
@@ -42,8 +42,8 @@ class EMABiasHook(Hook):
         interval: Update every that many optimizer steps.
 
     Raises:
-        MisuseError: The run isn't set up for local learning, the checkpoint to resume has other local heads, or pretrained
-            weights (``init_cfg`` of the backbone) don't fit it.
+        MisuseError: The run isn't set up for local learning, or pretrained weights (``init_cfg`` of the backbone) don't fit it.
+        CheckpointError: The checkpoint to resume has other local heads.
     """
 
     priority = 'NORMAL'
@@ -78,15 +78,7 @@ class EMABiasHook(Hook):
         for head in local.values():
             head.transfer.is_loaded = False
         if runner._resume:
-            ours = {key for key in _unwrap(runner.model).state_dict() if '.local.' in key}
-            theirs = {key for key in checkpoint['state_dict'] if '.local.' in key}
-            if ours != theirs:
-                raise MisuseError(
-                    f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}], '
-                    f'and they differ in {len(ours ^ theirs)} keys, the first is {min(ours ^ theirs)}. '
-                    'Resume with the config that it was trained with, or start a new run from its weights: '
-                    'load_from without resume'
-                )
+            check_local_heads(checkpoint['state_dict'], _unwrap(runner.model).state_dict())
 
     def before_train(self, runner: Runner) -> None:
         """Say what pretrained weights brought; make the copies exact where the checkpoint brought none."""
@@ -136,6 +128,26 @@ def _warn_of_changed_heads(cfg: Config) -> None:
             "change model.backbone.local_head too, or inherit type='mmman.LocalModel', whose local heads follow it",
             logger='current',
             level=logging.WARNING,
+        )
+
+
+def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
+    """Check that a checkpoint to resume has the local heads of this run.
+
+    Args:
+        theirs: The checkpoint's weights.
+        ours: The model's.
+
+    Raises:
+        CheckpointError: It has others. An optimizer's state would belong to other parameters then.
+    """
+    theirs, ours = ({key for key in state if '.local.' in key} for state in (theirs, ours))
+    if ours != theirs:
+        raise CheckpointError(
+            f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}], '
+            f'and they differ in {len(ours ^ theirs)} keys, the first is {min(ours ^ theirs)}. '
+            'Resume with the config that it was trained with, or start a new run from its weights: '
+            'load_from without resume'
         )
 
 

@@ -23,7 +23,7 @@ from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previo
 from mmman.engine.config_check import check_config
 from mmman.engine.messages import one_line
 from mmman.engine.weights_hook import WeightsHook
-from mmman.errors import CheckpointError, LocalLearningError
+from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
 LONGEST = 2000  # characters of a last line
@@ -126,7 +126,7 @@ def end_on_error(checkpoint: str | None) -> Iterator[None]:
         text = str(error)
         if not isinstance(error, CheckpointError) and not text.startswith('cannot resume'):
             text = f'{type(error).__name__}: {text}'
-        elif checkpoint and checkpoint not in text:
+        elif checkpoint and checkpoint not in text and not isinstance(error, CheckpointWriteError):
             text = f'{checkpoint}: {text}'
         raise SystemExit(one_line(text, LONGEST)) from error
 

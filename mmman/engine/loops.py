@@ -13,6 +13,7 @@ from mmengine.runner import IterBasedTrainLoop as MMIterBasedTrainLoop
 from torch.utils.data import DataLoader
 
 from mmman.engine.resume import ExactResumeHook
+from mmman.engine.resume_record import ResumeRecordHook
 from mmman.engine.seeded import SeededDataLoader, run_seed, seed_iteration
 from mmman.errors import CheckpointError, MisuseError
 from mmman.registry import LOOPS
@@ -37,6 +38,7 @@ class ResumableLoop(BaseLoop):
         self.resumed_batch = 0
         self._pass, self._pass_began = 0, 0
         runner.register_hook(ExactResumeHook())
+        runner.register_hook(ResumeRecordHook())
 
     def data_facts(self) -> dict[str, int]:
         """What has to be the same for the rest of an epoch to be the same."""
@@ -47,9 +49,27 @@ class ResumableLoop(BaseLoop):
             'dataset length': len(self.dataloader.dataset) if self.is_seeded else 0,
         }
 
+    @property
+    def batches(self) -> int:
+        """How many batches a pass over the data has; 0 where that isn't known."""
+        return len(self.dataloader) if hasattr(self.dataloader.dataset, '__len__') else 0
+
+    @property
+    def sampler_seed(self) -> int | None:
+        """The seed that the order of samples follows from, where the sampler has one."""
+        return getattr(getattr(self.dataloader.batch_sampler, 'sampler', None), 'seed', None)
+
     def position(self, epoch: int, iteration: int) -> int:
         """How many batches of its epoch lie behind a checkpoint that stores this epoch and iteration."""
         return iteration - self._pass_began if epoch == self._pass else 0
+
+    def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
+        """Whether a place in the run is where one with epochs of today's length gets."""
+        return batch <= self.batches and iteration == epoch * self.batches + batch
+
+    def is_possible(self, epoch: int, iteration: int, batch: int) -> bool:
+        """Whether a place in the run is where one can get whose epochs weren't all of the same length."""
+        return epoch <= iteration - batch if epoch else iteration == batch
 
     def _start_pass(self, epoch: int, batch: int) -> None:
         """Position the data at a batch of a pass over it; ``_iter`` is that batch's iteration."""
@@ -101,6 +121,12 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
     def position(self, epoch: int, iteration: int) -> int:
         """All batches so far: there are no epochs."""
         return iteration
+
+    def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
+        """All that is behind counts, and the run is one epoch."""
+        return iteration == batch and epoch <= 1
+
+    is_possible = is_regular
 
     def run_iter(self, data_batch: list[dict]) -> None:
         """Train one batch."""

@@ -240,8 +240,11 @@ ADAM = {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'AdamW'
     ('options', 'message'),
     [
         ({'by_epoch': False}, 'the checkpoint counts epochs, train_cfg iterations'),
-        ({'optim_wrapper': ADAM}, 'optimizer has dampening, momentum, nesterov, which AdamW has not; resume with the config'),
-        ({'param_scheduler': []}, 'has 2 parameter schedulers, this config 0'),
+        (
+            {'optim_wrapper': ADAM},
+            'the class of the optimizer: SGD in the checkpoint, AdamW in this run; resume with the config',
+        ),
+        ({'param_scheduler': []}, 'parameter schedulers: 2 in the checkpoint, 0 in this run'),
         (
             {'loaders': lambda: loader_of(batch=4)},
             r'after batch 2 of other data: batch size 3 there, 4 here. Resume',
@@ -259,7 +262,9 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     path = saved_run(tmp_path)
     model = local_model()
     model.head[0] = nn.Linear(8, CLASSES + 1).double()
-    message = r'of another model. 2 tensors differ, the first is head.0.bias: \(5,\) in the checkpoint, \(6,\) in this model'
+    message = (
+        r'of another model, head.0.bias: float64 \(5,\) in the checkpoint, float64 \(6,\) in this run \(1 more differ\); resume'
+    )
     with pytest.raises(CheckpointError, match=message):
         start(tmp_path, resume=path, model=model)
     stripped = {name: value for name, value in load(path).items() if name != 'optimizer'}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mmman import delocalize_
 from mmman.datasets import write_shapes_dataset
-from mmman.errors import MisuseError
+from mmman.errors import CheckpointError
 from tests.conftest import ROOT, TEST_DATA
 
 mmdet = pytest.importorskip('mmdet')
@@ -281,7 +281,7 @@ def test_a_local_checkpoint_starts_an_end_to_end_run(dataset: dict, local_run: P
 def test_resuming_with_another_partition_is_refused(dataset: dict, local_run: Path, tmp_path: Path) -> None:
     cfg = small_config(LOCAL, dataset, resume=True, load_from=local_run / 'epoch_1.pth', model__backbone__num_blocks=2)
 
-    with pytest.raises(MisuseError, match=r'local heads on \[layer1_1, layer2_1, layer3_1\], this config on \[layer2_1\]'):
+    with pytest.raises(CheckpointError, match=r'local heads on \[layer1_1, layer2_1, layer3_1\], this config on \[layer2_1\]'):
         train(cfg, tmp_path)
 
 

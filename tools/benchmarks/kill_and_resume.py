@@ -27,9 +27,9 @@ import torch
 
 import mmman  # noqa: F401  lets torch.load read mmengine's checkpoints
 from mmman.datasets import write_shapes_dataset
+from mmman.engine.atomic_files import UNFINISHED
 from mmman.engine.checkpoint_files import latest_checkpoint
-from mmman.engine.checkpoint_hook import UNFINISHED
-from mmman.engine.resume import RECORD
+from mmman.engine.resume_record import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / 'configs' / 'demo' / 'retinanet_r18_manpp_k4_shapes.py'

@@ -4,7 +4,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from mmman import EMABiasHook, delocalize_
-from mmman.errors import MisuseError
+from mmman.errors import CheckpointError, MisuseError
 from tests.toy import toy_batches, toy_config
 
 
@@ -148,7 +148,9 @@ def test_heads_of_the_same_cut_are_taken_over_from_another_k(tmp_path):
 def test_resume_with_other_cuts_is_refused(tmp_path):
     runner_of(tmp_path).train()
     options = {'num_blocks': 3, 'partition': 'stage'}
-    with pytest.raises(MisuseError, match=r'on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'):
+    with pytest.raises(
+        CheckpointError, match=r'on \[layer1_1, layer2_1, stem\], this config on \[layer1_1, layer2_1\].*load_from'
+    ):
         runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()
 
 
@@ -198,5 +200,5 @@ def test_a_forgotten_hook_is_refused(tmp_path):
 def test_resume_with_another_transfer_names_a_key(tmp_path):
     runner_of(tmp_path).train()
     options = {'transfer': {'scale': False}}
-    with pytest.raises(MisuseError, match=r'differ in 3 keys, the first is backbone.local.layer1_1.transfer.delta'):
+    with pytest.raises(CheckpointError, match=r'differ in 3 keys, the first is backbone.local.layer1_1.transfer.delta'):
         runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()

@@ -1,0 +1,80 @@
+"""Which run wrote which file of a folder: a list beside the files, because what a checkpoint says of itself may be forged."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+
+
+class Ledger:
+    """The files that runs wrote into a folder, each as it was when it was complete.
+
+    An entry has the run, the file's size and its time of modification; an entry without the latter two is of a file whose
+    write has begun. A copy of the folder that keeps times keeps its entries valid.
+
+    Args:
+        folder: The folder. The list is the file ``.mmman_checkpoints.json`` in it.
+    """
+
+    NAME = '.mmman_checkpoints.json'
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self._folder = Path(folder)
+        self.path = self._folder / self.NAME
+
+    def with_entry(self, name: str, run: str, status: os.stat_result | None = None) -> bytes:
+        """The content of the list with one more entry, and without entries of files that are gone.
+
+        Args:
+            name: A file's name in the folder.
+            run: The run that writes it.
+            status: The status of the complete file; None for one whose write begins.
+        """
+        kept = {other: entry for other, entry in self._entries().items() if os.path.lexists(self._folder / other)}
+        kept[name] = {'run': run} if status is None else {'run': run, 'size': status.st_size, 'mtime_ns': status.st_mtime_ns}
+        return json.dumps(kept, indent=1).encode()
+
+    def run_of(self, path: object) -> str | None:
+        """The run that wrote a file.
+
+        Args:
+            path: Anything.
+
+        Returns:
+            The run; None where ``path`` is no regular file of this very folder, where it isn't in the list, and where it
+            has changed since.
+        """
+        if not isinstance(path, (str, os.PathLike)):
+            return None
+        try:
+            folder, name = os.path.split(os.fspath(path))
+            status = os.lstat(path)
+            if not stat.S_ISREG(status.st_mode) or not os.path.samefile(folder or os.curdir, self._folder):
+                return None
+        except (OSError, ValueError):
+            return None
+        entry = self._entries().get(name, {})
+        written = (entry.get('size', status.st_size), entry.get('mtime_ns', status.st_mtime_ns))
+        return entry.get('run') if written == (status.st_size, status.st_mtime_ns) else None
+
+    def begun(self, run: str, suffix: str) -> list[Path]:
+        """The files of a run whose write began and didn't end.
+
+        Args:
+            run: The run.
+            suffix: How the names of unfinished files end.
+        """
+        paths = [self._folder / name for name in self._entries() if name.endswith(suffix)]
+        return [path for path in paths if self.run_of(path) == run]
+
+    def _entries(self) -> dict[str, dict]:
+        try:
+            entries = json.loads(self.path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(entries, dict):
+            return {}
+        names = {name: entry for name, entry in entries.items() if name == os.path.basename(name)}
+        return {name: entry for name, entry in names.items() if isinstance(entry, dict) and isinstance(entry.get('run'), str)}
