@@ -74,7 +74,7 @@ def test_strides_that_the_first_image_does_not_show():
     assert strides(found) == [2**i for i in range(1, 9)] and found.image_size == (224, 224)
 
 
-@pytest.mark.parametrize('side', [50, 63, 65, 90, 96, 100, 111, 224, 300])
+@pytest.mark.parametrize('side', [50, 65, 96, 111, 300])
 def test_strides_on_sizes_that_are_no_power_of_two(side):
     backbone = Stages((2, 1, 2, 3, 2))
     chain = Chain(chain_of(backbone).units, chain_of(backbone).taps, input_size=(side, side + 7))
@@ -130,7 +130,7 @@ def test_deformable_convolutions_train_and_are_followed(library, kind, dcn):
     narrow = {'base_width': 4, 'groups': 4} if kind == 'ResNeXt' else {}
     dcn = {**dcn, 'deform_groups': 1, 'fallback_on_stride': False}
     options = {'depth': 50, 'dcn': dcn, 'stage_with_dcn': (False, True, True, True), 'base_channels': 8, **narrow}
-    options |= {'out_indices': (1, 3), 'norm_eval': False, 'stem_channels': 8}
+    options |= {'out_indices': (1, 3), 'norm_eval': False, 'stem_channels': 8, 'zero_init_residual': False}
     torch.manual_seed(0)
     stock = build(library, kind, options)
     model = MODELS.build({'type': 'mmman.ToyClassifier', 'backbone': {'type': 'mmman.ToyNet'}, 'channels': (64, 256)})
