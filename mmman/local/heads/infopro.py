@@ -115,9 +115,7 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
     """
     features = F.normalize(features.float(), dim=1)
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    # the lowest number and not -inf: a batch of one image would get gradients of NaN
-    lowest = torch.finfo(features.dtype).min
-    similarity = (features @ features.T / temperature).masked_fill(itself, lowest)
+    similarity = (features @ features.T / temperature).masked_fill(itself, -torch.inf)
     positives = (labels[:, None] == labels) & ~itself
     log_prob = similarity - similarity.logsumexp(1, keepdim=True)
     counts = positives.sum(1)
