@@ -53,6 +53,7 @@ def build_trial(cfg: Config, height: int, width: int, sizes_only: SizesOnly | No
     model = revert_sync_batchnorm(MODELS.build(model_config(cfg, height, width))).train()
     local = getattr(model.backbone, 'local', None)
     if isinstance(local, LocalBlocks):
+        local.is_init = True  # the values don't matter
         for head in local.values():
             head.transfer.sync_(head.source.of(model.backbone))
     if sizes_only is not None:

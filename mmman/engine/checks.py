@@ -19,8 +19,9 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         update: That option of :class:`mmman.LocalLearningOptimWrapper`.
 
     Raises:
-        MisuseError: No localised backbone, or more than one; local heads that don't fit the model; momentum copies that were
-            never initialised; DDP options or activation checkpointing that break local backward passes.
+        MisuseError: No localised backbone, or more than one; local heads that don't fit the model, or were never initialised;
+            blocks without a trainable parameter; momentum copies that were never started; DDP options or activation
+            checkpointing that break local backward passes.
     """
     module = model
     if is_model_wrapper(model):
@@ -28,6 +29,13 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         _check_ddp(model, update)
     backbone = localized_backbone(module)
     _check_checkpointing(module, backbone)
+    _check_blocks_train(backbone)
+    if heads := backbone.local.uninitialised():
+        raise MisuseError(
+            f'nothing has initialised the local heads on {", ".join(heads)}: call model.init_weights() before the first step, '
+            'or load a state dict that has them; where init_weights of the model is its own and calls no '
+            'super().init_weights(), call backbone.local.init_weights() as well'
+        )
     for head in backbone.local.values():
         head.check_model(module)
         if not head.transfer.is_synced:
@@ -35,6 +43,17 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
                 "nothing has started the momentum copies: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
                 'training loop of your own, call sync_ and update_ of every head.transfer as that hook does'
             )
+
+
+def _check_blocks_train(backbone: nn.Module) -> None:
+    """What was frozen after the blocks were planned."""
+    local = backbone.local
+    if (frozen := local.plan.frozen_block(backbone, local.only)) is not None:
+        raise MisuseError(
+            f'{frozen} of {type(backbone).__name__} has no trainable parameter: it was frozen after its blocks were planned. '
+            'Freeze by frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
+            'blocks are counted without it'
+        )
 
 
 def _check_ddp(model: nn.Module, update: str) -> None:

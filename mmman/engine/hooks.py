@@ -9,6 +9,7 @@ from typing import Annotated
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import broadcast
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -72,8 +73,12 @@ class EMABiasHook(Hook):
             separate_local_heads(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Forget what weight initialisation loaded: only this checkpoint may bring the copies along."""
+        """Forget what weight initialisation loaded: only this checkpoint may bring the copies along.
+
+        Local heads that nothing has initialised are initialised now, so that they have values where the checkpoint has none.
+        """
         self._loaded_checkpoint = True
+        _initialise_heads(runner)
         local = localized_backbone(_unwrap(runner.model)).local
         for head in local.values():
             head.transfer.is_loaded = False
@@ -87,6 +92,7 @@ class EMABiasHook(Hook):
                 f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
                 f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
             )
+        _initialise_heads(runner)
         backbone = localized_backbone(_unwrap(runner.model))
         if not self._loaded_checkpoint:
             report_pretrained(backbone)
@@ -149,6 +155,19 @@ def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) 
             'Resume with the config that it was trained with, or start a new run from its weights: '
             'load_from without resume'
         )
+
+
+def _initialise_heads(runner: Runner) -> None:
+    """Before training starts or goes on: initialise the local heads where ``init_weights`` of the model didn't reach them.
+
+    Where mmengine's ``BaseModule`` runs the initialisation, :class:`mmman.local.blocks.LocalBlocks` has taken care of it.
+    """
+    local = localized_backbone(_unwrap(runner.model)).local
+    if local.is_init or not isinstance(runner._train_loop, BaseLoop):
+        return
+    local.init_weights()
+    for value in local.state_dict().values():  # as the runner does with the model, which has happened by now
+        broadcast(value)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from mmengine.logging import print_log
-from torch import Tensor, nn
+from torch import nn
 
-from mmman.errors import LocalLearningError, MisuseError, PartitionError, UnsupportedBackboneError
+from mmman.errors import LocalLearningError, MisuseError, PartitionError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead
 from mmman.local.recompute import ends_told, keep_, recompute_unit_, units_to_recompute
 from mmman.local.transfer import MomentumTransfer, check_switches
 from mmman.options import Count, Positive, check_options, checked
-from mmman.partition import Chain, Feature, chain_of, plan_blocks
+from mmman.partition import chain_of, measure, plan_blocks, trainable_units
 from mmman.registry import MODELS
 
 
@@ -89,6 +87,7 @@ def localize_(
 ) -> nn.Module:
     """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
 
+    What the backbone freezes in its ``train()`` is frozen first, so that blocks are counted without it.
     All additions are under ``backbone.local``; class, forward and state-dict keys stay. Outside a training step driven by
     :class:`mmman.LocalLearningOptimWrapper` the backbone computes what it computed before, bit by bit.
 
@@ -110,15 +109,21 @@ def localize_(
         ``backbone`` itself.
 
     Raises:
-        UnsupportedBackboneError: Its family is not known.
-        PartitionError: The cuts don't fit, or leave a last block that makes no output; a unit to recompute is none.
+        UnsupportedBackboneError: Its family is not known, or it accepts none of the images of the dry run.
+        PartitionError: The cuts don't fit, or leave a last block that makes no output, or a block without a trainable
+            parameter; a unit to recompute is none.
         MisuseError: It is localised already, or options contradict each other.
     """
     _check_parts(transfer, local_head)
     if hasattr(backbone, 'local'):
         raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
     chain = chain_of(backbone)
-    plan = plan_blocks(chain, [unit.is_trainable(backbone) for unit in chain.units], num_blocks, partition)
+    plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
+    if (frozen := plan.frozen_block(backbone)) is not None:
+        raise PartitionError(
+            f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: cut so that '
+            'every block trains, or freeze from the start of the backbone on'
+        )
     count = len(plan.blocks) - 1
     if count and local_head is None:
         raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
@@ -134,8 +139,12 @@ def localize_(
 
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     keys = set(backbone.state_dict())
-    with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
-        features = _measure(backbone, chain)
+    measured = measure(backbone, chain)
+    features = measured.features
+    ends = {}
+    if recomputed:
+        with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
+            measured.run(backbone)
     for unit, selective in recomputed.items():  # the copies that local heads make of them are, too
         recompute_unit_(backbone, unit, ends, selective)
     modules = [unit.of(backbone) for unit in chain.units]
@@ -154,6 +163,7 @@ def localize_(
             feature=feature,
             takes_grid=chain.takes_grid,
             strides=tuple(other.stride for other in seen),
+            image_channels=measured.image_channels,
             following=tuple(modules[cut + 1 + has_unit :]),
             following_features=tuple(features[cut + 1 + has_unit :]),
         )
@@ -255,49 +265,3 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
                     del hooks[key]
     del backbone.local
     return backbone
-
-
-@torch.no_grad()
-def _measure(backbone: nn.Module, chain: Chain) -> list[Feature]:
-    """The shape of every unit's output, from one forward pass in eval mode that leaves no trace."""
-    shapes: list[torch.Size] = []
-    order: list[str] = []
-
-    def note(name: str):
-        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if not isinstance(output, Tensor) or output.dim() not in (3, 4):
-                raise UnsupportedBackboneError(
-                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} gives no single (B, C, H, W) or '
-                    '(B, L, C) tensor'
-                )
-            order.append(name)
-            shapes.append(output.shape)
-
-        return hook
-
-    convolution = next((module for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
-    if convolution is None:
-        raise UnsupportedBackboneError(f'{type(backbone).__name__} has no convolution that tells its input channels')
-    handles = [backbone.get_submodule(unit.output).register_forward_hook(note(unit.name)) for unit in chain.units]
-    modes = {module: module.training for module in backbone.modules()}
-    for module in modes:
-        module.training = False
-    try:
-        outputs = backbone(convolution.weight.new_zeros(1, convolution.in_channels, *chain.input_size))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
-    if order != [unit.name for unit in chain.units] or count != len(chain.taps):
-        raise UnsupportedBackboneError(f'the units of {type(backbone).__name__} are not what its forward pass runs')
-    return [_feature(shape, chain) for shape in shapes]
-
-
-def _feature(shape: torch.Size, chain: Chain) -> Feature:
-    height, width = chain.input_size
-    if len(shape) == 4:
-        return Feature(shape[1], round(width / shape[3]))
-    patches = shape[1] - chain.extra_tokens
-    return Feature(shape[2], round(math.sqrt(height * width / patches)), chain.extra_tokens)

@@ -15,6 +15,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.local.single_values import running_statistics_for_single_values
 
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
@@ -100,11 +101,12 @@ class Session:
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
-        y = head.transferred(x, self.batch[0])
         in_chunks = self.dense is not None and head.dense_head is not None
-        losses = self.dense.of_local(head, y, *self.batch) if in_chunks else head.loss(y, *self.batch)
-        del y
-        loss, log = self.model.parse_losses(losses)
-        self.backward(loss * head.loss_weight, head.block)
+        with running_statistics_for_single_values(head, len(x)):
+            y = head.transferred(x, self.batch[0])
+            losses = self.dense.of_local(head, y, *self.batch) if in_chunks else head.loss(y, *self.batch)
+            del y
+            loss, log = self.model.parse_losses(losses)
+            self.backward(loss * head.loss_weight, head.block)
         self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
         return x.detach()

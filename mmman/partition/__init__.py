@@ -1,5 +1,18 @@
 from mmman.partition.chain import Chain, Feature, Unit
 from mmman.partition.families import chain_of, register_chain
+from mmman.partition.measure import Measured, measure
 from mmman.partition.planner import Plan, plan_blocks
+from mmman.partition.trainable import trainable_units
 
-__all__ = ['Chain', 'Feature', 'Plan', 'Unit', 'chain_of', 'plan_blocks', 'register_chain']
+__all__ = [
+    'Chain',
+    'Feature',
+    'Measured',
+    'Plan',
+    'Unit',
+    'chain_of',
+    'measure',
+    'plan_blocks',
+    'register_chain',
+    'trainable_units',
+]

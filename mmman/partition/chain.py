@@ -68,7 +68,9 @@ class Chain:
             path. It belongs to the neck: an output from inside a non-final block is detached in front of it.
         extra_tokens: Tokens in front of the patch tokens where features are (B, L, C): class and distillation tokens.
         takes_grid: Whether units are called as ``unit(x, (h, w))``, the height and width of x in patches (Swin).
-        input_size: Height and width in pixels of an input that the backbone accepts, for the dry run.
+        input_size: Height and width in pixels of an image for the dry run; larger ones are tried where the backbone doesn't
+            accept it.
+        in_channels: Channels of the images that the backbone takes. Default: found by the dry run.
     """
 
     units: tuple[Unit, ...]
@@ -77,6 +79,7 @@ class Chain:
     extra_tokens: int = 0
     takes_grid: bool = False
     input_size: tuple[int, int] = (64, 64)
+    in_channels: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
+from torch import nn
+
 from mmman.errors import PartitionError
 from mmman.partition.chain import STEM, Chain, Unit
 
@@ -27,10 +29,26 @@ class Plan:
     frozen: Block
     blocks: tuple[Block, ...]
 
+    def frozen_block(self, backbone: nn.Module, only: int | None = None) -> str | None:
+        """Names the first block that has no trainable parameter; None where every block trains.
+
+        Args:
+            backbone: The backbone that the plan is for.
+            only: Look at this block alone, counted from 0.
+        """
+        for j, (block, span) in enumerate(zip(self.blocks, map(_span, self.blocks), strict=True)):
+            if only in (None, j) and not any(unit.is_trainable(backbone) for unit in block):
+                return f'block {j + 1} ({span})'
+        return None
+
     def __str__(self) -> str:
-        spans = [f'{block[0].name}..{block[-1].name}' if len(block) > 1 else block[0].name for block in self.blocks]
+        spans = [_span(block) for block in self.blocks]
         frozen = f'frozen {self.frozen[0].name}..{self.frozen[-1].name} | ' if self.frozen else ''
         return frozen + ' | '.join(spans)
+
+
+def _span(block: Block) -> str:
+    return f'{block[0].name}..{block[-1].name}' if len(block) > 1 else block[0].name
 
 
 def plan_blocks(

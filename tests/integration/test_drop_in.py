@@ -114,6 +114,7 @@ def test_inheritance_alone_localises(stock, tmp_path):
     backbone = model.backbone
     assert len(backbone.local) == STOCK[stock] - 1
     assert readme_row(stock, next(iter(backbone.local.values()))) in (ROOT / 'README.md').read_text()
+    backbone.local.init_weights()
     for head in backbone.local.values():
         head.transfer.sync_(head.source.of(backbone))
         for parameter in head.transfer.momentum.parameters():  # as after some steps: s has no gradient while E equals B

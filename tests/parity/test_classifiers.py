@@ -192,6 +192,7 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, 
         },
     }
     model = MODELS.build(model).double().train()
+    model.backbone.local.init_weights()
     for head in model.backbone.local.values():
         for module in head.modules():  # classifiers that start at 0 pass no gradient on
             if isinstance(module, nn.Linear):

@@ -71,6 +71,7 @@ def vit():
 
 
 def sync(model):
+    model.backbone.local.init_weights()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
     return model.train()

@@ -42,6 +42,7 @@ def deeplab(name, row, partition, ignored=255, **head):
         'local_head': {'type': 'mmman.SegLocalHead', 'decode_head': model.decode_head, 'network': network, **head},
     }
     model = revert_sync_batchnorm(MODELS.build(model)).train()
+    model.backbone.local.init_weights()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
     return model

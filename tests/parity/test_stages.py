@@ -105,6 +105,7 @@ def test_segmentors(partition):
 def test_detectors(partition, options):
     torch.manual_seed(0)
     model = detectors.retinanet(detectors.ROWS['manpp'], num_blocks=4, partition=partition).train()
+    model.backbone.local.init_weights()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
     batches = [detectors.pseudo_collate(detectors.images(2, seed=i)) for i in range(2)]

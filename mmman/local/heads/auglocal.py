@@ -48,6 +48,10 @@ class AugLocalHead(ClsLocalHead):
             seen = shapes[i + 1]
         self.last = seen
 
+    @property
+    def unit_copies(self) -> list[nn.Module]:
+        return [*super().unit_copies, self.units]
+
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         size = inputs.shape[-2:]
         for adapter, unit in zip(self.adapters, self.units, strict=True):

@@ -38,6 +38,7 @@ class Boundary:
         strides: The strides that the heads of all boundaries see, in order.
         following: The units that come after what the task head sees, first to last: to be copied, never to be held.
         following_features: The shapes of their outputs.
+        image_channels: Channels of the images that the model takes.
     """
 
     block: int
@@ -50,6 +51,7 @@ class Boundary:
     strides: tuple[int, ...]
     following: tuple[nn.Module, ...] = field(default=(), repr=False)
     following_features: tuple[Feature, ...] = field(default=(), repr=False)
+    image_channels: int = 3
 
     @property
     def channels(self) -> int:
@@ -137,6 +139,11 @@ class LocalHead(BaseModule):
     def dense_head(self) -> nn.Module | None:
         """The dense head of mmdet that computes all of :meth:`loss`, if it is so: then images can be taken a few at a time."""
         return None
+
+    @property
+    def unit_copies(self) -> list[nn.Module]:
+        """Modules that are built like the backbone's units. They start as the backbone's ``init_weights`` starts its units."""
+        return [self.transfer]
 
     def shown(self, data_samples: list) -> list:
         """What the dense head sees of the batch's data samples."""

@@ -13,7 +13,7 @@ from mmman.errors import MisuseError
 from mmman.local.heads.base import GIVEN, Boundary
 from mmman.local.heads.cls import ClsLocalHead
 from mmman.local.heads.layers import conv_bn_relu
-from mmman.local.heads.reconstruction import ReconstructionDecoder, check_preprocessor, pixels, reconstruction_loss
+from mmman.local.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, Positive, checked
 from mmman.registry import MODELS
@@ -34,6 +34,8 @@ class InfoProLocalHead(ClsLocalHead):
         lambda_task: Weight of the classification or contrast, likewise.
         contrast: Whether the task is supervised contrast instead of classification. It needs hard labels.
         temperature: Of the contrast.
+        pixel_range: The lowest and the highest value of a pixel in the images that the data preprocessor gets; see
+            :class:`mmman.local.heads.reconstruction.ReconstructionTarget`.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
@@ -49,6 +51,7 @@ class InfoProLocalHead(ClsLocalHead):
         lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 0.75,
         contrast: bool = False,
         temperature: Positive = 0.07,
+        pixel_range: tuple[float, float] = (0, 255),
         loss_weight: float = 1.0,
     ) -> None:
         is_small = classifier == '1c2f'
@@ -66,7 +69,8 @@ class InfoProLocalHead(ClsLocalHead):
                 conv_bn_relu(512, 2048, 1),
             )
             self.fc = nn.Identity()
-        self.decoder = ReconstructionDecoder(channels, boundary.stride, stepwise=not is_small)
+        self.decoder = ReconstructionDecoder(channels, boundary.stride, not is_small, boundary.image_channels)
+        self.target = ReconstructionTarget(pixel_range, boundary.image_channels)
         self.lambda_rec = boundary.at_block(lambda_rec)
         self.lambda_task = boundary.at_block(lambda_task)
         if not (self.lambda_rec or self.lambda_task):
@@ -83,7 +87,7 @@ class InfoProLocalHead(ClsLocalHead):
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """``loss_rec`` and ``loss_task``, weighted; arguments as in :meth:`LocalHead.loss`."""
         logits = self.decoder(self.as_map(y, inputs), inputs.shape[-2:])
-        images = pixels(inputs, self.session.model.data_preprocessor)
+        images = self.target(inputs, self.session.model.data_preprocessor)
         features = self.embed(y, inputs)
         if self.contrast is None:
             task = self.head.loss((features,), data_samples)['loss']
@@ -97,7 +101,7 @@ class InfoProLocalHead(ClsLocalHead):
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where the classes differ, or the images can't be restored."""
         super().check_model(model)
-        check_preprocessor(model)
+        self.target.check_model(model)
 
 
 def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -122,8 +126,10 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
 
 
 def _hard_labels(data_samples: list) -> Tensor:
-    if 'gt_score' in data_samples[0]:
+    labels = [] if 'gt_score' in data_samples[0] else [sample.gt_label for sample in data_samples]
+    if not labels or any(len(label) != 1 for label in labels):
         raise MisuseError(
-            'supervised contrast needs one label an image: drop the batch augmentation (Mixup, CutMix) or set contrast=False'
+            'supervised contrast needs one label an image: drop the batch augmentation (Mixup, CutMix), or, where images have '
+            'several labels, set contrast=False'
         )
-    return torch.cat([sample.gt_label for sample in data_samples])
+    return torch.cat(labels)

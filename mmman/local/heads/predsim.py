@@ -61,10 +61,13 @@ class PredSimLocalHead(ClsLocalHead):
         return {'loss_pred': (1 - self.beta) * prediction, 'loss_sim': self.beta * matching}
 
     def _targets(self, data_samples: list) -> Tensor:
-        """Class scores, (B, num_classes): one-hot labels, or what Mixup made of them."""
+        """Class scores, (B, num_classes): one for every label of an image, or what Mixup made of them."""
         if 'gt_score' in data_samples[0]:
             return torch.stack([sample.gt_score for sample in data_samples]).float()
-        return F.one_hot(torch.cat([sample.gt_label for sample in data_samples]), self.num_classes).float()
+        labels = [sample.gt_label for sample in data_samples]
+        if all(len(label) == 1 for label in labels):
+            return F.one_hot(torch.cat(labels), self.num_classes).float()
+        return torch.stack([F.one_hot(label, self.num_classes).sum(0) for label in labels]).float()
 
 
 def similarity_matrix(features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead
-from mmman.local.heads.reconstruction import ReconstructionDecoder, check_preprocessor, pixels, reconstruction_loss
+from mmman.local.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, checked
 from mmman.registry import MODELS
@@ -38,6 +38,8 @@ class SegLocalHead(LocalHead):
         lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 leaves it
             out. InfoPro on Cityscapes: 1.5.
         lambda_task: Weight of the decode head's losses, likewise.
+        pixel_range: With a reconstruction, the lowest and the highest value of a pixel in the images that the data preprocessor
+            gets; see :class:`mmman.local.heads.reconstruction.ReconstructionTarget`.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
@@ -54,6 +56,7 @@ class SegLocalHead(LocalHead):
         network: dict | None = None,
         lambda_rec: NonNegative | tuple[NonNegative, NonNegative] = 0.0,
         lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 1.0,
+        pixel_range: tuple[float, float] = (0, 255),
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
@@ -63,7 +66,10 @@ class SegLocalHead(LocalHead):
         self.decode_head = _single_level(config)
         self.lambda_task = boundary.at_block(lambda_task)
         self.lambda_rec = boundary.at_block(lambda_rec)
-        self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, stepwise=True) if self.lambda_rec else None
+        self.decoder, self.target = None, None
+        if self.lambda_rec:
+            self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, True, boundary.image_channels)
+            self.target = ReconstructionTarget(pixel_range, boundary.image_channels)
         self.uses_images = self.decoder is not None
 
     @classmethod
@@ -82,7 +88,7 @@ class SegLocalHead(LocalHead):
         losses = self.decode_head.loss((y,), data_samples, {})
         losses = {name: self.lambda_task * value if 'loss' in name else value for name, value in losses.items()}
         if self.decoder is not None:
-            images = pixels(inputs, self.session.model.data_preprocessor)
+            images = self.target(inputs, self.session.model.data_preprocessor)
             logits = self.decoder(y, inputs.shape[-2:])
             losses['loss_rec'] = self.lambda_rec * reconstruction_loss(logits, images, data_samples)
         return losses
@@ -96,8 +102,8 @@ class SegLocalHead(LocalHead):
                 f'the local head has num_classes={self.decode_head.num_classes}, the model {theirs}: '
                 f'set model.backbone.local_head.decode_head.num_classes={theirs} as well'
             )
-        if self.decoder is not None:
-            check_preprocessor(model)
+        if self.target is not None:
+            self.target.check_model(model)
 
 
 def _single_level(config: dict) -> nn.Module:

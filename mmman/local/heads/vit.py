@@ -63,6 +63,10 @@ class ViTLocalHead(ClsLocalHead):
         self.layers = ModuleList(copy.deepcopy(unit).requires_grad_(True) for unit, _ in following)
         self.norm = nn.LayerNorm(feature.channels, eps=1e-6)
 
+    @property
+    def unit_copies(self) -> list[nn.Module]:
+        return [*super().unit_copies, self.layers]
+
     def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
             return self.transfer(x, run=class_token)

@@ -212,7 +212,7 @@ def test_reconstruction_under_autocast_is_in_single_precision():
     head.session = Session()
     head.session.model = Model()
     with torch.autocast('cpu', torch.bfloat16):
-        losses = head.loss(Y, IMAGES, samples())
+        losses = head.loss(Y, 255 * IMAGES, samples())
     assert losses['loss_rec'].dtype == torch.float32
 
 
@@ -239,7 +239,7 @@ def test_contrast_needs_hard_labels():
     head.session = Session()
     head.session.model = Model()
     with pytest.raises(MisuseError, match=r'Mixup, CutMix.*contrast=False'):
-        head.loss(Y, IMAGES, [DataSample().set_gt_score(torch.ones(3) / 3) for _ in range(4)])
+        head.loss(Y, 255 * IMAGES, [DataSample().set_gt_score(torch.ones(3) / 3) for _ in range(4)])
 
 
 def test_infopro_options_are_checked():

@@ -1,0 +1,63 @@
+"""Local heads on a batch of one image: BatchNorm of a single value a channel, which has no variance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmman.errors import MisuseError
+
+
+@contextmanager
+def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> Iterator[None]:
+    """While this context is open, BatchNorm layers of ``head`` that get one value a channel use their running statistics.
+
+    In training PyTorch refuses such an input, and a batch of one image gives it where features are pooled to a pixel. The layer
+    then normalises as in eval mode and leaves its running statistics as they are. Every other input is normalised as usual, and
+    for more than one image nothing is done at all. A synchronised BatchNorm of several processes has values of all of them.
+
+    Args:
+        head: A local head. Keep the context open for its backward pass, in which units may be computed again.
+        batch_size: Images.
+
+    Raises:
+        MisuseError: Inside: such a layer keeps no running statistics.
+    """
+    if batch_size > 1:
+        yield
+        return
+    switched: set[nn.Module] = set()
+
+    def enter(layer: nn.Module, args: tuple[Tensor]) -> None:
+        x = args[0]
+        if not layer.training or x.numel() != x.shape[1] or _is_synchronised(layer):
+            return
+        if layer.running_mean is None:
+            raise MisuseError(
+                'a BatchNorm layer of a local head keeps no running statistics (track_running_stats=False), and a batch of one '
+                'image has no others: use larger batches, drop the last one of an epoch (drop_last=True), or take another norm'
+            )
+        switched.add(layer)
+        layer.training = False
+
+    def leave(layer: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if layer in switched:
+            switched.remove(layer)
+            layer.training = True
+
+    with ExitStack() as stack:
+        for layer in head.modules():
+            if isinstance(layer, _BatchNorm):
+                stack.callback(layer.register_forward_pre_hook(enter).remove)
+                stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+def _is_synchronised(layer: nn.Module) -> bool:
+    if not (isinstance(layer, nn.SyncBatchNorm) and dist.is_initialized()):
+        return False
+    return dist.get_world_size(layer.process_group) > 1
