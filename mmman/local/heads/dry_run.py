@@ -61,7 +61,9 @@ def one_line(error: BaseException, length: int = 240) -> str:
     return text if len(text) <= length else f'{text[: length - 3]}...'
 
 
-def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', count: int = IMAGES, is_empty: bool = False) -> list:
+def detection_samples(
+    side: int, classes: int, device: torch.device | str = 'cpu', count: int = IMAGES, is_empty: bool = False
+) -> list:
     """Data samples of square images with objects of all sizes, in a grid of five by five for each, or with none.
 
     Args:

@@ -22,7 +22,7 @@ from mmman.registry import MODELS
 SHARED = ('num_classes', 'ignore_index', 'align_corners')
 """What a local head takes from the model's own decode head, of any kind."""
 OF_PIXELS = ('out_channels', 'threshold', 'sampler', 'loss_decode', 'norm_cfg')
-"""What it takes too of a head that classifies pixels; a head that predicts masks (Mask2Former) means something else by these."""
+"""What it takes too of a head that classifies pixels. A head that predicts masks (Mask2Former) means other things by these."""
 
 FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input': False}
 """A 3x3 convolution with norm and ReLU, dropout, a 1x1 convolution."""

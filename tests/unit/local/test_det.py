@@ -15,9 +15,21 @@ STRIDES = [8, 16, 32, 64, 128]
 ANCHORS = {'type': 'AnchorGenerator', 'ratios': [0.5, 1.0, 2.0], 'strides': STRIDES}
 HEADS = {
     'RetinaHead': {'anchor_generator': {**ANCHORS, 'octave_base_scale': 4, 'scales_per_octave': 3}},
-    'ATSSHead': {'anchor_generator': {**ANCHORS, 'ratios': [1.0], 'octave_base_scale': 8, 'scales_per_octave': 1}},
+    'ATSSHead': {
+        'anchor_generator': {**ANCHORS, 'ratios': [1.0], 'octave_base_scale': 8, 'scales_per_octave': 1},
+        'loss_cls': {'type': 'FocalLoss', 'use_sigmoid': True},
+        'loss_bbox': {'type': 'GIoULoss'},
+    },
     'FCOSHead': {'strides': STRIDES},
 }
+IOU = {'type': 'MaxIoUAssigner', 'pos_iou_thr': 0.5, 'neg_iou_thr': 0.4, 'min_pos_iou': 0, 'ignore_iof_thr': -1}
+ATSS = {'type': 'ATSSAssigner', 'topk': 9}
+OF_TRAINING = {'allowed_border': -1, 'pos_weight': -1, 'debug': False}
+ASSIGNERS = {'RetinaHead': IOU, 'ATSSHead': ATSS}
+
+
+def training(head):
+    return {'assigner': ASSIGNERS[head], 'sampler': {'type': 'PseudoSampler'}, **OF_TRAINING} if head in ASSIGNERS else None
 
 
 def backbone_with(head, num_blocks=4, transfer=None, downsample=1, **options):
@@ -28,7 +40,7 @@ def backbone_with(head, num_blocks=4, transfer=None, downsample=1, **options):
     return localize_(
         ResNet(18),
         num_blocks,
-        {'type': 'mmman.DetLocalHead', 'bbox_head': bbox_head, 'downsample': downsample},
+        {'type': 'mmman.DetLocalHead', 'bbox_head': bbox_head, 'train_cfg': training(head), 'downsample': downsample},
         transfer=transfer,
     )
 
