@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument('-o', '--out', type=Path, help='file to write; default: print the config')
     parser.add_argument('--no-trial', action='store_true', help='write the child without a training step of the whole model')
     args = parser.parse_args()
-    MMLogger.get_instance('localize_config', log_level='WARNING')
+    MMLogger.get_instance('localize_config', log_level='ERROR')
 
     partition = args.partition[0] if args.partition[0] in ('stage', 'uniform') else args.partition
     folder = None
@@ -39,7 +39,8 @@ def main() -> None:
     try:
         choice = localize(args.stock, args.num_blocks, partition, folder, trial=not args.no_trial)
     except LocalLearningError as error:
-        raise SystemExit(' '.join(f'{args.stock}: {error}'.split())) from None
+        message = ' '.join(str(error).split())
+        raise SystemExit(message if args.stock in message else f'{args.stock}: {message}') from None
     if args.out is None:
         print(choice.text)
     else:

@@ -56,17 +56,20 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
         except LocalLearningError:
             raise
         except Exception as error:
-            raise MisuseError(f'the local heads fail in a first step ({one_line(error)})') from error
+            raise MisuseError(f'the local heads fail in a first step ({one_line(error)}), and {why}') from error
     raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({one_line(failure)})')
 
 
 def _plain(cfg: Config) -> Config:
-    """A copy of the config in full precision, as a CPU takes it, and without a teacher's weights to download."""
+    """A copy of the config in full precision, as a CPU takes it, without a teacher's weights to download, and for small images."""
     cfg = copy.deepcopy(cfg)
     for name in ('dtype', 'loss_scale'):
         cfg.get('optim_wrapper', {}).pop(name, None)
     if 'teacher_ckpt' in cfg.model:
         cfg.model.teacher_ckpt = None
+    for owner in (cfg, cfg.model):
+        if (owner.get('data_preprocessor') or {}).get('batch_augments'):
+            owner['data_preprocessor']['batch_augments'] = None  # which pad to the size of training
     cfg.setdefault('default_scope', _scope(cfg))
     return cfg
 
@@ -141,7 +144,7 @@ def _batch(model: nn.Module, scope: str, side: int) -> dict:
     if scope == 'mmdet':
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
         batch = {'inputs': [*torch.randint(256, (IMAGES, 3, side, side), dtype=torch.uint8)]}
-        return {**batch, 'data_samples': detection_samples(side, classes)}
+        return {**batch, 'data_samples': detection_samples(side, classes, along=1)}
     batch = random_batch(model, scope, IMAGES, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:

@@ -104,7 +104,9 @@ def localize(
             why_wrapper,
         ]
         reasons += [*_kept(cfg), *tried]
-        return Choice(text, backbone, [*reasons, *(f'not chosen: {failure}' for failure in dict.fromkeys(failures))])
+        if 'bbox_head' in cfg.model:
+            reasons += [f'not chosen: {failure}' for failure in failures]
+        return Choice(text, backbone, reasons)
     raise LocalLearningError(
         '; '.join(dict.fromkeys(failures))
         or f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that '
@@ -135,12 +137,16 @@ def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
         kind = type_name(stock.bbox_head)
         dense = (DENSE.format(model=model, train_cfg=train_cfg), f"the model's own {kind}, two convolutions a tower")
         retina = TWO_STAGE.format(num_classes=f'{model}.bbox_head.num_classes')
-        why = f"RetinaNet's, because {kind} cannot predict on a few levels"
+        why = f"RetinaNet's, because {kind} cannot be one"
         return [dense, *([(retina, why)] if 'num_classes' in stock.bbox_head else [])]
     if 'roi_head' in stock and 'bbox_head' in stock.roi_head:
         index = '[0]' if isinstance(stock.roi_head.bbox_head, (list, tuple)) else ''
         number = f'{model}.roi_head.bbox_head{index}.num_classes'
         return [(TWO_STAGE.format(num_classes=number), "RetinaNet's, because the detector has no dense head with classes")]
+    for name, number in (('mask_head', 'num_classes'), ('panoptic_head', 'num_things_classes')):
+        if number in (stock.get(name) or {}):
+            number = f'{model}.{name}.{number}'
+            return [(TWO_STAGE.format(num_classes=number), f"RetinaNet's, because the {name} predicts masks and no boxes")]
     if 'head' in stock and isinstance(stock.head, dict):
         head, why = f'{model}.head', f"the model's own {type_name(stock.head)}"
         if 'num_classes' not in stock.head and stock.backbone.get('num_classes', 0) > 0:

@@ -204,7 +204,7 @@ def _losses(strides: list[int], head: nn.Module) -> Iterator[dict]:
     """Losses of a dense head on random features of these strides, with objects of all sizes and without any."""
     device = next(head.parameters()).device
     side = max(64, 2 * max(strides))
-    for is_empty in (False, True):
+    for along in (5, 0):
         maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
         with targets_at_once(head):
-            yield head.loss(maps, detection_samples(side, head.num_classes, device, is_empty=is_empty))
+            yield head.loss(maps, detection_samples(side, head.num_classes, device, along))

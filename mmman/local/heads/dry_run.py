@@ -61,29 +61,26 @@ def one_line(error: BaseException, length: int = 240) -> str:
     return text if len(text) <= length else f'{text[: length - 3]}...'
 
 
-def detection_samples(
-    side: int, classes: int, device: torch.device | str = 'cpu', count: int = IMAGES, is_empty: bool = False
-) -> list:
-    """Data samples of square images with objects of all sizes, in a grid of five by five for each, or with none.
+def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5) -> list:
+    """Data samples of :data:`IMAGES` square images with objects of all sizes.
 
     Args:
         side: Height and width of the images, in pixels.
         classes: Number of classes.
         device: Of the tensors.
-        count: Images.
-        is_empty: Leave out the objects.
+        along: Objects of one size along a side, at most, without overlap; 0: no objects.
     """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512) if size <= side]
-    boxes = torch.cat([_grid(size, side) for size in sizes])[: 0 if is_empty else None]
+    boxes = torch.cat([_grid(size, side, along) for size in sizes])
     inside = torch.arange(side) + 0.5
     across = (inside >= boxes[:, None, 0]) & (inside < boxes[:, None, 2])
     down = (inside >= boxes[:, None, 1]) & (inside < boxes[:, None, 3])
     masks = (down[:, :, None] & across[:, None]).numpy().astype('uint8')
     samples = []
-    for i in range(count):
+    for i in range(IMAGES):
         shape = (side, side)
         meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape, 'batch_input_shape': shape, 'img_id': i}
         sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0), 'flip': False})
@@ -92,13 +89,13 @@ def detection_samples(
             bboxes=boxes.to(device), labels=labels.to(device), masks=BitmapMasks(masks, side, side)
         )
         sample.ignored_instances = InstanceData(bboxes=boxes[:0].to(device), labels=labels[:0].to(device))
-        sample.gt_sem_seg = PixelData(sem_seg=torch.randint(classes, (1, side, side)).to(device))
+        sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, side, side)).to(device))
         samples.append(sample)
     return samples
 
 
-def _grid(size: int, side: int) -> Tensor:
-    """Boxes of one size, (N, 4): as many as fit without overlap, at most five along a side, or a single one."""
-    places = torch.linspace(0, side - size, min(5, max(1, side // size)))
+def _grid(size: int, side: int, along: int) -> Tensor:
+    """Boxes of one size, (N, 4), in rows and columns without overlap."""
+    places = torch.linspace(0, side - size, min(along, max(1, side // size)))
     corners = torch.cartesian_prod(places, places)
     return torch.cat([corners, corners + size], 1)
