@@ -61,7 +61,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
 
 
 def _plain(cfg: Config) -> Config:
-    """A copy of the config in full precision, as a CPU takes it, without a teacher's weights to download, and for small images."""
+    """A copy of the config in full precision, as a CPU takes it, for small images, without a teacher's weights to download."""
     cfg = copy.deepcopy(cfg)
     for name in ('dtype', 'loss_scale'):
         cfg.get('optim_wrapper', {}).pop(name, None)
@@ -144,7 +144,8 @@ def _batch(model: nn.Module, scope: str, side: int) -> dict:
     if scope == 'mmdet':
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
         batch = {'inputs': [*torch.randint(256, (IMAGES, 3, side, side), dtype=torch.uint8)]}
-        return {**batch, 'data_samples': detection_samples(side, classes, along=1)}
+        masks = any('mask' in name for name, _ in model.named_modules())
+        return {**batch, 'data_samples': detection_samples(side, classes, along=1, masks=masks)}
     batch = random_batch(model, scope, IMAGES, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:

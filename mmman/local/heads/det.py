@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -113,15 +114,12 @@ class DetLocalHead(LocalHead):
         key = repr((config, self.level_strides, scope and scope.scope_name))
         if key not in _UNREACHED:
             try:
-                unreached = unreached_parameters(
-                    partial(MODELS.build, copy.deepcopy(config)), partial(_losses, self.level_strides)
-                )
+                _UNREACHED[key] = _unreached(config, self.level_strides)
             except DryRunError as error:
                 reason = f'it fails on feature maps of the strides {self.level_strides} ({error})'
                 if config['train_cfg'] is None:
                     reason += ', perhaps because local_head.train_cfg is not given'
                 raise MisuseError(refusal(config['type'], reason)) from error
-            _UNREACHED[key] = unreached
         return _UNREACHED[key]
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
@@ -200,11 +198,25 @@ _UNREACHED: dict[str, tuple[str, ...]] = {}
 """What dry runs found, by the config of the dense head and its strides: the same answer for every model of a process."""
 
 
-def _losses(strides: list[int], head: nn.Module) -> Iterator[dict]:
+def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
+    """Parameters of a dense head that its loss doesn't reach, on objects without masks, or, if it takes masks, with them."""
+
+    def build() -> nn.Module:
+        return MODELS.build(copy.deepcopy(config))
+
+    try:
+        return unreached_parameters(build, partial(_losses, strides, False))
+    except DryRunError:
+        with suppress(DryRunError):
+            return unreached_parameters(build, partial(_losses, strides, True))
+        raise
+
+
+def _losses(strides: list[int], masks: bool, head: nn.Module) -> Iterator[dict]:
     """Losses of a dense head on random features of these strides, with objects of all sizes and without any."""
     device = next(head.parameters()).device
     side = max(64, 2 * max(strides))
     for along in (5, 0):
         maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
         with targets_at_once(head):
-            yield head.loss(maps, detection_samples(side, head.num_classes, device, along))
+            yield head.loss(maps, detection_samples(side, head.num_classes, device, along, masks))

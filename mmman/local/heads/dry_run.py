@@ -61,7 +61,7 @@ def one_line(error: BaseException, length: int = 240) -> str:
     return text if len(text) <= length else f'{text[: length - 3]}...'
 
 
-def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5) -> list:
+def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5, masks: bool = False) -> list:
     """Data samples of :data:`IMAGES` square images with objects of all sizes.
 
     Args:
@@ -69,25 +69,22 @@ def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu
         classes: Number of classes.
         device: Of the tensors.
         along: Objects of one size along a side, at most, without overlap; 0: no objects.
+        masks: The objects have masks, as data for instance segmentation.
     """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512) if size <= side]
     boxes = torch.cat([_grid(size, side, along) for size in sizes])
-    inside = torch.arange(side) + 0.5
-    across = (inside >= boxes[:, None, 0]) & (inside < boxes[:, None, 2])
-    down = (inside >= boxes[:, None, 1]) & (inside < boxes[:, None, 3])
-    masks = (down[:, :, None] & across[:, None]).numpy().astype('uint8')
     samples = []
     for i in range(IMAGES):
         shape = (side, side)
         meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape, 'batch_input_shape': shape, 'img_id': i}
         sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0), 'flip': False})
         labels = torch.arange(len(boxes)) % classes
-        sample.gt_instances = InstanceData(
-            bboxes=boxes.to(device), labels=labels.to(device), masks=BitmapMasks(masks, side, side)
-        )
+        sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
+        if masks:
+            sample.gt_instances.masks = BitmapMasks(_inside(boxes, side).numpy().astype('uint8'), side, side)
         sample.ignored_instances = InstanceData(bboxes=boxes[:0].to(device), labels=labels[:0].to(device))
         sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, side, side)).to(device))
         samples.append(sample)
@@ -99,3 +96,10 @@ def _grid(size: int, side: int, along: int) -> Tensor:
     places = torch.linspace(0, side - size, min(along, max(1, side // size)))
     corners = torch.cartesian_prod(places, places)
     return torch.cat([corners, corners + size], 1)
+
+
+def _inside(boxes: Tensor, side: int) -> Tensor:
+    """Which pixels of a square image are in which box, (N, side, side)."""
+    centres = torch.arange(side) + 0.5
+    across, down = ((centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None]) for i in (0, 1))
+    return down[:, :, None] & across[:, None]
