@@ -16,7 +16,7 @@ from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
 from mmman.local.heads.dry_run import IMAGES, detection_samples, one_line
 from mmman.local.session import Session
 
-SIDES = {'mmdet': (128,), 'mmseg': (128,), 'mmpretrain': (64, 224)}
+SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
 """Pixels along a side of the images of a library's models; where a model can't run on the first, on the next."""
 
 
@@ -70,17 +70,19 @@ def _plain(cfg: Config) -> Config:
     for owner in (cfg, cfg.model):
         if (owner.get('data_preprocessor') or {}).get('batch_augments'):
             owner['data_preprocessor']['batch_augments'] = None  # which pad to the size of training
-    cfg.setdefault('default_scope', _scope(cfg))
+    cfg.default_scope = cfg.get('default_scope') or _scope(cfg)
     return cfg
 
 
 def _scope(cfg: Config) -> str:
-    """The library of a config's model."""
+    """The library that a config's model comes from, or is derived from."""
     kind = cfg.model.type
-    named = kind.partition('.')[0] if isinstance(kind, str) and '.' in kind else None
-    if not isinstance(kind, str):
-        named = kind.__module__.partition('.')[0]
-    return named or cfg.model.get('_scope_') or cfg.get('default_scope') or 'mmengine'
+    if isinstance(kind, str):
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    libraries = (cls.__module__.partition('.')[0] for cls in getattr(kind, '__mro__', ()))
+    return next((library for library in libraries if library in SIDES), cfg.get('default_scope') or 'mmengine')
 
 
 def _own_sides(backbone: ConfigDict) -> tuple[int, ...]:
