@@ -72,13 +72,16 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
         height, width: Pixels.
 
     Raises:
-        MisuseError: Another library.
+        MisuseError: Another library, or a model without classes.
     """
     annotate = {'mmdet': _boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
     if annotate is None:
         raise MisuseError(f'no random data for default_scope={scope!r}: mmdet, mmseg and mmpretrain are known')
     heads = [getattr(model, name) for name in ('bbox_head', 'roi_head', 'decode_head', 'head') if hasattr(model, name)]
-    classes = next(part.num_classes for head in heads for part in head.modules() if hasattr(part, 'num_classes'))
+    parts = (part for owner in (*heads, model) for part in owner.modules())
+    classes = next((part.num_classes for part in parts if getattr(part, 'num_classes', None)), None)
+    if classes is None:
+        raise MisuseError(f'no random data for {type(model).__name__}: none of its modules says num_classes')
     generator = torch.Generator().manual_seed(seed)
     inputs, samples = [], []
     for _ in range(size):

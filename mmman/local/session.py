@@ -8,6 +8,7 @@ boundary passes its input through untouched.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.local.chunks import replaced
 from mmman.local.single_values import running_statistics_for_single_values
 
 if TYPE_CHECKING:
@@ -57,21 +59,22 @@ class Session:
         self._pending: set[int] = set()
 
     def __enter__(self) -> Session:
-        self._hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
-        self._pending = {head.block for head in self.local.trained()}
-        self.local.open(self)
-        if self.graphs is not None:
-            self.model.loss = partial(self.graphs.of_task, self)
-        elif self.dense is not None:
-            self.model.loss = self.dense.of_task
+        with ExitStack() as undo:
+            undo.callback(setattr, self, 'batch', None)
+            hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
+            undo.callback(hook.remove)
+            self._pending = {head.block for head in self.local.trained()}
+            undo.callback(self.local.close)
+            self.local.open(self)
+            if self.graphs is not None:
+                undo.enter_context(replaced(self.model, 'loss', partial(self.graphs.of_task, self)))
+            elif self.dense is not None:
+                undo.enter_context(replaced(self.model, 'loss', self.dense.of_task))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
-        self._hook.remove()
-        self.local.close()
-        if self.dense is not None:
-            del self.model.loss
-        self.batch = None
+        self._undo.close()
         if error is None and self._pending:
             raise MisuseError(
                 f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads '

@@ -66,8 +66,8 @@ def plan_blocks(
             the last unit of every block but the last, e.g. ``['layer2.2', 'layer3.8']``.
 
     Raises:
-        PartitionError: K is below 1 or above the number of trainable units; a cut names no unit, a frozen one, or the last; or
-            cuts are asked for by memory, which only :func:`mmman.local.backbone.LocalBackbone` plans.
+        PartitionError: Every unit is frozen; K is below 1 or above the number of trainable units; a cut names no unit, a frozen
+            one, or the last; or cuts are asked for by memory, which only :func:`mmman.local.backbone.LocalBackbone` plans.
     """
     if partition == 'memory' or isinstance(partition, Mapping):
         raise PartitionError(
@@ -77,6 +77,11 @@ def plan_blocks(
     first = next((i for i, trains in enumerate(trainable) if trains), len(chain.units))
     frozen, units = chain.units[:first], chain.units[first:]
     names = [unit.name for unit in units]
+    if not units:
+        raise PartitionError(
+            f'every unit of the backbone is frozen ({", ".join(unit.name for unit in frozen)}), so there is nothing to '
+            'train in blocks: lower frozen_stages of the stock backbone'
+        )
     if not isinstance(partition, str):
         blocks = _named(units, names, list(partition))
         if num_blocks not in (None, len(blocks)):

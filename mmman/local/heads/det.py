@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.anchor_targets import targets_at_once
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead, without
+from mmman.local.heads.det_config import (
+    UNFIT,
+    anchors_by_level,
+    at_levels,
+    coarser,
+    refusal,
+    standing_alone,
+    throw_away,
+)
+from mmman.local.heads.dry_run import IMAGES, DryRunError, detection_samples, unreached_parameters
 from mmman.local.heads.levels import LevelProjection, assign_levels, size_range
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
@@ -63,24 +75,21 @@ class DetLocalHead(LocalHead):
             )
         if bbox_head is None:
             bbox_head, train_cfg = {**_RETINANET, 'num_classes': num_classes}, train_cfg or _RETINANET_TRAINING
-        config = {**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None}
-        with torch.device('cpu'):  # a throw-away head that knows the pyramid, values included, also when building on meta
-            whole = MODELS.build(copy.deepcopy(config))
+        config = standing_alone({**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None})
+        whole = throw_away(config)
+        name = type(whole).__name__
         priors = getattr(whole, 'prior_generator', None)
-        reason = _UNFIT.get(type(whole).__name__)
+        reason = UNFIT.get(name)
         if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
             reason = 'it is no single-stage dense head with one in_channels, stacked_convs and a prior generator'
         if reason:
-            raise MisuseError(
-                f'{type(whole).__name__} cannot be a local detection head: {reason}; set local_head.bbox_head to another, '
-                'e.g. RetinaHead, FCOSHead, ATSSHead, GFLHead'
-            )
+            raise MisuseError(refusal(name, reason))
         strides = [stride[0] for stride in priors.strides]
         levels = assign_levels(boundary.stride, boundary.strides, strides)
         self.downsample = downsample
         self.level_strides = [strides[i] * downsample for i in levels]
-        anchors = getattr(priors, 'base_anchors', None)
         self.size_range = None
+        anchors = anchors_by_level(whole)
         if anchors is not None:
             sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
             self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
@@ -88,13 +97,31 @@ class DetLocalHead(LocalHead):
         self.projection = LevelProjection(
             boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
         )
-        config = _coarser(_at_levels(config, whole, levels), downsample)
-        try:
-            self.bbox_head = MODELS.build({**config, 'stacked_convs': stacked_convs})
-        except (AssertionError, IndexError, ValueError) as error:
-            raise MisuseError(
-                f'{type(whole).__name__} cannot be built for the strides {self.level_strides}: {error}'
-            ) from error
+        config = {**coarser(at_levels(config, whole, levels), downsample), 'stacked_convs': stacked_convs}
+        unreached = self._dry_run(config)
+        self.bbox_head = MODELS.build(config)
+        for parameter in unreached:
+            self.bbox_head.get_parameter(parameter).requires_grad_(False)
+        if unreached:
+            print_log(
+                f'{name} after {self.unit} has parameters that its own loss does not train; they are frozen: '
+                f'{", ".join(unreached)}',
+                logger='current',
+            )
+
+    def _dry_run(self, config: dict) -> tuple[str, ...]:
+        """Parameters of the dense head that its loss doesn't reach; refuses a head that can't be built, or has no loss."""
+        scope = DefaultScope.get_current_instance()
+        key = repr((config, self.level_strides, scope and scope.scope_name))
+        if key not in _UNREACHED:
+            try:
+                _UNREACHED[key] = _unreached(config, self.level_strides)
+            except DryRunError as error:
+                reason = f'it fails on feature maps of the strides {self.level_strides} ({error})'
+                if config['train_cfg'] is None:
+                    reason += ', perhaps because local_head.train_cfg is not given'
+                raise MisuseError(refusal(config['type'], reason)) from error
+        return _UNREACHED[key]
 
     @classmethod
     def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,39 +218,33 @@ _RETINANET_TRAINING = {
     'debug': False,
 }
 
-_UNFIT = {
-    'FSAFHead': "it chooses an object's level by comparing the losses of all levels",
-    'RepPointsHead': "its point assigner needs the levels' scales to start at the pyramid's",
-}
+_UNREACHED: dict[str, tuple[str, ...]] = {}
+"""What dry runs found, by the config of the dense head and its strides: the same answer for every model of a process."""
 
 
-def _at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
-    """The dense head's config with every option that has a value a level, given or default, cut down to ``levels``."""
-    config = copy.deepcopy(config)
-    count = len(whole.prior_generator.strides)
-    options = {name for cls in type(whole).__mro__ for name in inspect.signature(cls.__init__).parameters}
-    config = {
-        **{name: value for name, value in vars(whole).items() if name in options and _is_per_level(value, count)},
-        **config,
-    }
-    generator = next((config[key] for key in ('anchor_generator', 'prior_generator') if key in config), {})
-    for part, names in ((config, options), (generator, {'strides', 'base_sizes', 'centers'})):
-        for name in names & part.keys():
-            if _is_per_level(part[name], count):
-                part[name] = [part[name][i] for i in levels]
-    return config
+def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
+    """Parameters of a dense head that its loss doesn't reach.
+
+    What fails on small maps (deformable convolutions) is tried on larger ones, and what fails without masks with them.
+    """
+
+    def build() -> nn.Module:
+        return MODELS.build(copy.deepcopy(config))
+
+    failures = []
+    for cells, masks in ((2, False), (4, False), (4, True)):
+        try:
+            return unreached_parameters(build, partial(_losses, strides, cells, masks))
+        except DryRunError as error:
+            failures.append(error)
+    raise failures[1]
 
 
-def _coarser(config: dict, factor: int) -> dict:
-    """The dense head's config on grids ``factor`` times coarser, with anchors as large as before."""
-    generator = next((config[key] for key in ('anchor_generator', 'prior_generator') if key in config), {})
-    if 'anchor_generator' in config:
-        generator.setdefault('base_sizes', generator['strides'])
-    for part in (config, generator):
-        if 'strides' in part:
-            part['strides'] = [stride * factor for stride in part['strides']]
-    return config
-
-
-def _is_per_level(value: object, count: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == count
+def _losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
+    """Losses of a dense head on random features, ``cells`` or more along a side, with objects of all sizes and without any."""
+    device = next(head.parameters()).device
+    side = max(64, cells * max(strides))
+    for along in (5, 0):
+        maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
+        with targets_at_once(head):
+            yield head.loss(maps, detection_samples(side, head.num_classes, device, along, masks))

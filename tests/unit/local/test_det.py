@@ -3,34 +3,48 @@ import math
 
 import pytest
 import torch
+from mmengine.hub import get_config
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmman import localize_
 from mmman.errors import MisuseError
+from mmman.local.heads.dry_run import IMAGES, detection_samples, total_loss
 
 pytest.importorskip('mmdet')
+from mmdet.models import ResNet, RetinaHead
+from mmdet.registry import MODELS
 
 STRIDES = [8, 16, 32, 64, 128]
 ANCHORS = {'type': 'AnchorGenerator', 'ratios': [0.5, 1.0, 2.0], 'strides': STRIDES}
 HEADS = {
     'RetinaHead': {'anchor_generator': {**ANCHORS, 'octave_base_scale': 4, 'scales_per_octave': 3}},
-    'ATSSHead': {'anchor_generator': {**ANCHORS, 'ratios': [1.0], 'octave_base_scale': 8, 'scales_per_octave': 1}},
+    'ATSSHead': {
+        'anchor_generator': {**ANCHORS, 'ratios': [1.0], 'octave_base_scale': 8, 'scales_per_octave': 1},
+        'loss_cls': {'type': 'FocalLoss', 'use_sigmoid': True},
+        'loss_bbox': {'type': 'GIoULoss'},
+    },
     'FCOSHead': {'strides': STRIDES},
 }
+IOU = {'type': 'MaxIoUAssigner', 'pos_iou_thr': 0.5, 'neg_iou_thr': 0.4, 'min_pos_iou': 0, 'ignore_iof_thr': -1}
+ATSS = {'type': 'ATSSAssigner', 'topk': 9}
+OF_TRAINING = {'allowed_border': -1, 'pos_weight': -1, 'debug': False}
+ASSIGNERS = {'RetinaHead': IOU, 'RetinaSepBNHead': IOU, 'IdleHead': IOU, 'ATSSHead': ATSS}
+
+
+def training(head):
+    return {'assigner': ASSIGNERS[head], 'sampler': {'type': 'PseudoSampler'}, **OF_TRAINING} if head in ASSIGNERS else None
 
 
 def backbone_with(head, num_blocks=4, transfer=None, downsample=1, **options):
-    from mmdet.models import ResNet
-
-    init_default_scope('mmdet')
     bbox_head = {'type': head, 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32, **HEADS.get(head, {}), **options}
-    return localize_(
-        ResNet(18),
-        num_blocks,
-        {'type': 'mmman.DetLocalHead', 'bbox_head': bbox_head, 'downsample': downsample},
-        transfer=transfer,
-    )
+    options = {'bbox_head': bbox_head, 'train_cfg': training(head), 'downsample': downsample}
+    return localized(options, num_blocks, transfer)
+
+
+def localized(options, num_blocks=4, transfer=None, partition='stage'):
+    init_default_scope('mmdet')
+    return localize_(ResNet(18), num_blocks, {'type': 'mmman.DetLocalHead', **options}, partition, transfer)
 
 
 def levels(backbone):
@@ -127,6 +141,105 @@ def test_a_coarser_grid_keeps_the_sizes(head):
     if head == 'FCOSHead':
         sum(loss.sum() for loss in local.loss(y, torch.zeros(1, 3, 96, 128), [sample]).values()).backward()
         assert y.grad.abs().sum() > 0
+
+
+def stock(path, num_blocks=3, partition='stage', **options):
+    """A ResNet-18 with local heads after a detector of mmdet, with narrow towers."""
+    model = get_config(f'mmdet::{path}').model
+    bbox_head = {**model.bbox_head, 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32}
+    return localized({'bbox_head': bbox_head, 'train_cfg': model.get('train_cfg'), **options}, num_blocks, partition=partition)
+
+
+def trained(backbone):
+    """Its local heads, after a step of each on images with and without objects."""
+    local = [*backbone.local.values()]
+    for along in (5, 0):
+        for one in local:
+            y = torch.randn(IMAGES, one.feature.channels, 256 // one.feature.stride, 256 // one.feature.stride)
+            total_loss(one.loss(y, torch.zeros(IMAGES, 3, 256, 256), detection_samples(256, 3, along=along))).backward()
+    for one in local:
+        params = [(name, p) for name, p in one.named_parameters() if not name.startswith('transfer.')]
+        assert not [name for name, p in params if p.requires_grad and p.grad is None]
+    return local
+
+
+def test_a_default_generator_is_cut_to_the_levels():
+    """VFNet's anchors are in no config, and its points are not what it assigns objects to."""
+    vfnet = 'vfnet/vfnet_r50_fpn_1x_coco.py'
+    heads = trained(stock(vfnet, partition=['layer2.1', 'layer3.1']))
+    for one in heads:
+        assert [stride[0] for stride in one.bbox_head.atss_prior_generator.strides] == one.level_strides
+    assert heads[0].size_range == (0, pytest.approx(128 * 2**0.5))
+    with pytest.raises(MisuseError, match=r'^VFNetHead cannot be a local detection head: it fails .* of the strides \[8\]'):
+        stock(vfnet, 4)
+
+
+@pytest.mark.parametrize('downsample', [1, 2])
+def test_points_have_no_sizes(downsample):
+    for one in trained(stock('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 4, downsample=downsample)):
+        assert [stride[0] for stride in one.bbox_head.prior_generator.strides] == one.level_strides
+        assert one.size_range is None
+
+
+@pytest.mark.parametrize(
+    'path, alone',
+    [
+        ('ld/ld_r18-gflv1-r101_fpn_1x_coco.py', 'GFLHead'),
+        ('condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py', 'FCOSHead'),
+        ('boxinst/boxinst_r50_fpn_ms-90k_coco.py', 'FCOSHead'),
+    ],
+)
+def test_a_head_that_works_with_another_network_stands_alone(path, alone):
+    """Its loss takes what a teacher predicts, or it predicts what a mask head takes."""
+    for one in trained(stock(path)):
+        assert type(one.bbox_head).__name__ == alone
+
+
+def test_a_norm_a_level_is_there_for_the_levels_alone():
+    options = {**HEADS['RetinaHead'], 'num_ins': 5, 'norm_cfg': {'type': 'BN'}}
+    for one in trained(backbone_with('RetinaSepBNHead', 4, **options)):
+        assert len(one.bbox_head.cls_convs) == len(one.level_strides)
+        assert all(p.requires_grad for p in one.bbox_head.parameters())
+
+
+@MODELS.register_module()
+class IdleHead(RetinaHead):
+    """A dense head with a layer that its loss does not see."""
+
+    def _init_layers(self):
+        super()._init_layers()
+        self.idle = torch.nn.Conv2d(self.feat_channels, 2, 1)
+
+
+def test_what_the_loss_does_not_reach_is_frozen():
+    """DistributedDataParallel waits for the gradient of every parameter that requires one."""
+    for one in trained(backbone_with('IdleHead', **HEADS['RetinaHead'])):
+        frozen = [name for name, p in one.bbox_head.named_parameters() if not p.requires_grad]
+        assert frozen == ['idle.weight', 'idle.bias']
+
+
+def test_a_dry_run_draws_no_random_numbers():
+    draws = []
+    for _ in range(2):  # the second finds the answer of the first
+        torch.manual_seed(0)
+        weights = [p.detach().clone() for p in backbone_with('RetinaHead', norm_cfg={'type': 'BN'}).parameters()]
+        draws.append((weights, torch.rand(3)))
+    assert all(torch.equal(*pair) for pair in zip(draws[0][0], draws[1][0], strict=True))
+    assert torch.equal(draws[0][1], draws[1][1])
+
+
+def test_a_head_without_its_training_config_is_refused():
+    bbox_head = {'type': 'RetinaHead', 'num_classes': 3, 'in_channels': 32, **HEADS['RetinaHead']}
+    with pytest.raises(MisuseError, match='perhaps because local_head.train_cfg is not given'):
+        localized({'bbox_head': bbox_head})
+
+
+def test_advice_does_not_name_the_head_that_is_refused():
+    with pytest.raises(MisuseError) as refused:
+        localized({'bbox_head': {'type': 'FCOSHead', 'num_classes': 3, 'in_channels': 32, 'loss_bbox': {'type': 'NoLoss'}}})
+    reason, advice = str(refused.value).split('; ')
+    assert 'FCOSHead cannot be' in reason and 'NoLoss' in reason
+    assert 'FCOSHead' not in advice and 'RetinaHead' in advice
 
 
 def test_downsample_is_refused_below_one():

@@ -123,6 +123,26 @@ def test_another_mode_is_another_recording(recorder):
     assert recorder.recordings == 3 * PARTS
 
 
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.usefixtures('recorder')
+@pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
+def test_the_model_has_its_own_loss_after_each_step(options):
+    """Also after one that fails: nothing else may run graphs of a step by calling the model."""
+    steps = Steps(**options, **GRAPHS)
+    steps(64, 64)
+    assert 'loss' not in vars(steps.model)
+    handle = steps.model.neck.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        steps(64, 64)
+    handle.remove()
+    assert 'loss' not in vars(steps.model)
+    assert not steps.model._forward_pre_hooks
+    assert steps.backbone.local.session is None
+
+
 def test_an_operator_that_waits_is_named(recorder):
     steps = Steps(**GRAPHS)
     steps(64, 64)

@@ -15,6 +15,7 @@ from mmman.local.heads import Boundary
 from mmman.partition import Feature, Unit
 
 pytest.importorskip('mmseg')
+from mmseg.models import FCNHead
 
 OWN = {'type': 'UPerHead', 'in_channels': [1, 2], 'in_index': [0, 1], 'channels': 9, 'num_classes': 4, 'align_corners': True}
 Y = torch.randn(2, 8, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -133,6 +134,67 @@ def test_other_heads_are_refused_by_name(network, reason):
 def test_of_a_cascade_the_last_head_counts():
     cascade = [{'type': 'FCNHead', 'num_classes': 4}, {'type': 'PointHead', 'num_classes': 4, 'align_corners': True}]
     assert local_head(cascade).decode_head.align_corners
+
+
+def test_of_k_net_the_head_that_makes_its_kernels_counts():
+    k_net = {
+        'type': 'IterativeDecodeHead',
+        'num_stages': 1,
+        'kernel_update_head': [{'type': 'KernelUpdateHead', 'num_classes': 4, 'in_channels': 512}],
+        'kernel_generate_head': {**OWN, 'ignore_index': 7, 'loss_decode': {'type': 'CrossEntropyLoss', 'loss_weight': 0.3}},
+    }
+    head = local_head(k_net).decode_head
+    assert (head.num_classes, head.ignore_index, head.align_corners, head.loss_decode.loss_weight) == (4, 7, True, 0.3)
+
+
+@pytest.mark.parametrize('kind', ['Mask2FormerHead', 'MaskFormerHead'])
+def test_of_a_head_that_predicts_masks_only_the_classes_count(kind):
+    """Its ``out_channels`` is the width of its features, and its losses are not of pixels."""
+    own = {'type': kind, 'num_classes': 4, 'out_channels': 256, 'align_corners': True, 'loss_decode': {'type': 'L1Loss'}}
+    head = local_head(own).decode_head
+    assert (head.num_classes, head.out_channels, head.align_corners) == (4, 4, True)
+    assert type(head.loss_decode).__name__ == 'CrossEntropyLoss'
+
+
+@pytest.mark.parametrize(
+    ('own', 'network', 'reason', 'advice'),
+    [
+        (
+            {'type': 'IterativeDecodeHead'},
+            None,
+            'IterativeDecodeHead does not say num_classes',
+            'decode_head=dict(num_classes=',
+        ),
+        (
+            {**OWN, 'out_channels': 3},
+            None,
+            'FCNHead .*out_channels should be equal',
+            'local_head.decode_head=dict(num_classes=',
+        ),
+        ({**OWN, 'loss_decode': {'type': 'BoundaryLoss'}}, None, 'FCNHead .*fails on one feature map', 'loss_decode=...'),
+        (OWN, {'type': 'FCNHead', 'channels': 8, 'num_convs': -1}, 'FCNHead .*cannot be built', 'e.g. ASPPHead, PSPHead'),
+        (OWN, {'type': 'ASPPHead', 'channels': 8, 'dilations': (1.5,)}, 'ASPPHead .*cannot be', 'e.g. FCNHead, PSPHead'),
+    ],
+)
+def test_advice_can_be_followed(own, network, reason, advice):
+    """It does not name the class that was refused; what a dry run finds is refused too."""
+    with pytest.raises(MisuseError, match=reason) as refused:
+        local_head(own, network=network)
+    assert advice in str(refused.value)
+
+
+@MODELS.register_module()
+class IdleDecodeHead(FCNHead):
+    """A decode head with a layer that its loss does not see."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.idle = nn.Linear(2, 2)
+
+
+def test_what_the_loss_does_not_reach_is_frozen():
+    head = local_head(network={'type': 'mmengine.IdleDecodeHead', 'channels': 8}).decode_head
+    assert [name for name, p in head.named_parameters() if not p.requires_grad] == ['idle.weight', 'idle.bias']
 
 
 def test_another_number_of_classes_is_refused():

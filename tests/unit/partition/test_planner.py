@@ -66,6 +66,7 @@ def test_named_cuts():
         ({'partition': ['layer3.0', 'layer2.0']}, 'not in the order of the network'),
         ({'partition': ['layer2.0', 'layer2.0']}, 'not in the order of the network'),
         ({'num_blocks': 3, 'partition': ['layer2.0']}, 'names 1 cuts, so 2 blocks, but num_blocks=3'),
+        ({'num_blocks': 1, 'frozen': 17}, r'every unit of the backbone is frozen \(stem, .*lower frozen_stages'),
         ({'num_blocks': 14, 'frozen': 4}, r'13 trainable units .* \(frozen: stem, layer1.0'),
         ({'partition': ['layer1.1'], 'frozen': 4}, "after 'layer1.1'"),
     ],

@@ -1,0 +1,159 @@
+"""One training step of a localised config on a tiny random batch: does it train at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
+from mmman.local.heads.dry_run import IMAGES, detection_samples, one_line
+from mmman.local.session import Session
+
+SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
+"""Pixels along a side of the images of a library's models; where a model can't run on the first, on the next."""
+
+
+def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
+    """Run forward and backward passes of a localised model once, without weights to download.
+
+    Where the whole model fails and its stock form fails alike, a random batch is not what it takes (texts, videos, data of a
+    teacher), and the backbone with its local heads is run alone.
+
+    Args:
+        child: The localised config.
+        stock: The config that it was made from.
+
+    Returns:
+        Names of the parameters of local heads that got no gradient; and, if the whole model could not be run, why.
+
+    Raises:
+        LocalLearningError: The localised model fails where the stock model doesn't, or its local heads do.
+    """
+    child, stock = _plain(child), _plain(stock)
+    scope = _scope(child)
+    sides = tuple(dict.fromkeys((*SIDES.get(scope, (128,)), *_own_sides(child.model.backbone.backbone))))
+    try:
+        return _first_that_runs(sides, lambda side: _step(child, scope, side)), None
+    except (LocalLearningError, torch.OutOfMemoryError) as error:
+        if not isinstance(error, NonFiniteLossError):
+            raise
+        failure: Exception = error
+    except Exception as error:  # a model may fail in any way
+        failure = error
+    try:
+        _first_that_runs(sides, lambda side: _stock_step(stock, scope, side))
+    except Exception:
+        why = f'the whole model was not run, because its stock form fails on random data as well ({one_line(failure)})'
+        try:
+            return _first_that_runs(sides, lambda side: _local_step(child, scope, side)), why
+        except LocalLearningError:
+            raise
+        except Exception as error:
+            raise MisuseError(f'the local heads fail in a first step ({one_line(error)}), and {why}') from error
+    raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({one_line(failure)})')
+
+
+def _plain(cfg: Config) -> Config:
+    """A copy of the config in full precision, as a CPU takes it, for small images, without a teacher's weights to download."""
+    cfg = copy.deepcopy(cfg)
+    for name in ('dtype', 'loss_scale'):
+        cfg.get('optim_wrapper', {}).pop(name, None)
+    if 'teacher_ckpt' in cfg.model:
+        cfg.model.teacher_ckpt = None
+    for owner in (cfg, cfg.model):
+        if (owner.get('data_preprocessor') or {}).get('batch_augments'):
+            owner['data_preprocessor']['batch_augments'] = None  # which pad to the size of training
+    cfg.default_scope = cfg.get('default_scope') or _scope(cfg)
+    return cfg
+
+
+def _scope(cfg: Config) -> str:
+    """The library that a config's model comes from, or is derived from."""
+    kind = cfg.model.type
+    if isinstance(kind, str):
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    libraries = (cls.__module__.partition('.')[0] for cls in getattr(kind, '__mro__', ()))
+    return next((library for library in libraries if library in SIDES), cfg.get('default_scope') or 'mmengine')
+
+
+def _own_sides(backbone: ConfigDict) -> tuple[int, ...]:
+    size = backbone.get('img_size')
+    side = max(size) if isinstance(size, (list, tuple)) else size
+    return (side,) if isinstance(side, int) else ()
+
+
+def _first_that_runs(sides: tuple[int, ...], step: Callable[[int], list[str]]) -> list[str]:
+    for side in sides[:-1]:
+        try:
+            return step(side)
+        except LocalLearningError:
+            raise
+        except Exception:  # the next size may fit
+            continue
+    return step(sides[-1])
+
+
+def _step(cfg: Config, scope: str, side: int) -> list[str]:
+    model, optim_wrapper = build_trial(copy.deepcopy(cfg), side, side)
+    optim_wrapper.initialize_count_status(model, 0, 1)
+    data = model.data_preprocessor(_batch(model, scope, side), training=True)
+    with optim_wrapper.optim_context(model):
+        loss, _ = model.parse_losses(model(**data, mode='loss'))
+    optim_wrapper.backward(loss)
+    return _without_gradient(model.backbone)
+
+
+def _stock_step(cfg: Config, scope: str, side: int) -> list[str]:
+    init_default_scope(cfg.default_scope)
+    model = revert_sync_batchnorm(MODELS.build(model_config(cfg, side, side))).train()
+    data = model.data_preprocessor(_batch(model, scope, side), training=True)
+    model.parse_losses(model(**data, mode='loss'))[0].backward()
+    return []
+
+
+class _BackboneAlone(BaseModel):
+    """A model that runs its backbone and nothing else."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, inputs: Tensor, data_samples: list | None = None, mode: str = 'tensor') -> tuple[Tensor, ...]:
+        return self.backbone(inputs)
+
+
+def _local_step(cfg: Config, scope: str, side: int) -> list[str]:
+    init_default_scope(cfg.default_scope)
+    model = _BackboneAlone(revert_sync_batchnorm(MODELS.build(model_config(cfg, side, side).backbone))).train()
+    local = model.backbone.local
+    batch = _batch(model, scope, side)
+    images = torch.stack([*batch['inputs']]).float() / 255
+    with Session(model, local, lambda loss, block: loss.backward()):
+        model(images, batch['data_samples'])
+    return _without_gradient(model.backbone)
+
+
+def _batch(model: nn.Module, scope: str, side: int) -> dict:
+    if scope == 'mmdet':
+        classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
+        batch = {'inputs': [*torch.randint(256, (IMAGES, 3, side, side), dtype=torch.uint8)]}
+        masks = any('mask' in name for name, _ in model.named_modules())
+        return {**batch, 'data_samples': detection_samples(side, classes, along=1, masks=masks)}
+    batch = random_batch(model, scope, IMAGES, side, side)
+    shape = (side, side)
+    for sample in batch['data_samples']:
+        sample.set_metainfo({'img_shape': shape, 'ori_shape': shape, 'pad_shape': shape, 'batch_input_shape': shape})
+    return batch
+
+
+def _without_gradient(backbone: nn.Module) -> list[str]:
+    return [f'local.{name}' for name, p in backbone.local.named_parameters() if p.requires_grad and p.grad is None]

@@ -1,0 +1,142 @@
+"""Stock configs: where they are, what they say, and how a child inherits from them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import keyword
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmengine.config import Config
+
+from mmman.errors import MisuseError
+
+SUFFIXES = ('.py', '.json', '.yaml', '.yml')
+
+
+@dataclass(frozen=True)
+class StockConfig:
+    """A config to inherit from.
+
+    Attributes:
+        name: As it was asked for: ``library::path``, or the path of a file.
+        path: The file.
+        cfg: What it says.
+        is_new_style: Whether it is Python that imports what it names (``with read_base()``). Such a config is inherited by
+            configs of its own kind alone.
+    """
+
+    name: str
+    path: Path
+    cfg: Config
+    is_new_style: bool
+
+    @classmethod
+    def read(cls, name: str) -> StockConfig:
+        """Find and read a config.
+
+        Args:
+            name: ``library::path`` of a library's config, or the path of a file.
+
+        Raises:
+            MisuseError: There is none, or it can't be read.
+        """
+        path = _library_file(name) if '::' in name else _file(name)
+        base = _library_base(name, path) if '::' in name else str(path)
+        try:
+            return cls(name, path, read_text(f'_base_ = {base!r}\n'), is_new_style=False)
+        except RuntimeError as error:
+            if 'lazy_import' not in str(error):
+                raise unreadable(name, error) from error
+        except Exception as error:  # a config is a program, and may fail in any way
+            raise unreadable(name, error) from error
+        try:
+            return cls(name, path, Config.fromfile(path), is_new_style=True)
+        except Exception as error:
+            raise unreadable(name, error) from error
+
+    def inherited(self, folder: Path | None) -> str:
+        """The lines by which a child inherits from this config.
+
+        Args:
+            folder: Where the child will be. None: anywhere on this machine.
+
+        Raises:
+            MisuseError: A child there can't inherit from it.
+        """
+        if not self.is_new_style:
+            if '::' in self.name:
+                return f'_base_ = {_library_base(self.name, self.path)!r}'
+            base = self.path if folder is None else os.path.relpath(self.path, folder)  # which moves with both files
+            return f'_base_ = {str(base)!r}'
+        if folder is None:
+            raise MisuseError(
+                f'{self.name} is a pure Python config, inherited by a relative import: say where the child is to be (-o)'
+            )
+        *up, name = os.path.relpath(self.path.with_suffix(''), folder).split(os.sep)
+        levels = up.count(os.pardir)
+        modules = [*up[levels:], name]
+        odd = [module for module in modules if not module.isidentifier() or keyword.iskeyword(module)]
+        if odd:
+            raise MisuseError(
+                f'{self.name} is a pure Python config, which is inherited by a relative import, and {odd[0]!r} on the way to '
+                'it is no Python name: write the child to another folder, such as that of the config itself, or rename it'
+            )
+        return (
+            'from mmengine.config import read_base\n\n'
+            f'with read_base():\n    from {"." * (levels + 1)}{".".join(modules)} import *  # noqa: F403'
+        )
+
+
+def read_text(text: str, folder: Path | None = None) -> Config:
+    """The config of a text, read as a file of its own in ``folder``, by default a temporary one."""
+    if folder is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return read_text(text, Path(temporary))
+    handle, name = tempfile.mkstemp(prefix='localized_', suffix='.py', dir=folder, text=True)
+    try:
+        with open(handle, 'w', encoding='utf-8') as file:
+            file.write(text)
+        return Config.fromfile(name)
+    finally:
+        Path(name).unlink()
+
+
+def unreadable(name: str, error: Exception) -> MisuseError:
+    """What to say of a config that can't be read."""
+    return MisuseError(f'{name} cannot be read as a config: {" ".join(f"{type(error).__name__}: {error}".split())}')
+
+
+def _file(name: str) -> Path:
+    path = Path(os.path.abspath(name))  # as mmengine does, links stay
+    if not path.is_file():
+        raise MisuseError(f'no config at {name}; give the path of a file, or library::path for one of a library')
+    if path.suffix not in SUFFIXES:
+        raise MisuseError(f'{name} is no config: mmengine reads {", ".join(SUFFIXES)}')
+    return path
+
+
+def _library_file(name: str) -> Path:
+    library, _, inside = name.partition('::')
+    spec = importlib.util.find_spec(library) if library.isidentifier() else None
+    folder = Path(spec.origin).parent / '.mim' / 'configs' if spec and spec.origin else None
+    if folder is None or not folder.is_dir():
+        raise MisuseError(f'{name}: no installed library {library!r} with configs; e.g. mmdet, mmseg and mmpretrain have some')
+    path = next((path for path in (folder / inside, folder / f'{inside}.py') if path.is_file()), None)
+    if path is None:
+        known = [found.relative_to(folder).as_posix() for found in folder.rglob('*.py')]
+        close = difflib.get_close_matches(inside, known, n=1, cutoff=0.6)
+        hint = f'did you mean {library}::{close[0]}?' if close else f'its configs are below {folder}'
+        raise MisuseError(f'{library} has no config {inside!r}; {hint}')
+    return path
+
+
+def _library_base(name: str, path: Path) -> str:
+    """The name as mmengine resolves it: it wants a first folder of letters, digits and underscores, which not all are."""
+    library, _, inside = name.partition('::')
+    inside = inside if path.as_posix().endswith(inside) else f'{inside}.py'
+    return f'{library}::{inside}' if re.match(r'\w+/', inside) else f'{library}::_base_/../{inside}'

@@ -1,0 +1,105 @@
+"""One training step of a task head on random features, before it is used: does it work, and what does its loss not reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from mmengine.device import get_device
+from mmengine.model import revert_sync_batchnorm
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+
+IMAGES = 2
+"""Images in a batch: one is too few for BatchNorm behind a global pooling."""
+
+
+class DryRunError(MisuseError):
+    """A head can't be built, or its loss fails; the message is the reason, on one line."""
+
+
+def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Module], Iterable[dict]]) -> tuple[str, ...]:
+    """Run the losses of a head forward and backward, and find the parameters that get no gradient.
+
+    The head is built for this alone, on the CPU (on the GPU in a job over NCCL, because losses may be averaged over processes).
+    The random state of the CPU stays as it is.
+
+    Args:
+        build: Builds the head.
+        losses: Yields the head's losses by name, batch by batch.
+
+    Returns:
+        Names of the parameters that no batch gives a gradient.
+
+    Raises:
+        DryRunError: The head can't be built, or one of its losses fails.
+    """
+    device = get_device() if dist.is_initialized() and 'gloo' not in dist.get_backend() else 'cpu'
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.enable_grad():
+        torch.manual_seed(0)
+        try:
+            head = revert_sync_batchnorm(build()).to(device).train()
+            for batch in losses(head):
+                total_loss(batch).backward()
+        except Exception as error:  # a third party's loss may fail in any way
+            raise DryRunError(one_line(error)) from error
+    return tuple(name for name, p in head.named_parameters() if p.requires_grad and p.grad is None)
+
+
+def total_loss(losses: dict[str, Tensor | list[Tensor]]) -> Tensor:
+    """The sum of the losses among a head's outputs, as a model's ``parse_losses`` takes it."""
+    chosen = [value for name, value in losses.items() if 'loss' in name]
+    return sum(part.mean() for value in chosen for part in (value if isinstance(value, (list, tuple)) else [value]))
+
+
+def one_line(error: BaseException, length: int = 240) -> str:
+    """Type and message of an error on one line."""
+    text = ' '.join(f'{type(error).__name__}: {error}'.split())
+    return text if len(text) <= length else f'{text[: length - 3]}...'
+
+
+def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5, masks: bool = False) -> list:
+    """Data samples of :data:`IMAGES` square images with objects of all sizes.
+
+    Args:
+        side: Height and width of the images, in pixels.
+        classes: Number of classes.
+        device: Of the tensors.
+        along: Objects of one size along a side, at most, without overlap; 0: no objects.
+        masks: The objects have masks, as data for instance segmentation.
+    """
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+
+    sizes = [size for size in (8, 16, 32, 64, 128, 256, 512) if size <= side]
+    boxes = torch.cat([_grid(size, side, along) for size in sizes])
+    samples = []
+    for i in range(IMAGES):
+        shape = (side, side)
+        meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape, 'batch_input_shape': shape, 'img_id': i}
+        sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0), 'flip': False})
+        labels = torch.arange(len(boxes)) % classes
+        sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
+        if masks:
+            sample.gt_instances.masks = BitmapMasks(_inside(boxes, side).numpy().astype('uint8'), side, side)
+        sample.ignored_instances = InstanceData(bboxes=boxes[:0].to(device), labels=labels[:0].to(device))
+        sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, side, side)).to(device))
+        samples.append(sample)
+    return samples
+
+
+def _grid(size: int, side: int, along: int) -> Tensor:
+    """Boxes of one size, (N, 4), in rows and columns without overlap."""
+    places = torch.linspace(0, side - size, min(along, max(1, side // size)))
+    corners = torch.cartesian_prod(places, places)
+    return torch.cat([corners, corners + size], 1)
+
+
+def _inside(boxes: Tensor, side: int) -> Tensor:
+    """Which pixels of a square image are in which box, (N, side, side)."""
+    centres = torch.arange(side) + 0.5
+    across, down = ((centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None]) for i in (0, 1))
+    return down[:, :, None] & across[:, None]
