@@ -22,6 +22,7 @@ from mmman.engine.launch import (
     load_config,
     set_resume,
     type_name,
+    watch_peers,
 )
 from mmman.engine.resume import use_exact_resume
 from mmman.errors import CheckpointError
@@ -80,12 +81,13 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    runner = build_runner(cfg)
-    try:
-        runner.train()
-    except CheckpointError as error:
-        raise SystemExit(f'{cfg.load_from}: {error}') from error
-    leave_process_group()
+    with watch_peers(cfg) as watchdog:
+        runner = build_runner(cfg, watchdog)
+        try:
+            runner.train()
+        except CheckpointError as error:
+            raise SystemExit(f'{cfg.load_from}: {error}') from error
+        leave_process_group()
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
@@ -17,6 +18,7 @@ from mmman.errors import MisuseError
 from mmman.local.blocks import localized_backbone
 from mmman.local.heads.base import LocalHead
 from mmman.parallel.pipeline.stage import PipelineStage
+from mmman.parallel.watchdog_hook import WatchdogHook
 from mmman.registry import HOOKS
 
 
@@ -59,6 +61,9 @@ class EMABiasHook(Hook):
             raise MisuseError(
                 'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
             )
+        watched = isinstance(runner.model, PipelineStage) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
+        if not watched and dist.is_initialized():
+            runner.register_hook(WatchdogHook())  # of the lowest priority, so its own before_run follows
         backbone = localized_backbone(_unwrap(runner.model))
         if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises nothing
             check_prefix(backbone)
