@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 LOST_S = 5.0
@@ -82,10 +82,10 @@ class Peers:
         for peer in self._peers.values():
             peer.heard = peer.moved = peer.waiting = now
 
-    def all_others(self, rank: int, mark: str) -> bool:
-        """Whether every other rank has ended in order, or set this mark (``'left'``, ``'told'`` or ``'terminated'``)."""
-        beats = [peer.beat for other, peer in self._peers.items() if other != rank]
-        return all(beat.left or getattr(beat, mark) for beat in beats)
+    def all_others(self, rank: int, mark: str, now: float) -> bool:
+        """Whether every other rank has ended, or set this mark (``'left'``, ``'told'`` or ``'terminated'``)."""
+        others = [peer for other, peer in self._peers.items() if other != rank]
+        return all(peer.beat.left or getattr(peer.beat, mark) or now - peer.heard > LOST_S for peer in others)
 
     def find_lost(self, now: float, hurry: bool = False) -> str | None:
         """Describe the rank that has been silent for too long, if any.
@@ -98,10 +98,10 @@ class Peers:
         silent = {rank: now - peer.heard for rank, peer in self._peers.items() if not peer.beat.left}
         rank = max(silent, key=silent.get, default=None)
         if rank is not None and silent[rank] > limit:
-            return f'{self._name(rank)}: no sign of life for {limit:g} s{self._last_seen(rank)}{self._waiting(rank)}'
+            return self.describe(rank, f'no sign of life for {limit:g} s')
         left = [rank for rank, peer in self._peers.items() if peer.beat.left]
         if hurry and left:
-            return f'{self._name(left[0])}: it has left the job before the others{self._waiting(left[0])}'
+            return self.describe(left[0], 'it has left the job before the others')
         return None
 
     def find_stuck(self, now: float) -> str | None:
@@ -119,22 +119,28 @@ class Peers:
         if len(behind) == len(peers):
             behind = [rank for rank in behind if not peers[rank].beat.waits] or behind
         if len(behind) == len(peers):
-            places = '; '.join(f'{self._name(rank)} is in {self.place(rank)}' for rank in behind[:4])
+            places = '; '.join(f'{self._name(rank)} is in {self._place(rank)}' for rank in behind[:4])
             return f'no process has made progress for {self._timeout:g} s: {places}' if behind else None
-        rank = behind[0]
-        return f'{self._name(rank)}: no progress for {self._timeout:g} s{self._last_seen(rank)}{self._waiting(*behind)}'
+        return self.describe(behind[0], f'no progress for {self._timeout:g} s', behind)
 
-    def place(self, rank: int) -> str:
-        """Where a rank is, by its last heartbeat; empty where it hasn't said."""
+    def describe(self, rank: int, what: str, behind: Sequence[int] = ()) -> str:
+        """Say what is wrong with a rank, where it was seen last, and where others wait for it: what it has not reached.
+
+        Args:
+            rank: The rank.
+            what: What is wrong with it.
+            behind: Ranks that don't wait for it either.
+        """
+        place = f', last seen in {self._place(rank)}' if self._place(rank) else ''
+        beats = {
+            other: peer.beat
+            for other, peer in self._peers.items()
+            if other != rank and other not in behind and not peer.beat.left and self._place(other)
+        }
+        first = max(beats, key=lambda other: (beats[other].order, beats[other].waits), default=None)
+        waiting = '' if first is None else f'; {self._name(first)} waits for it in {self._place(first)}'
+        return f'{self._name(rank)}: {what}{place}{waiting}'
+
+    def _place(self, rank: int) -> str:
         beat = self._peers[rank].beat
         return f'{beat.text} ({beat.code})' if beat.text and beat.code else beat.text or beat.code
-
-    def _last_seen(self, rank: int) -> str:
-        place = self.place(rank)
-        return f', last seen in {place}' if place else ''
-
-    def _waiting(self, *ranks: int) -> str:
-        """Where the others wait for these ranks: what those have not reached."""
-        beats = {rank: peer.beat for rank, peer in self._peers.items() if rank not in ranks and not peer.beat.left}
-        rank = max(beats, key=lambda rank: (beats[rank].order, beats[rank].waits), default=None)
-        return f'; {self._name(rank)} waits for it in {self.place(rank)}' if rank is not None and self.place(rank) else ''

@@ -11,6 +11,7 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _COLLECTIVES = os.path.join(_TORCH, 'distributed') + os.sep
+_WATCHDOG = os.path.join(os.path.dirname(__file__), 'watchdog.py')
 _STANDARD_LIBRARY = sysconfig.get_paths()['stdlib'] + os.sep
 
 
@@ -55,11 +56,13 @@ class Code(NamedTuple):
 
 
 def code_of_thread(ident: int) -> Code:
-    """What a thread of this process is executing, by its Python stack."""
+    """What a thread of this process is executing, by its Python stack; empty while it waits for the watchdog."""
     frame = sys._current_frames().get(ident)
     collective = ''
     while frame is not None:
         code = frame.f_code
+        if code.co_filename == _WATCHDOG:
+            return Code('', False)
         if code.co_filename.startswith(_COLLECTIVES):
             collective = code.co_name
         elif not _is_library(code.co_filename):

@@ -67,6 +67,7 @@ class Watchdog:
         self._answered = time.monotonic()  # when the store answered last
         self._store_error: str | None = None
         self._failure: str | None = None
+        self._own_failure: str | None = None
         self._hurry = threading.Event()  # a process is lost: find out soon which
         self._told = threading.Lock()
         self._stop = threading.Event()
@@ -123,7 +124,7 @@ class Watchdog:
         if broken:
             self._await_failure()
         place = self.progress.position.text
-        reason = f'{self._name(self._rank)}: {_describe(error)}' + (f', in {place}' if place else '')
+        self._own_failure = reason = f'{self._name(self._rank)}: {_describe(error)}' + (f', in {place}' if place else '')
         self.report(reason)
         if self._failure == reason:
             _record_for_launcher(error)
@@ -160,7 +161,7 @@ class Watchdog:
 
     def _await_readers(self) -> None:
         deadline = time.monotonic() + LINGER_S
-        while not self._peers.all_others(self._rank, 'told') and time.monotonic() < deadline:
+        while not self._peers.all_others(self._rank, 'told', time.monotonic()) and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _say_goodbye(self) -> None:
@@ -170,7 +171,7 @@ class Watchdog:
             deadline = time.monotonic() + GRACE_S
             while self._rank == 0 and not _launcher_keeps_store() and time.monotonic() < deadline:
                 self._hear()
-                if self._peers.all_others(self._rank, 'left'):
+                if self._peers.all_others(self._rank, 'left', time.monotonic()):
                     break
                 time.sleep(0.1)
 
@@ -193,11 +194,13 @@ class Watchdog:
         except RuntimeError as error:
             self._store_error = str(error).splitlines()[0]
 
-    def _send(self) -> None:
+    def _make_beat(self) -> Beat:
         position, code = self.progress.position, code_of_thread(self._main_thread)
-        self._beat = Beat(
-            self._beat.count + 1, *position, *code, told=self._told.locked(), terminated=self._signal.received_at is not None
-        )
+        marks = {'told': self._told.locked(), 'terminated': self._signal.received_at is not None}
+        return Beat(self._beat.count + 1, *position, *code, **marks)
+
+    def _send(self) -> None:
+        self._beat = self._make_beat()
         self._store.set(f'{BEAT}/{self._rank}', self._beat.encode())
 
     def _hear(self) -> None:
@@ -227,9 +230,9 @@ class Watchdog:
                 self._answered = now  # this process was suspended itself
             before = now
             if self._failure is None and self._store_error is not None:
-                self._failure = f'{self._store_keeper()}, which keeps the store, is gone ({self._store_error})'
+                self._failure = self._blame_store_keeper(f'the store that it keeps is gone ({self._store_error})', now)
             elif self._failure is None and now - self._answered > self._timeout:
-                self._failure = f'{self._store_keeper()}, which keeps the store, has not answered for {self._timeout:g} s'
+                self._failure = self._blame_store_keeper(f'no answer for {self._timeout:g} s from the store that it keeps', now)
             if self._failure is not None:
                 self._end()
             elif self._signal.received_at is not None:
@@ -246,21 +249,23 @@ class Watchdog:
     def _end_if_nobody_is_lost(self, now: float) -> None:
         """On SIGTERM: the launcher may have noticed earlier than the others' heartbeats that a process is gone."""
         self._hurry.set()
-        everyone = self._peers.all_others(self._rank, 'terminated')
+        everyone = self._peers.all_others(self._rank, 'terminated', now)
         if everyone or now - self._signal.received_at > LOST_S + 2 * self._interval:
             os._exit(128 + self._signal.number)
 
     def _tell(self) -> None:
-        """Print once why the job ends, and write it where the launcher's report looks for it."""
-        if self._told.acquire(blocking=False):
+        """Print once why the job ends, where the main thread doesn't, and write it where the launcher's report looks for it."""
+        if self._told.acquire(blocking=False) and self._failure != self._own_failure:
             print(f'{self._name(self._rank)}: {self._message()}', file=sys.stderr, flush=True)
-            _record_for_launcher(PeerError(self._message()))
+            error = PeerError(self._message())
+            error.__suppress_context__ = True
+            _record_for_launcher(error)
 
-    def _store_keeper(self) -> str:
+    def _blame_store_keeper(self, what: str, now: float) -> str:
         if _launcher_keeps_store():
-            return 'the launcher'
-        place = self._peers.place(0)
-        return self._name(0) + (f', last seen in {place}' if place else '')
+            return f'the launcher: {what}'
+        self._peers.hear(self._rank, self._make_beat(), now)
+        return self._peers.describe(0, what)
 
 
 def _launcher_keeps_store() -> bool:
