@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -82,10 +83,10 @@ class Peers:
         for peer in self._peers.values():
             peer.heard = peer.moved = peer.waiting = now
 
-    def all_others(self, rank: int, mark: str, now: float) -> bool:
-        """Whether every other rank has ended, or set this mark (``'left'``, ``'told'`` or ``'terminated'``)."""
+    def all_others(self, rank: int, mark: str, silent_since: float = -math.inf) -> bool:
+        """Whether every other rank has set a mark (``'told'`` or ``'terminated'``), has left, or has been silent since."""
         others = [peer for other, peer in self._peers.items() if other != rank]
-        return all(peer.beat.left or getattr(peer.beat, mark) or now - peer.heard > LOST_S for peer in others)
+        return all(peer.beat.left or getattr(peer.beat, mark) or peer.heard < silent_since for peer in others)
 
     def find_lost(self, now: float, hurry: bool = False) -> str | None:
         """Describe the rank that has been silent for too long, if any.

@@ -93,7 +93,7 @@ class Watchdog:
         self._listener.join(LINGER_S)
         self._judge.join(LINGER_S)
         self._signal.release()
-        if not self._listener.is_alive():  # else the store doesn't answer
+        if not self._listener.is_alive() and self._store_error is None:  # else the store doesn't answer
             self._say_goodbye()
 
     @contextmanager
@@ -139,10 +139,11 @@ class Watchdog:
 
     def report(self, reason: str) -> None:
         """Tell all processes why the job ends; the first reason counts."""
-        try:
-            self._failure = self._store.compare_set(FAILURE, '', reason).decode()
-        except RuntimeError:
-            self._failure = self._failure or reason
+        if self._failure is None:
+            try:
+                self._failure = self._store.compare_set(FAILURE, '', reason).decode()
+            except RuntimeError:
+                self._failure = reason
 
     def check(self) -> None:
         """Raise :class:`PeerError` where another process has failed."""
@@ -161,7 +162,7 @@ class Watchdog:
 
     def _await_readers(self) -> None:
         deadline = time.monotonic() + LINGER_S
-        while not self._peers.all_others(self._rank, 'told', time.monotonic()) and time.monotonic() < deadline:
+        while not self._peers.all_others(self._rank, 'told') and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def _say_goodbye(self) -> None:
@@ -171,7 +172,7 @@ class Watchdog:
             deadline = time.monotonic() + GRACE_S
             while self._rank == 0 and not _launcher_keeps_store() and time.monotonic() < deadline:
                 self._hear()
-                if self._peers.all_others(self._rank, 'left', time.monotonic()):
+                if self._peers.all_others(self._rank, 'left', time.monotonic() - LOST_S):
                     break
                 time.sleep(0.1)
 
@@ -240,7 +241,8 @@ class Watchdog:
 
     def _end(self) -> None:
         self._tell()
-        deadline = time.monotonic() + GRACE_S
+        is_named = self._failure.startswith(f'{self._name(self._rank)}:')  # then the others' connections break when it ends
+        deadline = time.monotonic() + GRACE_S + (LINGER_S if is_named else 0)
         while time.monotonic() < deadline and not self._signal.wait(0.1):
             if self._stop.is_set():
                 return  # the main thread ends by itself
@@ -249,7 +251,7 @@ class Watchdog:
     def _end_if_nobody_is_lost(self, now: float) -> None:
         """On SIGTERM: the launcher may have noticed earlier than the others' heartbeats that a process is gone."""
         self._hurry.set()
-        everyone = self._peers.all_others(self._rank, 'terminated', now)
+        everyone = self._peers.all_others(self._rank, 'terminated')
         if everyone or now - self._signal.received_at > LOST_S + 2 * self._interval:
             os._exit(128 + self._signal.number)
 

@@ -149,8 +149,9 @@ class WatchdogHook(Hook):
     def _report_exit(self) -> None:
         """The program ends in the middle of the run: by an error, most likely."""
         if self._watchdog is not None:
-            error = getattr(sys, 'last_value', None) or SystemExit('it has exited')
-            self._watchdog.fail(error)
+            peer_error = self._watchdog.fail(getattr(sys, 'last_value', None) or SystemExit('it has exited'))
+            if peer_error is not None:
+                print(peer_error, file=sys.stderr, flush=True)  # after the traceback of the connection's error
 
     def _leave(self) -> None:
         atexit.unregister(self._report_exit)
