@@ -123,12 +123,13 @@ def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
         return
     try:
         rank, world_size = find_rank(cfg.launcher)
+        timeout = timeout_of(cfg)
     except MisuseError as error:
         raise SystemExit(str(error)) from None
     if world_size == 1:
         yield None
         return
-    watchdog = start_watchdog(rank, world_size, timeout_of(cfg))
+    watchdog = start_watchdog(rank, world_size, timeout)
     try:
         with watchdog.reporting():
             yield watchdog

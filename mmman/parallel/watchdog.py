@@ -24,6 +24,7 @@ from mmman.parallel.termination import TerminationSignal
 FAILURE, BEAT = 'failure', 'beat'
 GRACE_S = 10.0
 """Seconds that the main thread gets to end by itself once a failure is known."""
+YEAR_S = 365 * 24 * 3600.0
 LINGER_S = 3.0
 """Seconds by which a process that fails ends before the others, so that the launcher takes it for the cause. It waits as long
 for the others to print why they end."""
@@ -59,7 +60,7 @@ class Watchdog:
     ) -> None:
         self.progress = Progress()
         self._rank, self._store, self._timeout, self._name, self._job = rank, store, timeout, name, job
-        store.set_timeout(timedelta(seconds=timeout + GRACE_S))
+        store.set_timeout(timedelta(seconds=min(timeout, YEAR_S) + GRACE_S))
         self._others = [other for other in range(world_size) if other != rank]
         self._interval = min(max(1.0, world_size / 64), timeout / 4)
         self._peers = Peers(world_size, timeout, time.monotonic(), name)
@@ -154,9 +155,9 @@ class Watchdog:
         return f'the {self._job} ends because of {self._failure}'
 
     def _await_failure(self) -> None:
-        """A connection broke, as it does when the process at its other end dies: wait until it is known which."""
+        """A connection broke, as it does when the process at its other end dies: wait until it is known which, if any."""
         self._hurry.set()
-        deadline = time.monotonic() + self._timeout + GRACE_S
+        deadline = time.monotonic() + LOST_S + 3 * self._interval + LINGER_S
         while self._failure is None and time.monotonic() < deadline:
             time.sleep(0.05)
 
@@ -283,7 +284,7 @@ def _is_of_connection(error: BaseException) -> bool:
 def _describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
         return f'it exits with code {error.code}' if isinstance(error.code, int) else str(error.code)
-    return f'{type(error).__name__}: {error}'
+    return ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def _record_for_launcher(error: BaseException) -> None:

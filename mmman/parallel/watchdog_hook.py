@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.distributed import PrefixStore
 
+from mmman.errors import MisuseError
 from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.parallel.rendezvous import connect
 from mmman.parallel.watchdog import Watchdog
@@ -31,9 +33,17 @@ _runs = count()
 
 
 def timeout_of(cfg: dict) -> float:
-    """The watchdog's timeout in seconds, for a config whose ``env_cfg.dist_cfg.timeout`` is that of a collective."""
+    """The watchdog's timeout in seconds, for a config whose ``env_cfg.dist_cfg.timeout`` is that of a collective.
+
+    Raises:
+        MisuseError: The config's timeout is no positive number.
+    """
     timeout = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
-    return DEFAULT_TIMEOUT_S if timeout is None else SHARE_OF_TIMEOUT * timeout
+    if timeout is None:
+        return DEFAULT_TIMEOUT_S
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise MisuseError(f'env_cfg.dist_cfg.timeout={timeout!r}: give a positive number of seconds, or leave it out')
+    return SHARE_OF_TIMEOUT * timeout
 
 
 def start_watchdog(rank: int, world_size: int, timeout: float) -> Watchdog:
@@ -132,7 +142,8 @@ class WatchdogHook(Hook):
         self._move('the end of the run', runner.iter, _END)
 
     def _load(self, runner: Runner, iteration: int) -> None:
-        self._move(f'the loading of the data of iteration {iteration + 1}', iteration, _LOADING, timed=True)
+        timed = self._iterations > 0  # before the first one, workers start and read their data
+        self._move(f'the loading of the data of iteration {iteration + 1}', iteration, _LOADING, timed=timed)
 
     def _step(self, text: str, runner: Runner, *order: int) -> None:
         timed = self._iterations >= WARM_UP

@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT
-from tests.integration.fault_runs import TIMEOUT, Job, dist_config, evaluated, stock_train, tools_train
+from tests.integration.fault_runs import Job, dist_config, evaluated, stock_train, tools_train
 from tests.parity.pipeline_runs import free_port
 
 
