@@ -15,7 +15,7 @@ from mmengine.registry import Registry
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmman', locations=['mmman.local', 'mmman.backbones'])
 MODEL_WRAPPERS = Registry('model_wrapper', parent=MMENGINE_MODEL_WRAPPERS, scope='mmman', locations=['mmman.parallel'])
 OPTIM_WRAPPERS = Registry('optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, scope='mmman', locations=['mmman.engine'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman.engine'])
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman.engine', 'mmman.parallel'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='mmman', locations=['mmman.parallel'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmman', locations=['mmman.datasets'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmman', locations=['mmman.engine'])

@@ -24,6 +24,7 @@ from mmman.engine.launch import (
     leave_process_group,
     load_config,
     type_name,
+    watch_peers,
 )
 
 # For each visualization hook: what makes it draw every image, and its folder for them (mmseg's leaves that to the visualizer).
@@ -116,12 +117,12 @@ def main() -> None:
     if is_pipeline(cfg):
         cfg.pop('runner_type')  # a whole model is evaluated, by one process or data parallel
         cfg.pop('pipeline', None)
-    with end_on_error(cfg.load_from):
-        runner = build_runner(cfg)
+    with end_on_error(cfg.load_from), watch_peers(cfg) as watchdog:
+        runner = build_runner(cfg, watchdog)
         if args.out:
             dump_predictions(runner, args.out)
         runner.test()
-    leave_process_group()
+        leave_process_group()
 
 
 if __name__ == '__main__':

@@ -24,6 +24,7 @@ from mmman.engine.launch import (
     load_config,
     set_resume,
     type_name,
+    watch_peers,
 )
 from mmman.engine.resume import use_exact_resume
 
@@ -81,10 +82,10 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    with end_on_error(cfg.get('load_from')), naming_full_disks(cfg.work_dir):
+    with end_on_error(cfg.get('load_from')), watch_peers(cfg) as watchdog, naming_full_disks(cfg.work_dir):
         check_folder(cfg.work_dir)
-        build_runner(cfg).train()
-    leave_process_group()
+        build_runner(cfg, watchdog).train()
+        leave_process_group()
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.dist import broadcast
 from mmengine.hooks import Hook
@@ -26,6 +27,7 @@ from mmman.local.heads.base import LocalHead
 from mmman.local.model import changed_options
 from mmman.options import Count, Range, checked
 from mmman.parallel.pipeline.stage import PipelineStage
+from mmman.parallel.watchdog_hook import WatchdogHook
 from mmman.registry import HOOKS
 
 
@@ -66,6 +68,9 @@ class EMABiasHook(Hook):
                 'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
             )
         check_config(runner.cfg)
+        watched = isinstance(runner.model, PipelineStage) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
+        if not watched and dist.is_initialized():
+            runner.register_hook(WatchdogHook())  # of the lowest priority, so its own before_run follows
         backbone = localized_backbone(_unwrap(runner.model))
         if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises and trains nothing
             _warn_of_changed_heads(runner.cfg)

@@ -18,22 +18,19 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from torch.distributed.constants import default_pg_timeout
 
 from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
 from mmman.engine.config_check import check_config
 from mmman.engine.messages import one_line
 from mmman.engine.weights_hook import WeightsHook
-from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError
+from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError, MisuseError, PeerError
+from mmman.parallel.rendezvous import RANK_VARIABLES, find_rank
+from mmman.parallel.watchdog import Watchdog
+from mmman.parallel.watchdog_hook import WatchdogHook, start_watchdog, timeout_of
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
 LONGEST = 2000  # characters of a last line
-
-# Where a launcher tells a process its rank, the number of processes, and its rank on this machine.
-RANK_VARIABLES = {
-    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
-    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
-    'mpi': ('OMPI_COMM_WORLD_RANK', 'OMPI_COMM_WORLD_SIZE', 'OMPI_COMM_WORLD_LOCAL_RANK'),
-}
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,8 +134,39 @@ def type_name(cfg: ConfigDict, default: str = '') -> str:
     return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
-def build_runner(cfg: Config) -> Runner:
+@contextmanager
+def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
+    """Context of a run: where several processes train or test data parallel, one that is lost or stuck ends them all.
+
+    Yields:
+        What watches them, for :func:`build_runner`; None where there is one process, and in a pipeline, which has its own.
+    """
+    if cfg.launcher == 'none' or is_pipeline(cfg):
+        yield None
+        return
+    try:
+        rank, world_size = find_rank(cfg.launcher)
+        timeout = timeout_of(cfg)
+    except MisuseError as error:
+        raise SystemExit(str(error)) from None
+    if world_size == 1:
+        yield None
+        return
+    watchdog = start_watchdog(rank, world_size, timeout)
+    try:
+        with watchdog.reporting():
+            yield watchdog
+    except PeerError:  # the watchdog has printed it
+        raise SystemExit(1) from None
+    watchdog.leave()
+
+
+def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
     """Build the runner, ready for any launcher, with or without a GPU.
+
+    Args:
+        cfg: The config.
+        watchdog: What :func:`watch_peers` yields.
 
     Raises:
         LocalLearningError: The config can't be run as it is; the message says what to change.
@@ -148,7 +176,11 @@ def build_runner(cfg: Config) -> Runner:
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':
             _init_gloo(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
+        else:
+            _record_collectives()
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if watchdog is not None:
+        runner.register_hook(WatchdogHook(watchdog))
     if not is_pipeline(cfg):  # a stage may have nothing of the checkpoint's
         runner.register_hook(WeightsHook())
     return runner
@@ -180,15 +212,23 @@ def _set_model_wrapper(cfg: Config) -> None:
 
 
 def _init_gloo(launcher: str, timeout: float | None) -> None:
-    """Make the process group before the runner does, which sets a CUDA device on the way, also for gloo."""
+    """Make the process group before the runner does, which sets a CUDA device on the way, also for gloo.
+
+    The watchdog's timeout ends the run where a process is lost or stuck, so a collective itself may wait for a process that is
+    neither, say, in a long evaluation: not less than torch's default.
+    """
     try:
-        rank, world_size, _ = (int(os.environ[name]) for name in RANK_VARIABLES[launcher])
-    except KeyError as error:
-        raise SystemExit(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
-    if 'MASTER_ADDR' not in os.environ:
-        raise SystemExit(f"--launcher {launcher}: set MASTER_ADDR to the name of the first process's machine")
-    os.environ.setdefault('MASTER_PORT', '29500')
-    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout) if timeout else None)
+        rank, world_size = find_rank(launcher)
+    except MisuseError as error:
+        raise SystemExit(str(error)) from None
+    patience = max(timedelta(seconds=timeout or 0), default_pg_timeout)
+    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=patience)
+
+
+def _record_collectives() -> None:
+    """Let NCCL's flight recorder keep the last collectives, and write them where one times out; the user's settings win."""
+    for name, value in (('TORCH_NCCL_TRACE_BUFFER_SIZE', '2000'), ('TORCH_NCCL_DUMP_ON_TIMEOUT', '1')):
+        os.environ.setdefault(name, value)
 
 
 def _set_mmpretrain_loaders(cfg: Config) -> None:

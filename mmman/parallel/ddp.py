@@ -41,6 +41,9 @@ class BlockReducer:
         process_group: The processes that share the block; None is all of them.
         **options: More of :class:`torch.nn.parallel.DistributedDataParallel`'s, e.g. ``bucket_cap_mb``,
             ``find_unused_parameters``.
+
+    Attributes:
+        on_wait: Called where :meth:`wait` begins.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class BlockReducer:
         process_group: dist.ProcessGroup | None = None,
         **options,
     ) -> None:
+        self.on_wait: Callable[[], None] | None = None
         named = [item if isinstance(item, tuple) else (str(i), item) for i, item in enumerate(parameters)]
         self._parameters = dict(named)
         self._ddp = DistributedDataParallel(
@@ -81,6 +85,8 @@ class BlockReducer:
         Raises:
             MisuseError: Parameters got no gradient, so that their bucket was never reduced.
         """
+        if self.on_wait is not None:
+            self.on_wait()
         check_reduced(self._ddp, self._parameters)
         self._buckets.wait()
 

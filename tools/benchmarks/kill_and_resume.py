@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
 import signal
 import socket
@@ -32,9 +34,10 @@ from mmman.engine.checkpoint_files import latest_checkpoint
 from mmman.engine.resume_record import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
+TRAIN = ROOT / 'tools' / 'train.py'
 CONFIG = ROOT / 'configs' / 'demo' / 'retinanet_r18_manpp_k4_shapes.py'
 RANKS = {'single': 1, 'ddp': 2, 'pipeline': 4}
-IMAGES, BATCH, SIZE, EPOCHS, INTERVAL = 40, 2, 64, 8, 3
+IMAGES, BATCH, SIZE, EPOCHS, INTERVAL = 24, 2, 64, 4, 3
 TIMEOUT = 600  # seconds without an end after which a process is taken to hang
 
 
@@ -72,6 +75,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--kills', type=int, default=17, help='kills in each mode')
     parser.add_argument('--write-share', type=float, default=0.4, help='share of kills that wait for a checkpoint write')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/kill_and_resume'))
+    parser.add_argument('--launch', action='store_true', help='start every training as a user does, which takes longer')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     parser.add_argument('--config', type=Path, default=CONFIG, help='a config of the shapes dataset')
     parser.add_argument('--cfg-options', nargs='+', default=[], help='more overrides, for every mode')
@@ -109,8 +113,7 @@ def run_mode(mode: str, args: argparse.Namespace, options: list[str]) -> Tally:
     tally, began = Tally(), time.monotonic()
     print(f'{mode}: the run without a kill', flush=True)
     reference = folder / 'reference'
-    process = launch(mode, args.config, reference, options)
-    if wait(process, TIMEOUT) != 0:
+    if Training(mode, args.config, reference, options, [], args.launch).wait(TIMEOUT) != 0:
         tally.failures.append(f'{mode}: the run without a kill failed, see {reference}.log')
         return tally
     life = time.monotonic() - began
@@ -132,11 +135,11 @@ def killed_run(mode, args, folder: Path, options: list[str], life: float, tally:
     """Start, kill and resume one training until it ends."""
     resume: list[str] = []
     while True:
-        process = launch(mode, args.config, folder, options, resume)
+        training = Training(mode, args.config, folder, options, resume, args.launch)
         at_write = random.random() < args.write_share
-        victim = kill_at_random(process, folder, life, at_write, mode) if tally.kills < args.kills else None
+        victim = kill_at_random(training, folder, life, at_write) if tally.kills < args.kills else None
         if victim is None:
-            if wait(process, TIMEOUT) != 0:
+            if training.wait(TIMEOUT) != 0:
                 tally.failures.append(f'{mode}: a run failed by itself, see {folder}.log')
             return
         tally.kills += 1
@@ -159,55 +162,108 @@ def killed_run(mode, args, folder: Path, options: list[str], life: float, tally:
         resume = ['--resume']
 
 
-def launch(mode: str, config: Path, folder: Path, options: list[str], resume: list[str] | None = None) -> subprocess.Popen:
-    arguments = [config, '--work-dir', folder, *(resume or []), '--cfg-options', *options]
+class Training:
+    """A training in one or several processes.
+
+    Its processes are forked from one that has the libraries loaded, because loading them takes longer than what is to be
+    killed. No launcher ends the others when one is killed: they notice by themselves. ``--launch`` starts them as a user does.
+    """
+
+    def __init__(self, mode: str, config: Path, folder: Path, options: list[str], resume: list[str], launch: bool) -> None:
+        distributed = ['--launcher', 'pytorch'] if RANKS[mode] > 1 and not launch else []  # else the launch script sets it
+        arguments = [config, '--work-dir', folder, *distributed, *resume, '--cfg-options', *options]
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        self.count = RANKS[mode]
+        self._launcher: subprocess.Popen | None = None
+        if launch:
+            self._launcher = _launch(mode, [*map(str, arguments)], f'{folder}.log')
+            return
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['mmdet.apis', 'mmman', __name__])
+        port = str(free_port())
+        self._ranks = []
+        for rank in range(self.count):
+            numbers = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': self.count, 'MASTER_PORT': port}
+            variables = {'MASTER_ADDR': '127.0.0.1', **{name: str(number) for name, number in numbers.items()}}
+            process = context.Process(target=_train, args=([*map(str, arguments)], f'{folder}.log', variables))
+            process.start()
+            self._ranks.append(process)
+
+    def code(self) -> int | None:
+        """The exit code once all processes have ended, 0 where all have succeeded."""
+        if self._launcher is not None:
+            return self._launcher.poll()
+        codes = [process.exitcode for process in self._ranks]
+        return None if None in codes else max(codes, key=abs)
+
+    def wait(self, timeout: float) -> int:
+        """Wait for the end; kill what hangs."""
+        deadline = time.monotonic() + timeout
+        while self.code() is None:
+            if time.monotonic() > deadline:
+                for pid in self.family():
+                    kill(pid)
+                return -1
+            time.sleep(0.02)
+        return self.code()
+
+    def ranks(self) -> list[int]:
+        """The processes that train."""
+        if self._launcher is None:
+            return [process.pid for process in self._ranks if process.is_alive()]
+        pid = self._launcher.pid
+        return [pid] if self.count == 1 else [child for child in descendants(pid) if parent(child) == pid]
+
+    def family(self) -> list[int]:
+        """All processes: launcher, ranks, loader workers."""
+        roots = [self._launcher.pid] if self._launcher is not None else self.ranks()
+        return [pid for root in roots for pid in (root, *descendants(root))]
+
+
+def _launch(mode: str, arguments: list[str], log: str) -> subprocess.Popen:
+    config, *rest = arguments
     if mode == 'single':
-        command = [sys.executable, ROOT / 'tools' / 'train.py', *arguments]
+        command = [sys.executable, str(TRAIN), config, *rest]
     else:
-        command = [ROOT / 'tools' / 'dist_train.sh', config, RANKS[mode], *arguments[1:]]
+        command = [str(ROOT / 'tools' / 'dist_train.sh'), config, str(RANKS[mode]), *rest]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
     environment = {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'PORT': str(free_port()), 'PYTHONPATH': str(ROOT)}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f'{folder}.log', 'ab') as log:
-        return subprocess.Popen([*map(str, command)], env=environment, stdout=log, stderr=log, start_new_session=True)
+    with open(log, 'ab') as file:
+        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
 
-def kill_at_random(process: subprocess.Popen, folder: Path, life: float, at_write: bool, mode: str) -> str | None:
+def _train(arguments: list[str], log: str, variables: dict[str, str]) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(variables)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name='__main__')
+
+
+def kill_at_random(training: Training, folder: Path, life: float, at_write: bool) -> str | None:
     """Kill a training at a random moment; None where it ended before.
 
     Args:
-        process: The launched program.
+        training: The training.
         folder: Its work folder.
         life: What an uninterrupted training takes, in seconds.
         at_write: Wait, from the random moment on, for a checkpoint write.
-        mode: How it was launched.
     """
     moment = time.monotonic() + random.uniform(0, life if not at_write else life / 2)
     while time.monotonic() < moment or (at_write and not any(folder.glob(f'*{UNFINISHED}'))):
-        if process.poll() is not None:
+        if training.code() is not None:
             return None
         time.sleep(0.001 if time.monotonic() > moment else 0.02)
-    family = descendants(process.pid)
-    ranks = [pid for pid in family if parent(pid) == process.pid]
-    one_rank = mode != 'single' and len(ranks) == RANKS[mode] and random.random() < 0.5
-    for pid in [random.choice(ranks)] if one_rank else [process.pid, *family]:
+    family, ranks = training.family(), training.ranks()
+    one_rank = training.count > 1 and len(ranks) == training.count and random.random() < 0.5
+    for pid in [random.choice(ranks)] if one_rank else family:
         kill(pid)
-    if one_rank:  # the launcher notices, and ends the others
-        wait(process, TIMEOUT)
-    wait(process, TIMEOUT)
+    training.wait(TIMEOUT)  # where one rank was killed, the others have to notice
     for pid in family:  # loader workers that outlive their rank for a moment
         kill(pid)
     return 'a rank' if one_rank else 'all processes'
-
-
-def wait(process: subprocess.Popen, timeout: float) -> int:
-    try:
-        return process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        for pid in [process.pid, *descendants(process.pid)]:
-            kill(pid)
-        process.wait()
-        return -1
 
 
 def kill(pid: int) -> None:

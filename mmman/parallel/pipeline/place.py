@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,8 +12,8 @@ import torch.distributed as dist
 from mmengine.device import get_device
 from torch.distributed import PrefixStore, Store
 
-from mmman.engine.launch import RANK_VARIABLES
 from mmman.errors import MisuseError
+from mmman.parallel.rendezvous import RANK_VARIABLES, connect, find_rank
 
 PATIENT = timedelta(days=365)
 """For waits that the watchdog ends where nothing will come."""
@@ -66,7 +65,7 @@ class Place:
         return f'stage {self.stage}{replica} (rank {self.rank})'
 
 
-def rendezvous(launcher: str, stages: int, environment: Mapping[str, str] = os.environ) -> tuple[Place, Store]:
+def rendezvous(launcher: str, stages: int, environment: MutableMapping[str, str] = os.environ) -> tuple[Place, Store]:
     """Meet the other processes of a job.
 
     Args:
@@ -81,23 +80,9 @@ def rendezvous(launcher: str, stages: int, environment: Mapping[str, str] = os.e
     """
     if launcher not in RANK_VARIABLES:
         raise MisuseError(f'a pipeline of {stages} stages runs in {stages} processes: tools/dist_train.sh CONFIG {stages}')
-    try:
-        rank, world_size = (int(environment[name]) for name in RANK_VARIABLES[launcher][:2])
-        address, port = environment.get('MASTER_ADDR'), environment.get('MASTER_PORT', '29500')
-        if address is None:
-            address = _first_host(environment['SLURM_NODELIST']) if launcher == 'slurm' else environment['MASTER_ADDR']
-    except KeyError as error:
-        raise MisuseError(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
+    rank, world_size = find_rank(launcher, environment)
     place = Place.of_rank(rank, world_size, stages)
-    environment['MASTER_ADDR'], environment['MASTER_PORT'] = address, port
-    store, _, _ = next(dist.rendezvous('env://', rank, world_size, timeout=timedelta(minutes=30)))
-    return place, PrefixStore('mmman/pipeline', store)
-
-
-def _first_host(nodes: str) -> str:
-    """The first machine of a Slurm job, of a list that may be abbreviated (``node[3-7]``)."""
-    command = ['scontrol', 'show', 'hostnames', nodes]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    return place, PrefixStore('mmman/pipeline', connect(rank, world_size))
 
 
 def join_replicas(place: Place, store: Store) -> None:

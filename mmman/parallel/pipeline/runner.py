@@ -23,7 +23,7 @@ from mmman.errors import MisuseError
 from mmman.parallel.pipeline.loop import StageLoop
 from mmman.parallel.pipeline.place import PATIENT, join_replicas, rendezvous
 from mmman.parallel.pipeline.stage import PipelineStage
-from mmman.parallel.pipeline.watchdog import Watchdog, patient
+from mmman.parallel.watchdog import Watchdog
 from mmman.registry import RUNNERS
 
 FOLLOWERS_HOOKS = ('EMABiasHook',)
@@ -53,7 +53,14 @@ class PipelineRunner(Runner):
         self._staleness = options.staleness
         self.place, self._store = rendezvous(launcher, _count_blocks(model))
         join_replicas(self.place, self._store)
-        self._watchdog = Watchdog(self.place, patient(self._store), options.timeout)
+        self._watchdog = Watchdog(
+            self.place.rank,
+            self.place.world_size,
+            self._store.clone(),
+            options.timeout,
+            name=lambda rank: str(self.place.at(rank)),
+            job='pipeline',
+        )
         kwargs['randomness'] = self._agree_on_seed(dict(kwargs.get('randomness') or {'seed': None}))
         if not self.place.is_first:
             work_dir = f'{work_dir}/stages/{self.place.stage}'

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from mmengine.registry import MODELS
 
 from mmman.errors import MisuseError, PeerError
-from mmman.parallel.pipeline import watchdog as watchdog_module
+from mmman.parallel import watchdog as watchdog_module
 from mmman.parallel.pipeline.channel import Inbox, Outbox
 from mmman.parallel.pipeline.parts import Part
 from mmman.parallel.pipeline.place import Place, rendezvous
 from mmman.parallel.pipeline.runner import PipelineRunner
-from mmman.parallel.pipeline.watchdog import Watchdog
+from mmman.parallel.watchdog import Watchdog
 from tests.parity.pipeline_runs import environment, free_port, toy_run
 from tests.toy import toy_config
 
@@ -139,7 +139,8 @@ def test_messages_keep_their_order(ends):
 
 def watched(ranks, timeout):
     store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    return [Watchdog(Place.of_rank(rank, ranks, ranks), store, timeout) for rank in range(ranks)]
+    name = [str(Place.of_rank(rank, ranks, ranks)) for rank in range(ranks)].__getitem__
+    return [Watchdog(rank, ranks, store, timeout, name) for rank in range(ranks)]
 
 
 def failure_of(watchdog, seconds=5):

@@ -1,0 +1,79 @@
+"""Where a process is in its run: what the training thread notes, and what its Python stack shows."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from typing import NamedTuple
+
+import torch
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_COLLECTIVES = os.path.join(_TORCH, 'distributed') + os.sep
+_WATCHDOG = os.path.join(os.path.dirname(__file__), 'watchdog.py')
+_STANDARD_LIBRARY = sysconfig.get_paths()['stdlib'] + os.sep
+
+
+class Position(NamedTuple):
+    """A place in a run.
+
+    Attributes:
+        moves: How often the training thread has moved; two positions with the same number are the same.
+        text: The place in words, for example ``'the forward pass of iteration 7'``.
+        order: Iteration and step in it: a process whose order is smaller is behind.
+        timed: Whether the place is left within the watchdog's timeout. False for what may take any time: set-up, evaluation,
+            checkpoints, the first iterations.
+    """
+
+    moves: int
+    text: str
+    order: tuple[int, ...]
+    timed: bool
+
+
+class Progress:
+    """The position of this process. The training thread moves it, by one assignment; the watchdog's threads read it."""
+
+    def __init__(self) -> None:
+        self.position = Position(0, '', (0,), False)
+
+    def move(self, text: str, order: tuple[int, ...], timed: bool = False) -> None:
+        """Note where the training thread is now; the arguments are those of :class:`Position`."""
+        self.position = Position(self.position.moves + 1, text, order, timed)
+
+
+class Code(NamedTuple):
+    """The innermost code of a thread that is neither torch's nor Python's own.
+
+    Attributes:
+        text: File, line and function, and the collective that it calls, if any.
+        waits: Whether the thread is in a function of ``torch.distributed``.
+    """
+
+    text: str
+    waits: bool
+
+
+def code_of_thread(ident: int) -> Code:
+    """What a thread of this process is executing, by its Python stack; empty while it waits for the watchdog."""
+    frame = sys._current_frames().get(ident)
+    collective = ''
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _WATCHDOG:
+            return Code('', False)
+        if code.co_filename.startswith(_COLLECTIVES):
+            collective = code.co_name
+        elif not _is_library(code.co_filename):
+            break
+        frame = frame.f_back
+    if frame is None:
+        return Code('', False)
+    where = f'{"/".join(frame.f_code.co_filename.split(os.sep)[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}'
+    return Code(f'{collective}, called at {where}' if collective else where, bool(collective))
+
+
+def _is_library(path: str) -> bool:
+    own = path.startswith(_STANDARD_LIBRARY) and 'site-packages' not in path
+    return own or path.startswith(_TORCH) or path.startswith('<')
