@@ -136,7 +136,9 @@ def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
         cost = predict_cost(build_trial(cfg, *profile.shape[2:])[0], profile.shape)
         for name, one in (('Eq. 13 and 17', cost.formulas), ('the same summed over the units', cost.summed)):
             lines.append(f"paper's cost model, {name}: FLOPs {one.flops - 1:+.1%}, activations {one.activations - 1:+.1%}")
-        fit = choose_blocks(layers, ratio, planned.overhead, CHANNEL if transfer.get('bias') == 'channel' else UNIT)
+        fit = choose_blocks(
+            layers, ratio, planned.overhead, CHANNEL if transfer.get('bias') in ('channel', 'depthwise') else UNIT
+        )
         lines.append(f"paper's guideline for {ratio:.0%} and {planned.overhead:+.1%}: K = {fit[0]} to {fit[-1]}")
     except CostError as error:
         lines.append(f"paper's guideline for {ratio:.0%} and {planned.overhead:+.1%}: {error}")

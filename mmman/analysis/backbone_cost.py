@@ -50,7 +50,7 @@ class Prediction:
 
     Attributes:
         blocks: The units of every block, a frozen prefix left out.
-        bias: The bias of its transfer. A channel bias counts with the paper's 0.02.
+        bias: The bias of its transfer. A light bias counts with the paper's 0.02.
         formulas: Eq. 8, 13 and 17: all units equal, all blocks of the same length.
         summed: The sums behind these equations, with every unit as it is and the blocks as they are cut.
     """
@@ -154,4 +154,5 @@ def summed_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
 def _bias(transfer: nn.Module) -> Bias:
     if transfer.bias is not None:
         return UNIT
-    return CHANNEL if transfer.channel_bias is not None else Bias(0, 0, 0)
+    light = transfer.channel_bias is not None or transfer.depthwise_bias is not None
+    return CHANNEL if light else Bias(0, 0, 0)

@@ -118,7 +118,7 @@ def test_equal_units_and_blocks_give_the_formulas():
 
 
 def test_biases():
-    assert predict_cost(localized({'bias': 'channel'}), SHAPE).bias == CHANNEL
+    assert predict_cost(localized({'bias': 'depthwise'}), SHAPE).bias == CHANNEL
     assert predict_cost(localized({'bias': False, 'scale': False}), SHAPE).bias == Bias(0, 0, 0)
     with pytest.raises(CostError, match='set ema=True in transfer'):
         predict_cost(localized({'ema': False, 'bias': False, 'scale': False}), SHAPE)
