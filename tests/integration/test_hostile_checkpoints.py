@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from mmman.engine.launch import check_checkpoint, end_on_error, set_resume
 from mmman.engine.weights_hook import WeightsHook
-from tests.integration.hostile_files import CLEANED, NOT_RESUMED, REFUSED, Call, Case, Name, Naming, cases
+from tests.integration.hostile_files import cases
+from tests.integration.hostile_pickles import CLEANED, NOT_RESUMED, REFUSED, Call, Case, Name, Naming
 from tests.toy import toy_batches, toy_config
 from tools import publish_model
 from tools import test as test_tool
@@ -57,10 +58,10 @@ def audit() -> Audit:
     return Audit()
 
 
-def runner_of(folder: Path, **options: object) -> Runner:
+def runner_of(folder: Path, model: dict = MODEL, **options: object) -> Runner:
     batches = [{**batch, 'inputs': batch['inputs'].float()} for batch in toy_batches(1, size=2, pixels=8)]
     runner = Runner(
-        model=MODELS.build(MODEL),
+        model=MODELS.build(model),
         work_dir=str(folder),
         train_dataloader=DataLoader(batches, collate_fn=lambda batch: batch[0]),
         train_cfg={'type': 'mmman.EpochBasedTrainLoop', 'max_epochs': 1},
@@ -238,6 +239,19 @@ def test_honest_checkpoints_of_each_kind_pass(honest, uses, tmp_path):
     for published in (honest.parent.parent / 'uses0' / 'published').glob('*.pth'):
         uses['load_from'](published)
         uses['pretrained'](published)
+
+
+def test_other_local_heads_end_with_one_line_that_names_the_file(honest, tmp_path):
+    model = {**MODEL, 'backbone': {**MODEL['backbone'], 'partition': ['layer2.0']}}
+    runner = runner_of(tmp_path, model, resume=True, load_from=str(honest))
+    with (
+        pytest.raises(
+            SystemExit, match='epoch_1.pth: cannot resume: .* has local heads on .*: load_from without resume'
+        ) as error,
+        end_on_error(str(honest)),
+    ):
+        runner.train()
+    assert '\n' not in str(error.value)
 
 
 def test_the_train_tool_ends_with_one_line(honest, tmp_path):
