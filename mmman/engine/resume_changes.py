@@ -90,9 +90,11 @@ def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator
         return
     batch, ours = record['batch'], loop.data_facts()
     facts = [
-        {**record['data'], 'sampler seed': kind(record.get('sampler seed')), 'batches': record.get('batches', loop.batches)},
-        {**ours, 'sampler seed': kind(loop.sampler_seed), 'batches': loop.batches},
+        {**record['data'], 'sampler seed': kind(record.get('sampler seed'))},
+        {**ours, 'sampler seed': kind(loop.sampler_seed)},
     ]
+    if facts[0] == facts[1]:  # else these explain another number of batches
+        facts = [{'batches': record.get('batches', loop.batches)}, {'batches': loop.batches}]
     changes = '; '.join(f'{name} {theirs} there, {ours} here' for name, theirs, ours in differences(*facts, plain))
     if changes and batch:
         raise CheckpointError(

@@ -250,6 +250,7 @@ ADAM = {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'AdamW'
             r'after batch 2 of other data: batch size 3 there, 4 here. Resume',
         ),
         ({'loaders': lambda: loader_of(images=8)}, 'after batch 2 of other data: dataset length 11 there, 8 here'),
+        ({'loaders': lambda: loader_of(drop_last=True)}, 'after batch 2 of other data: batches 4 there, 3 here'),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(options, message, tmp_path):

@@ -373,6 +373,20 @@ def test_an_older_checkpoint_of_another_optimizer_is_refused_by_what_it_holds(fr
         check_fits(checkpoint, fresh.run_of(wrapper={'optimizer': {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9}}))
 
 
+def test_schedulers_of_one_class_in_another_order_are_refused(fresh):
+    linear = {'type': 'LinearLR', 'by_epoch': False, 'start_factor': 0.1, 'begin': 0}
+    checkpoint, run = clone(fresh.checkpoint), fresh.run_of(schedulers=[{**linear, 'end': 7}, {**linear, 'end': 9}])
+    states = [{**fresh.checkpoint['param_schedulers'][1], **dict.fromkeys(['end', 'total_iters'], end)} for end in (7, 9)]
+    for state in states:
+        state['total_iters'] -= 1
+    checkpoint['param_schedulers'] = states
+    checkpoint['meta']['mmman_resume']['classes']['param_scheduler 0'] = 'LinearLR'
+    assert check_fits(checkpoint, run) == []
+    checkpoint['param_schedulers'] = states[::-1]
+    with pytest.raises(CheckpointError, match='the schedulers of param_scheduler have another order in the checkpoint'):
+        check_fits(checkpoint, run)
+
+
 # Text that a run only shows, and what every run writes anew.
 FREE = {'cfg', 'experiment_name', 'time', 'mmengine_version', 'dataset_meta', 'seed', 'loop_stage', 'epoch', 'iter', 'eta'}
 FREE |= {'max_epochs', 'max_iters', 'last_ckpt', 'superseded_ckpts'}

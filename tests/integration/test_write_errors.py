@@ -92,13 +92,13 @@ def test_a_real_disk_that_is_full_or_read_only(small_disk, reference, tmp_path):
     run, folder = tmp_path / 'run', small_disk / 'run'
     with pytest.raises(CheckpointWriteError, match=f'cannot write {folder}/iter_2.pth: No space left on device{REMEDY}'):
         start(run, seed=5, **options)
-    check_whole(latest_checkpoint(run))
+    check_whole(checkpoint_in(folder))
     assert sorted(path.name for path in folder.glob('iter_*')) == ['iter_1.pth']
     assert mounted('-o', 'remount,ro', str(small_disk))
     with pytest.raises(CheckpointWriteError, match=f'cannot write {folder}: Read-only file system{REMEDY}'):
-        start(run, resume=latest_checkpoint(run), **options)
+        start(run, resume=checkpoint_in(folder), **options)
     assert mounted('-o', 'remount,rw,size=64m', str(small_disk))
-    start(run, resume=latest_checkpoint(run), **options)
+    start(run, resume=checkpoint_in(folder), **options)
     assert_same_training(load(checkpoint_in(folder)), reference)
 
 
