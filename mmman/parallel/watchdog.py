@@ -76,11 +76,6 @@ class Watchdog:
         self._listener = threading.Thread(target=self._listen, name='heartbeats', daemon=True)
         self._judge = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
-    @property
-    def has_left(self) -> bool:
-        """Whether this process has stopped taking part."""
-        return self._stop.is_set()
-
     def start(self) -> None:
         """Start beating and watching; :meth:`leave` ends it in order. Called in the training thread."""
         self._main_thread = threading.get_ident()
@@ -283,7 +278,7 @@ def _is_of_connection(error: BaseException) -> bool:
 
 def _describe(error: BaseException) -> str:
     if isinstance(error, SystemExit):
-        return f'it exits with code {error.code}' if isinstance(error.code, int) else str(error.code)
+        return f'it exits with code {error.code}' if isinstance(error.code, int) else str(error.code).splitlines()[0]
     return ': '.join([type(error).__name__, *str(error).splitlines()[:1]])
 
 

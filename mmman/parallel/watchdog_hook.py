@@ -21,7 +21,7 @@ from mmman.parallel.rendezvous import connect
 from mmman.parallel.watchdog import Watchdog
 from mmman.registry import HOOKS
 
-DEFAULT_TIMEOUT_S = 240.0
+DEFAULT_TIMEOUT_S = 180.0
 """Seconds; the launcher may take half a minute more to end a process that is suspended."""
 SHARE_OF_TIMEOUT = 0.8
 """The watchdog's share of the time that the config gives a collective: it speaks before the collective fails by itself."""

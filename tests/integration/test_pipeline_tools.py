@@ -44,10 +44,15 @@ def start(config, *arguments):
     ]
 
 
-def finish(processes, seconds):
-    """What each process wrote to stderr; none may outlive the deadline."""
+def finish(processes, seconds, suspended=None):
+    """What each process wrote to stderr; none may outlive the deadline, but one that is suspended."""
     deadline = time.monotonic() + seconds
     try:
+        if suspended is not None:
+            others = [process for i, process in enumerate(processes) if i != suspended]
+            for process in others:
+                process.wait(max(deadline - time.monotonic(), 0.1))
+            processes[suspended].kill()
         return [process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[1] for process in processes]
     finally:
         for process in processes:
@@ -61,13 +66,13 @@ def wait_for(condition, seconds=120):
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize('victim', [0, 2])
-def test_killed_process_ends_all_and_the_run_resumes(victim, config, tmp_path):
+@pytest.mark.parametrize(('victim', 'number'), [(0, signal.SIGKILL), (2, signal.SIGKILL), (0, signal.SIGSTOP)])
+def test_killed_process_ends_all_and_the_run_resumes(victim, number, config, tmp_path):
     work_dir = tmp_path / 'run'
     processes = start(config)
     wait_for(lambda: (work_dir / 'last_checkpoint').is_file())
-    processes[victim].send_signal(signal.SIGKILL)
-    errors = finish(processes, seconds=2 * TIMEOUT)
+    processes[victim].send_signal(number)
+    errors = finish(processes, seconds=3 * TIMEOUT, suspended=victim if number == signal.SIGSTOP else None)
     for rank, (process, text) in enumerate(zip(processes, errors, strict=True)):
         if rank != victim:
             assert process.returncode == 1
