@@ -107,10 +107,11 @@ def localize(
         if 'bbox_head' in cfg.model:
             reasons += [f'not chosen: {failure}' for failure in failures]
         return Choice(text, backbone, reasons)
+    if failures:  # the best candidates come first; what the last one lacks is what all of them lack
+        raise LocalLearningError(failures[-1])
     raise LocalLearningError(
-        '; '.join(dict.fromkeys(failures))
-        or f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that '
-        'says its classes; write the child by hand, with a local_head of your choice'
+        f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that says '
+        'its classes; write the child by hand, with a local_head of your choice'
     )
 
 
