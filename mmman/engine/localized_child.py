@@ -121,8 +121,8 @@ def _check(source: StockConfig) -> None:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
         raise MisuseError(
             f'{source.name} has no model.backbone'
-            + (f' of its own; localise the config of its model.{inner}' if inner else '')
-            + '; give the config of a detector, segmentor or classifier'
+            + (f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone' if inner else '')
+            + ('' if inner else '; give the config of a detector, segmentor or classifier')
         )
     if type_name(model.backbone) == 'LocalBackbone':
         raise MisuseError(f'{source.name} is localised already')
