@@ -119,11 +119,10 @@ def _check(source: StockConfig) -> None:
     model = source.cfg.get('model')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
-        raise MisuseError(
-            f'{source.name} has no model.backbone'
-            + (f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone' if inner else '')
-            + ('' if inner else '; give the config of a detector, segmentor or classifier')
-        )
+        advice = '; give the config of a detector, segmentor or classifier'
+        if inner:
+            advice = f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone'
+        raise MisuseError(f'{source.name} has no model.backbone{advice}')
     if type_name(model.backbone) == 'LocalBackbone':
         raise MisuseError(f'{source.name} is localised already')
 
