@@ -44,7 +44,10 @@ def main() -> None:
     if args.out is None:
         print(choice.text)
     else:
-        args.out.write_text(choice.text, encoding='utf-8')
+        try:
+            args.out.write_text(choice.text, encoding='utf-8')
+        except OSError as error:
+            raise SystemExit(f'{args.out} cannot be written ({error})') from None
         print(f'{args.out} is written')
     for reason in choice.reasons:
         print(f'- {reason}', file=sys.stderr)

@@ -107,10 +107,11 @@ def localize(
         if 'bbox_head' in cfg.model:
             reasons += [f'not chosen: {failure}' for failure in failures]
         return Choice(text, backbone, reasons)
+    if failures:  # the best candidates come first; what the last one lacks is what all of them lack
+        raise LocalLearningError(failures[-1])
     raise LocalLearningError(
-        '; '.join(dict.fromkeys(failures))
-        or f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that '
-        'says its classes; write the child by hand, with a local_head of your choice'
+        f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that says '
+        'its classes; write the child by hand, with a local_head of your choice'
     )
 
 
@@ -118,11 +119,10 @@ def _check(source: StockConfig) -> None:
     model = source.cfg.get('model')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
-        raise MisuseError(
-            f'{source.name} has no model.backbone'
-            + (f' of its own; localise the config of its model.{inner}' if inner else '')
-            + '; give the config of a detector, segmentor or classifier'
-        )
+        advice = '; give the config of a detector, segmentor or classifier'
+        if inner:
+            advice = f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone'
+        raise MisuseError(f'{source.name} has no model.backbone{advice}')
     if type_name(model.backbone) == 'LocalBackbone':
         raise MisuseError(f'{source.name} is localised already')
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead, without
+from mmman.local.heads.dry_run import one_line
 from mmman.local.heads.layers import INIT, conv_bn_relu, linear_bn_relu
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
@@ -145,8 +146,8 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
     if cls is None or not {'in_channels', 'num_classes'} <= inspect.signature(cls).parameters.keys():
         raise MisuseError(
-            f'{name} cannot be a local classification head: it is no linear head with num_classes and in_channels; set '
-            'local_head.head to one, e.g. LinearClsHead, MultiLabelLinearClsHead, VisionTransformerClsHead'
+            f'{name} cannot be a local classification head: it is no linear head with num_classes and in_channels; '
+            f'set local_head.head to another, e.g. {_others(name)}'
         )
     if not config.get('num_classes'):
         raise MisuseError(
@@ -159,6 +160,11 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise MisuseError(
             f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
-            f'({error}); set local_head.head to another, e.g. LinearClsHead, VisionTransformerClsHead'
+            f'({one_line(error)}); set local_head.head to another, e.g. {_others(name)}'
         ) from error
     return built
+
+
+def _others(name: str) -> str:
+    heads = ('LinearClsHead', 'MultiLabelLinearClsHead', 'VisionTransformerClsHead')
+    return ', '.join(head for head in heads if head != name)

@@ -25,7 +25,7 @@ def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Mo
     """Run the losses of a head forward and backward, and find the parameters that get no gradient.
 
     The head is built for this alone, on the CPU (on the GPU in a job over NCCL, because losses may be averaged over processes).
-    The random state of the CPU stays as it is.
+    The random state stays as it is.
 
     Args:
         build: Builds the head.
@@ -38,8 +38,9 @@ def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Mo
         DryRunError: The head can't be built, or one of its losses fails.
     """
     device = get_device() if dist.is_initialized() and 'gloo' not in dist.get_backend() else 'cpu'
-    with torch.random.fork_rng(devices=[]), torch.device('cpu'), torch.enable_grad():
-        torch.manual_seed(0)
+    devices = [torch.cuda.current_device()] if device == 'cuda' else []
+    with torch.random.fork_rng(devices=devices), torch.device('cpu'), torch.enable_grad():
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would seed every GPU
         try:
             head = revert_sync_batchnorm(build()).to(device).train()
             for batch in losses(head):

@@ -138,7 +138,7 @@ def test_what_does_not_train_is_not_written(tmp_path):
         ('model = None\n', 'has no model.backbone'),
         (
             "model = dict(_delete_=True, type='SoftTeacher', detector=dict(backbone=dict(type='ResNet')))\n",
-            'of its model.detector',
+            'give the config of the detector alone',
         ),
         ("model = dict(backbone=dict(type='mmman.LocalBackbone'))\n", 'is localised already'),
         ("model = dict(head=dict(_delete_=True, type='ContrastiveHead'))\n", 'ContrastiveHead cannot be a local'),
