@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmman.analysis.trial import build_trial, model_config, random_batch
 from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
-from mmman.local.heads.dry_run import IMAGES, detection_samples, one_line
+from mmman.local.heads.dry_run import IMAGES, describe_error, detection_samples
 from mmman.local.session import Session
 
 SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
@@ -50,14 +50,14 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     try:
         _first_that_runs(sides, lambda side: _stock_step(stock, scope, side))
     except Exception:
-        why = f'the whole model was not run, because its stock form fails on random data as well ({one_line(failure)})'
+        why = f'the whole model was not run, because its stock form fails on random data as well ({describe_error(failure)})'
         try:
             return _first_that_runs(sides, lambda side: _local_step(child, scope, side)), why
         except LocalLearningError:
             raise
         except Exception as error:
-            raise MisuseError(f'the local heads fail in a first step ({one_line(error)}), and {why}') from error
-    raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({one_line(failure)})')
+            raise MisuseError(f'the local heads fail in a first step ({describe_error(error)}), and {why}') from error
+    raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
 
 
 def _plain(cfg: Config) -> Config:

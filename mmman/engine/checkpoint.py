@@ -32,8 +32,8 @@ from torch import Tensor
 from mmman.engine.allowed_types import READS_TRAINING_CHECKPOINTS
 from mmman.engine.archive import check_archive, shown
 from mmman.engine.checkpoint_content import plain_checkpoint
-from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
+from mmman.messages import one_line
 
 REMEDY = 'copy or download it again, or give another checkpoint'
 

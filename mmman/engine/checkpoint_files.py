@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from mmman.engine.archive import shown
 from mmman.engine.checkpoint import REMEDY, load_from_local
 from mmman.engine.checkpoint_content import LOG
-from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
+from mmman.messages import one_line
 
 _NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
 NOTE = 'last_checkpoint'

@@ -22,9 +22,9 @@ from torch.distributed.constants import default_pg_timeout
 
 from mmman.engine.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
 from mmman.engine.config_check import check_config
-from mmman.engine.messages import one_line
 from mmman.engine.weights_hook import WeightsHook
 from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError, MisuseError, PeerError
+from mmman.messages import one_line
 from mmman.parallel.rendezvous import RANK_VARIABLES, find_rank
 from mmman.parallel.watchdog import Watchdog
 from mmman.parallel.watchdog_hook import WatchdogHook, start_watchdog, timeout_of

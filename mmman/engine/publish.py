@@ -15,8 +15,8 @@ from torch import Tensor
 from mmman.engine.archive import shown
 from mmman.engine.checkpoint import load_from_local
 from mmman.engine.formats import FORMATS, backbone_config, rename
-from mmman.engine.messages import one_line
 from mmman.errors import CheckpointError
+from mmman.messages import one_line
 
 BACKBONE = 'backbone.'
 LOCAL = 'backbone.local.'

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead, without
-from mmman.local.heads.dry_run import one_line
+from mmman.local.heads.dry_run import describe_error
 from mmman.local.heads.layers import INIT, conv_bn_relu, linear_bn_relu
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
@@ -160,7 +160,7 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise MisuseError(
             f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
-            f'({one_line(error)}); set local_head.head to another, e.g. {_others(name)}'
+            f'({describe_error(error)}); set local_head.head to another, e.g. {_others(name)}'
         ) from error
     return built
 

@@ -12,6 +12,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
+from mmman.messages import one_line
 
 IMAGES = 2
 """Images in a batch: one is too few for BatchNorm behind a global pooling."""
@@ -46,7 +47,7 @@ def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Mo
             for batch in losses(head):
                 total_loss(batch).backward()
         except Exception as error:  # a third party's loss may fail in any way
-            raise DryRunError(one_line(error)) from error
+            raise DryRunError(describe_error(error)) from error
     return tuple(name for name, p in head.named_parameters() if p.requires_grad and p.grad is None)
 
 
@@ -56,10 +57,9 @@ def total_loss(losses: dict[str, Tensor | list[Tensor]]) -> Tensor:
     return sum(part.mean() for value in chosen for part in (value if isinstance(value, (list, tuple)) else [value]))
 
 
-def one_line(error: BaseException, length: int = 240) -> str:
+def describe_error(error: BaseException) -> str:
     """Type and message of an error on one line."""
-    text = ' '.join(f'{type(error).__name__}: {error}'.split())
-    return text if len(text) <= length else f'{text[: length - 3]}...'
+    return one_line(f'{type(error).__name__}: {error}', 240)
 
 
 def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5, masks: bool = False) -> list:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmman.errors import MisuseError
 from mmman.local.heads.base import GIVEN, Boundary, LocalHead
-from mmman.local.heads.dry_run import IMAGES, DryRunError, one_line, unreached_parameters
+from mmman.local.heads.dry_run import IMAGES, DryRunError, describe_error, unreached_parameters
 from mmman.local.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, checked
@@ -160,7 +160,7 @@ def _single_level(config: dict, is_default: bool) -> nn.Module:
     try:
         head = MODELS.build(config)
     except Exception as error:  # a third party's constructor may fail in any way
-        reason = f'it cannot be built for one feature map ({one_line(error)})'
+        reason = f'it cannot be built for one feature map ({describe_error(error)})'
     else:
         if not isinstance(head, BaseDecodeHead) or isinstance(head, BaseCascadeDecodeHead):
             reason = 'it is no decode head that predicts from features alone'
