@@ -13,6 +13,7 @@ from mmman.analysis.dry_step import dry_step
 from mmman.engine.launch import type_name
 from mmman.engine.stock_config import StockConfig, read_text, unreadable
 from mmman.errors import LocalLearningError, MisuseError
+from mmman.local.heads.dry_run import one_line
 
 DENSE = "dict(type='mmman.DetLocalHead', bbox_head={model}.bbox_head{train_cfg})"
 TWO_STAGE = "dict(type='mmman.DetLocalHead', num_classes={num_classes})"
@@ -216,7 +217,13 @@ def _build_backbone(cfg: Config) -> nn.Module:
     scope = cfg.get('default_scope') or 'mmengine'
     init_default_scope(scope)  # which also registers the library's modules
     with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(cfg.model.backbone)
+        try:
+            return MODELS.build(cfg.model.backbone)
+        except LocalLearningError:
+            raise
+        except Exception as error:  # a stock backbone may fail in any way
+            name = type_name(cfg.model.backbone.backbone)
+            raise MisuseError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
 
 
 def _try(child: Config, stock: Config) -> list[str]:
