@@ -123,7 +123,7 @@ class ReconstructionTarget:
                 f'data_preprocessor.mean has {counts[0]} values and std {counts[1]}, but the backbone takes images of '
                 f'{self.channels} channels: give one value a channel, or one for all'
             )
-        if not preprocessor.std.all():
+        if not preprocessor.std.is_meta and not preprocessor.std.all():
             raise MisuseError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
 
     def _check(self, images: Tensor) -> None:
