@@ -239,7 +239,7 @@ class Watchdog:
 
     def _end(self) -> None:
         self._tell()
-        # The others' connections break where the process that keeps the store ends, or the one that they wait for: in this order.
+        # Others' connections break where the process ends that keeps the store, or that they wait for: these end last.
         keeps_store = self._rank == 0 and not _launcher_keeps_store()
         is_named = self._failure.startswith(f'{self._name(self._rank)}:')
         deadline = time.monotonic() + GRACE_S + LINGER_S * (2 if is_named else keeps_store)
