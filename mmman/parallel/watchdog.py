@@ -186,6 +186,8 @@ class Watchdog:
                 elif self._failure is None:
                     self._find_failure(now)
                 before = now
+                if self._beat.told and self._failure != self._own_failure:
+                    return  # nothing more to learn, from a store that may go any time
                 urgent = self._failure is not None or self._hurry.is_set()
                 self._stop.wait(min(0.1, self._interval) if urgent else self._interval)
         except RuntimeError as error:
@@ -237,8 +239,10 @@ class Watchdog:
 
     def _end(self) -> None:
         self._tell()
-        is_named = self._failure.startswith(f'{self._name(self._rank)}:')  # then the others' connections break when it ends
-        deadline = time.monotonic() + GRACE_S + (LINGER_S if is_named else 0)
+        # Others' connections break where the process ends that keeps the store, or that they wait for: these end last.
+        keeps_store = self._rank == 0 and not _launcher_keeps_store()
+        is_named = self._failure.startswith(f'{self._name(self._rank)}:')
+        deadline = time.monotonic() + GRACE_S + LINGER_S * (2 if is_named else keeps_store)
         while time.monotonic() < deadline and not self._signal.wait(0.1):
             if self._stop.is_set():
                 return  # the main thread ends by itself

@@ -84,15 +84,14 @@ class Job:
         train: ``tools_train`` or ``stock_train``.
     """
 
-    def __init__(self, cfg, folder, ranks, train=None):
+    def __init__(self, cfg, folder, ranks, train):
         cfg.dump(folder / 'config.py')
         context = multiprocessing.get_context('forkserver')
         context.set_forkserver_preload([__name__])
         port = free_port()
         self.errors = [folder / f'{rank}.err' for rank in range(ranks)]
         self.processes = [
-            context.Process(target=_start, args=(train or tools_train, folder, rank, environment(rank, ranks, port)))
-            for rank in range(ranks)
+            context.Process(target=_start, args=(train, folder, rank, environment(rank, ranks, port))) for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
@@ -104,10 +103,13 @@ class Job:
             if rank not in but:
                 process.join(max(deadline - time.monotonic(), 0))
         codes = [process.exitcode for process in self.processes]
+        self.kill()
+        return codes, [path.read_text() for path in self.errors]
+
+    def kill(self):
         for process in self.processes:
             process.kill()
             process.join()
-        return codes, [path.read_text() for path in self.errors]
 
 
 def _start(train, folder, rank, variables):

@@ -16,7 +16,21 @@ from tests.integration.fault_runs import Job, dist_config, evaluated, stock_trai
 from tests.parity.pipeline_runs import free_port
 
 
-def wait_for_training(folder, seconds=120):
+@pytest.fixture
+def start(tmp_path):
+    """Starts jobs whose processes don't outlive the test."""
+    jobs = []
+
+    def job(cfg, ranks, train=tools_train):
+        jobs.append(Job(cfg, tmp_path, ranks, train))
+        return jobs[-1]
+
+    yield job
+    for job in jobs:
+        job.kill()
+
+
+def wait_for_training(folder, seconds=300):
     deadline = time.monotonic() + seconds
     while not (folder / 'run' / 'last_checkpoint').is_file():
         assert time.monotonic() < deadline
@@ -39,8 +53,8 @@ def assert_named(job, victim, words, seconds=60):
     ('victim', 'ranks', 'is_local', 'words'),
     [(0, 2, True, 'no answer for 8 s from the store that it keeps'), (1, 3, False, 'no sign of life for 8 s')],
 )
-def test_a_suspended_rank_is_named(victim, ranks, is_local, words, tmp_path):
-    job = Job(dist_config(tmp_path, is_local=is_local), tmp_path, ranks)
+def test_a_suspended_rank_is_named(victim, ranks, is_local, words, start, tmp_path):
+    job = start(dist_config(tmp_path, is_local=is_local), ranks)
     wait_for_training(tmp_path)
     os.kill(job.processes[victim].pid, signal.SIGSTOP)
     assert_named(job, victim, words)
@@ -55,14 +69,14 @@ def test_a_suspended_rank_is_named(victim, ranks, is_local, words, tmp_path):
         ('loop', stock_train, 'no progress for 8 s, last seen in the loading of the data of iteration 11', None),
     ],
 )
-def test_a_rank_that_exits_or_loops_is_named(fault, train, words, code, tmp_path):
-    job = Job(dist_config(tmp_path, fault), tmp_path, ranks=2, train=train)
-    assert assert_named(job, 1, words, seconds=120) == code
+def test_a_rank_that_exits_or_loops_is_named(fault, train, words, code, start, tmp_path):
+    job = start(dist_config(tmp_path, fault), 2, train)
+    assert assert_named(job, 1, words, seconds=300) == code
 
 
-def test_a_long_evaluation_is_waited_for(tmp_path):
-    job = Job(evaluated(dist_config(tmp_path)), tmp_path, ranks=2)
-    codes, errors = job.finish(120)
+def test_a_long_evaluation_is_waited_for(start, tmp_path):
+    job = start(evaluated(dist_config(tmp_path)), 2)
+    codes, errors = job.finish(300)
     assert codes == [0, 0], errors
 
 
@@ -73,10 +87,14 @@ def test_the_launchers_report_names_a_killed_rank(tmp_path):
     command = ['tools/dist_train.sh', str(tmp_path / 'config.py'), '2']
     with (tmp_path / 'log').open('w') as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **variables}, stdout=log, stderr=log)
-    wait_for_training(tmp_path)
-    ranks = {process.environ()['RANK']: process for process in psutil.Process(launcher.pid).children()}
-    ranks['0'].kill()
-    assert launcher.wait(120) == 1
+    try:
+        wait_for_training(tmp_path)
+        ranks = {process.environ()['RANK']: process for process in psutil.Process(launcher.pid).children()}
+        ranks['0'].kill()
+        assert launcher.wait(120) == 1
+    finally:
+        launcher.terminate()  # it ends its processes
+        launcher.wait()
     log = (tmp_path / 'log').read_text()
     assert re.search(r'^rank 1: the run ends because of rank 0: no sign of life for 5 s', log, re.MULTILINE), log[-3000:]
     assert re.search(r'rank +: 0 ', log.partition('Root Cause')[2]), log[-3000:]

@@ -16,6 +16,7 @@ from tests.parity.pipeline_runs import environment, free_port, last_checkpoint, 
 
 STAGES = 4
 TIMEOUT = 15
+STARTED = []
 
 
 @pytest.fixture
@@ -27,11 +28,19 @@ def config(tmp_path):
     return tmp_path / 'config.py'
 
 
+@pytest.fixture(autouse=True)
+def no_process_stays():
+    yield
+    for process in STARTED:
+        process.kill()
+    STARTED.clear()
+
+
 def start(config, *arguments):
     """One process a stage, as a launcher would, but without one that would end the others by itself."""
     port = free_port()
     command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--launcher', 'pytorch', *arguments]
-    return [
+    processes = [
         subprocess.Popen(
             command,
             cwd=ROOT,
@@ -42,6 +51,8 @@ def start(config, *arguments):
         )
         for rank in range(STAGES)
     ]
+    STARTED.extend(processes)
+    return processes
 
 
 def finish(processes, seconds, suspended=None):
@@ -59,7 +70,7 @@ def finish(processes, seconds, suspended=None):
             process.kill()
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=300):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
