@@ -131,6 +131,8 @@ def test_inheritance_alone_localises(stock, tmp_path):
     for _ in range(4):  # drop path may drop a layer for the whole batch
         assert model.train_step(batch_of(cfg), wrapper)['loss'].isfinite()
         still = without_gradient({name: parameter.grad for name, parameter in trained.items()})
+        # a constant per channel has no gradient in front of BatchNorm, in stock models too (MobileNetV2, VGG with BN)
+        still = [name for name in still if not name.endswith('.bias')]
         if not still:
             return
     raise AssertionError(f'no gradient at {still}')
