@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-LEAST = 1e-10  # relative to the largest gradient; rounding in double precision makes some 1e-16 of nothing
+LEAST = 1e-13  # relative to the largest gradient; rounding in double precision makes up to 1e-15 of nothing
 
 
 def without_gradient(gradients: Mapping[str, Tensor | None]) -> list[str]:

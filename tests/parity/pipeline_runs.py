@@ -116,7 +116,8 @@ def with_epochs(cfg, epochs):
 
 def run_alone(cfg):
     """Train in this process, all blocks, and return the last checkpoint."""
-    cfg.pop('runner_type')
+    for key in ('runner_type', 'pipeline'):
+        cfg.pop(key, None)
     train(cfg)
     return last_checkpoint(cfg.work_dir)
 

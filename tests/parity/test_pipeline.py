@@ -26,7 +26,8 @@ def runs(tmp_path_factory):
     replicas = {'num_blocks': 2, **WITHOUT_MOMENTUM}
     scaled = {'batch_size': 2, 'model': replicas, 'auto_scale_lr': {'enable': True, 'base_batch_size': 8}}
     ddp = with_epochs(toy_run(root / 'ddp', **scaled), epochs=1)
-    ddp.pop('runner_type')
+    for key in ('runner_type', 'pipeline'):
+        ddp.pop(key, None)
     epochs = with_epochs(toy_run(root / 'epochs', staleness=2), epochs=3)
     resumed = copy.deepcopy(epochs)
     resumed.merge_from_dict({'work_dir': str(root / 'resumed'), 'resume': True, 'load_from': str(root / 'epochs/epoch_1.pth')})

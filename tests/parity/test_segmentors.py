@@ -45,7 +45,7 @@ def deeplab(name, row, partition, ignored=255, **head):
     model.backbone.local.init_weights()
     for head in model.backbone.local.values():
         head.transfer.sync_(head.source.of(model.backbone))
-    return model
+    return model.double()
 
 
 def images(seed, count=2, width=48):
