@@ -94,7 +94,7 @@ def test_what_blocks_compute_again_is_chosen():
 
 def test_outputs_of_recomputed_units_that_something_holds_are_counted():
     """The input of a block's last unit, say, while that one runs backward: in end-to-end training nothing holds it."""
-    options = {'model__backbone__recompute': True, 'model__backbone__transfer__bias': 'channel'}  # local heads below that
+    options = {'model__backbone__recompute': True, 'model__backbone__transfer__bias': 'depthwise'}  # local heads below that
     profile = profile_step(load('resnet32_manpp_k16_cifar10.py', **options), 12, 32, 32)
     for cuts, moment in (((5,), 'block 1, backward'), ((3, 6), 'block 2, backward')):
         predicted = peak_of(profile.step, MemoryPlan(cuts))

@@ -169,7 +169,7 @@ def test_the_log_has_every_scale(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'momentum': 1.5}, 'a number from 0 to 1'),
+        ({'momentum': 1.5}, 'a finite number from 0 to 1'),
         ({'interval': 0}, 'a whole number from 1'),
     ],
 )
