@@ -73,9 +73,6 @@ def units_to_recompute(
 
 
 def _named(chain: Chain, option: str, names: bool | Sequence[str]) -> list[Unit]:
-    if isinstance(names, str) or not isinstance(names, (bool, Sequence)):
-        example = names if isinstance(names, str) else 'layer1.0'
-        raise MisuseError(f'{option}={names!r}: choose True, False or a list of unit names, e.g. [{example!r}]')
     if isinstance(names, bool):
         return [unit for unit in chain.units if unit.name != STEM] if names else []
     found = {name: [unit for unit in chain.units if f'{unit.name}.'.startswith(f'{name}.')] for name in names}

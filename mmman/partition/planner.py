@@ -89,8 +89,6 @@ def plan_blocks(
         return Plan(frozen, blocks)
     if num_blocks is None:
         raise PartitionError(f'num_blocks is needed with partition={partition!r}')
-    if not units:
-        raise PartitionError('all units of the backbone are frozen, so nothing is to be trained locally: lower frozen_stages')
     if not 1 <= num_blocks <= len(units):
         raise PartitionError(
             f'num_blocks={num_blocks}, but the backbone has {len(units)} trainable units ({", ".join(names)}); '
