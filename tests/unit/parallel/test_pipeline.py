@@ -187,8 +187,8 @@ def test_who_leaves_in_order_is_not_missed():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'pipeline': {'queue': 3}}, 'the options are staleness, a whole number from 0, and timeout'),
-        ({'pipeline': {'staleness': -1}}, 'the options are staleness'),
+        ({'pipeline': {'queue': 3}}, 'PipelineOptions has no option queue; the options are staleness, timeout'),
+        ({'pipeline': {'staleness': -1}}, 'pipeline.staleness=-1: choose a whole number from 0'),
         ({'model': {'type': 'ToyClassifier', 'backbone': {'type': 'ToyNet'}}}, 'trains the blocks of a localised model'),
         ({'custom_hooks': [{'type': 'EMAHook'}]}, 'EMAHook averages a whole model'),
         ({'optim_wrapper.clip_grad': {'max_norm': 1}, 'optim_wrapper.clip_scope': 'global'}, 'needs all gradients at once'),
