@@ -512,7 +512,8 @@ def test_step_reaches_every_parameter(name: str) -> None:
     assert not any('.momentum.' in key for key in gradients)
     # the scale of one level's boxes: no object of a test image fits the coarsest levels
     if hasattr(model, 'roi_head'):  # in single precision a small gradient can't be told from rounding
-        assert all(gradient.isfinite().all() for gradient in gradients.values())
+        reached = {key for key, gradient in gradients.items() if gradient.isfinite().all() and gradient.any()}
+        assert [key for key in gradients.keys() - reached if '.scales.' not in key] == []
     else:
         assert [key for key in without_gradient(gradients) if '.scales.' not in key] == []
     assert {f'train/local/{j}/loss' for j in range(1, len(levels) + 1)} <= hub.log_scalars.keys()
