@@ -1,6 +1,10 @@
-"""What all tests share: where the data is, one thread, and no default scope left over from another test."""
+"""What all tests share: where the data is, one thread, bounded memory, and no default scope left over from another test."""
 
+import ctypes
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 if 'MMMAN_TEST_GPU' not in os.environ:  # before any library looks: the suite is the CPU's, tests/gpu is run by itself
@@ -14,9 +18,37 @@ ROOT = Path(__file__).resolve().parents[1]
 TEST_DATA = Path(os.environ.get('MMMAN_TEST_DATA', ROOT.parent / 'shared' / 'data'))
 """Where real data is looked for."""
 
+GROWTH = 400 << 20
+"""Bytes that a worker may grow by before garbage is collected."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+def resident_bytes() -> int:
+    """Physical memory of this process."""
+    return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+
+
+@pytest.fixture(scope='session')
+def baseline() -> list[int]:
+    """Resident bytes after the last collection."""
+    return [0]
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory(baseline: list[int]) -> Iterator[None]:
+    """Give back what tests leave behind.
+
+    Models are cyclic (modules hold hooks that hold modules), and Python's collector counts objects, not the gigabytes that
+    their tensors take; the C library keeps what is freed in small pieces. A worker grows past the machine's memory without it.
+    """
+    yield
+    if sys.platform == 'linux' and resident_bytes() > baseline[0] + GROWTH:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        baseline[0] = resident_bytes()
 
 
 @pytest.fixture(autouse=True)
