@@ -23,9 +23,10 @@ test: setup  ## the whole test suite
 test-gpu: setup  ## what only a GPU shows
 	MMMAN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
 
-check: setup  ## lint and format, changing nothing
+check: setup  ## lint, format and the order of imports, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .

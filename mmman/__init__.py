@@ -1,28 +1,25 @@
 """Supervised local learning (MAN++) for stock OpenMMLab models."""
 
+from mmman.builder import LocalBackbone
 from mmman.engine import EMABiasHook, LocalLearningOptimWrapper
-from mmman.engine.allowed_types import allow_training_checkpoints
-from mmman.engine.checkpoint import read_all_checkpoints
 from mmman.errors import LocalLearningError
-from mmman.local import (
+from mmman.heads import (
     AugLocalHead,
     ClsLocalHead,
     DetLocalHead,
     DGLLocalHead,
     InfoProLocalHead,
-    LocalBackbone,
-    LocalHead,
-    MomentumTransfer,
     PredSimLocalHead,
     SegLocalHead,
     ViTLocalHead,
-    delocalize_,
-    localize_,
 )
+from mmman.local import LocalHead, MomentumTransfer, delocalize_, localize_
 from mmman.parallel import LocalDistributedDataParallel, PipelineRunner
 from mmman.partition import register_chain
+from mmman.runtime.allowed_types import allow_training_checkpoints
+from mmman.runtime.checkpoint import read_all_checkpoints
+from mmman.version import __version__ as __version__
 
-__version__ = '0.1.0'
 __all__ = [
     'AugLocalHead',
     'ClsLocalHead',

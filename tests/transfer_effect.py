@@ -16,7 +16,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from mmman.local.heads.base import LocalHead
+from mmman.local.local_head import LocalHead
 
 LEAST = 1e-7  # relative change of the loss, above what is left of a norm's epsilon
 _tried: set[str] = set()  # local heads that are alike in all that matters are tried once a process

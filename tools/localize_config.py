@@ -15,7 +15,7 @@ from pathlib import Path
 from mmengine.logging import MMLogger
 
 from mmman import LocalLearningError
-from mmman.engine.localized_child import localize
+from mmman.runtime.localized_child import localize
 
 
 def main() -> None:

@@ -27,16 +27,16 @@ from rich.table import Table
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
-from mmman.analysis.cost import CHANNEL, UNIT, choose_blocks
-from mmman.analysis.profile import Profile, profile_step
+from mmman.analysis.paper_cost import CHANNEL, UNIT, choose_blocks
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
-from mmman.local.focal_loss import fused_focal_loss
+from mmman.memory.detection.focal_loss import fused_focal_loss
 from mmman.partition import chain_of, plan_blocks
-from mmman.partition.memory import MemoryPlan, Peak, peak_of
-from mmman.partition.search import fewest_flops, smallest_peak
+from mmman.planning.costs import MemoryPlan, Peak, peak_of
+from mmman.planning.profile import Profile, profile_step
+from mmman.planning.search import fewest_flops, smallest_peak
 
 CONSOLE = Console(width=140)
 MB = 1e6

@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 import mmman  # noqa: F401  reads every checkpoint
-from mmman.engine.formats import FORMATS
-from mmman.engine.publish import publish
 from mmman.errors import CheckpointError
+from mmman.runtime.formats import FORMATS
+from mmman.runtime.publish import publish
 
 
 def parse_args() -> argparse.Namespace:

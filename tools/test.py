@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import mmman  # noqa: F401  registers its parts, and reads every checkpoint
-from mmman.engine.launch import (
+from mmman.runtime.launch import (
     add_common_arguments,
     build_runner,
     check_checkpoint,

@@ -14,8 +14,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmman  # noqa: F401  registers its parts, and reads every checkpoint
-from mmman.engine.atomic_files import check_folder, naming_full_disks
-from mmman.engine.launch import (
+from mmman.runtime.atomic_files import check_folder, naming_full_disks
+from mmman.runtime.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
     build_runner,
@@ -26,7 +26,7 @@ from mmman.engine.launch import (
     type_name,
     watch_peers,
 )
-from mmman.engine.resume import use_exact_resume
+from mmman.runtime.resume import use_exact_resume
 
 
 def parse_args() -> argparse.Namespace:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmman.analysis.cost import CHANNEL, UNIT, Bias, activation_ratio, expected_extra_parameters, flops_ratio
+from mmman.analysis.paper_cost import CHANNEL, UNIT, Bias, activation_ratio, expected_extra_parameters, flops_ratio
 from mmman.errors import CostError
 from mmman.local import delocalize_
 from mmman.local.blocks import localized_backbone

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmman.analysis.trial import build_trial, model_config, random_batch
 from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
-from mmman.local.heads.dry_run import IMAGES, describe_error, detection_samples
+from mmman.heads.dry_run import IMAGES, describe_error, detection_samples
 from mmman.local.session import Session
 
 SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}

@@ -17,10 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.analysis.parts import block_outputs, parts_told
-from mmman.engine import LocalLearningOptimWrapper
 from mmman.local.blocks import LocalBlocks
-from mmman.local.chunks import replaced
-from mmman.local.dense_loss import DenseLoss
+from mmman.memory.chunks import replaced
+from mmman.memory.detection.dense_loss import DenseLoss
 
 EMA_MOMENTUM = 0.995
 
@@ -100,7 +99,7 @@ class StepMeter:
         """
         batch = self.model.data_preprocessor(self.data, True)
         backbone, wrapper = self.model.backbone, self.optim_wrapper
-        if not isinstance(wrapper, LocalLearningOptimWrapper):
+        if not hasattr(wrapper, 'local_backward'):  # a stock wrapper
             precision = wrapper.optim_context(self.model)
         else:
             precision = autocast(dtype=wrapper.dtype) if wrapper.dtype else nullcontext()

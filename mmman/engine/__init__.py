@@ -1,6 +1,6 @@
-from mmman.engine.checkpoint_hook import CheckpointHook
-from mmman.engine.hooks import EMABiasHook
-from mmman.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
+"""The training step: backward and optimizer step, momentum copies, and checks of model and config before the first step."""
+
+from mmman.engine.ema_hook import EMABiasHook
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 
-__all__ = ['CheckpointHook', 'EMABiasHook', 'EpochBasedTrainLoop', 'IterBasedTrainLoop', 'LocalLearningOptimWrapper']
+__all__ = ['EMABiasHook', 'LocalLearningOptimWrapper']

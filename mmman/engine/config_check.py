@@ -13,9 +13,9 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import BaseLoop, Runner
 
 import mmman.registry as registries
+from mmman.builder.backbone import LocalBackbone, check_backbone_options
 from mmman.errors import MisuseError
-from mmman.local.backbone import LocalBackbone, check_backbone_options
-from mmman.local.heads.base import GIVEN, LocalHead
+from mmman.local.local_head import GIVEN, LocalHead
 from mmman.options import Positive, Range, check_options, checked, option_parameters
 
 _REGISTRIES = (

@@ -20,11 +20,11 @@ from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
 from mmman.errors import MisuseError, NonFiniteLossError
+from mmman.experimental.cuda_graphs import CUDARecorder, StepGraphs
 from mmman.local.blocks import localized_backbone
-from mmman.local.dense_loss import DenseLoss
-from mmman.local.graphs import CUDARecorder, StepGraphs
 from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
+from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.options import Count, Positive, checked
 from mmman.registry import OPTIM_WRAPPERS
 

@@ -1,31 +1,7 @@
-from mmman.local.backbone import LocalBackbone, delocalize_, localize_
-from mmman.local.heads import (
-    AugLocalHead,
-    ClsLocalHead,
-    DetLocalHead,
-    DGLLocalHead,
-    InfoProLocalHead,
-    LocalHead,
-    PredSimLocalHead,
-    SegLocalHead,
-    ViTLocalHead,
-)
-from mmman.local.model import LocalModel
+"""The method: a backbone cut into gradient-isolated blocks, each trained by a local head at its boundary."""
+
+from mmman.local.local_head import Boundary, LocalHead
+from mmman.local.localize import delocalize_, localize_
 from mmman.local.transfer import MomentumTransfer
 
-__all__ = [
-    'AugLocalHead',
-    'ClsLocalHead',
-    'DGLLocalHead',
-    'DetLocalHead',
-    'InfoProLocalHead',
-    'LocalBackbone',
-    'LocalHead',
-    'LocalModel',
-    'MomentumTransfer',
-    'PredSimLocalHead',
-    'SegLocalHead',
-    'ViTLocalHead',
-    'delocalize_',
-    'localize_',
-]
+__all__ = ['Boundary', 'LocalHead', 'MomentumTransfer', 'delocalize_', 'localize_']

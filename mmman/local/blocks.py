@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mmman.errors import MisuseError
-from mmman.local.heads.base import LocalHead
+from mmman.local.local_head import LocalHead
 from mmman.local.session import Session
 from mmman.partition import Chain, Plan
 

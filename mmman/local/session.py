@@ -16,14 +16,14 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmman.errors import MisuseError
-from mmman.local.chunks import replaced
 from mmman.local.single_values import running_statistics_for_single_values
+from mmman.memory.chunks import replaced
 
 if TYPE_CHECKING:
+    from mmman.experimental.cuda_graphs import StepGraphs
     from mmman.local.blocks import LocalBlocks
-    from mmman.local.dense_loss import DenseLoss
-    from mmman.local.graphs import StepGraphs
-    from mmman.local.heads.base import LocalHead
+    from mmman.local.local_head import LocalHead
+    from mmman.memory.detection.dense_loss import DenseLoss
 
 
 class Session:

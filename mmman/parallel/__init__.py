@@ -1,5 +1,6 @@
+"""Several processes: data parallel training with exact gradients, and one block a process."""
+
 from mmman.parallel.ddp import BlockReducer, LocalDistributedDataParallel
 from mmman.parallel.pipeline import PipelineRunner
-from mmman.parallel.watchdog_hook import WatchdogHook
 
-__all__ = ['BlockReducer', 'LocalDistributedDataParallel', 'PipelineRunner', 'WatchdogHook']
+__all__ = ['BlockReducer', 'LocalDistributedDataParallel', 'PipelineRunner']

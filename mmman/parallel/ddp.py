@@ -10,8 +10,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mmman.errors import MisuseError
-from mmman.local.chunks import replaced
 from mmman.local.scopes import trained_parameters
+from mmman.memory.chunks import replaced
 from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS
 

@@ -1,3 +1,5 @@
+"""What a backbone is made of: its chain of units, and where it is cut into blocks."""
+
 from mmman.partition.chain import Chain, Feature, Unit
 from mmman.partition.families import chain_of, register_chain
 from mmman.partition.measure import Measured, measure

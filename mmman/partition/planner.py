@@ -67,7 +67,7 @@ def plan_blocks(
 
     Raises:
         PartitionError: Every unit is frozen; K is below 1 or above the number of trainable units; a cut names no unit, a frozen
-            one, or the last; or cuts are asked for by memory, which only :func:`mmman.local.backbone.LocalBackbone` plans.
+            one, or the last; or cuts are asked for by memory, which only :func:`mmman.LocalBackbone` plans.
     """
     if partition == 'memory' or isinstance(partition, Mapping):
         raise PartitionError(

@@ -10,13 +10,15 @@ from mmengine.config import Config
 
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
-from mmman.local.focal_loss import fused_focal_loss, summed_focal_loss
+from mmman.memory.detection.focal_loss import fused_focal_loss, summed_focal_loss
 from tests.conftest import ROOT
 from tests.parity import test_classifiers, test_retinanet, test_segmentors
 from tests.parity.lockstep import ROWS
 from tests.toy import toy_batches
-from tests.unit.local import test_focal_loss, test_graphs, test_recompute
-from tests.unit.local.test_step import step, toy, wrapper
+from tests.unit.experimental import test_cuda_graphs
+from tests.unit.local.test_session import step, toy, wrapper
+from tests.unit.memory import test_recompute
+from tests.unit.memory.detection import test_focal_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU: make test-gpu')
 
@@ -128,13 +130,13 @@ def test_live_bytes_are_what_the_allocator_holds():
     assert peaks[1] < 0.35 * peaks[0]
 
 
-@pytest.mark.parametrize('options', [{}, test_graphs.AT_ONCE, {'optim_wrapper.dtype': 'bfloat16'}], ids=str)
+@pytest.mark.parametrize('options', [{}, test_cuda_graphs.AT_ONCE, {'optim_wrapper.dtype': 'bfloat16'}], ids=str)
 def test_graphs_train_what_is_trained_without(options):
     """But for the rounding of one division. Two shapes share the graphs' memory."""
     sizes = [(128, 192)] * 3 + [(192, 128)] * 2 + [(128, 192), (192, 128)]
     with fused_focal_loss(with_kernel=False):  # mmcv's has no bfloat16
-        expected, state = test_graphs.trained(sizes, device='cuda', **options)
-    logs, own = test_graphs.trained(sizes, device='cuda', **options, **test_graphs.GRAPHS)
+        expected, state = test_cuda_graphs.trained(sizes, device='cuda', **options)
+    logs, own = test_cuda_graphs.trained(sizes, device='cuda', **options, **test_cuda_graphs.GRAPHS)
     for mine, theirs in zip(logs, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
     for name, value in state.items():
@@ -155,7 +157,7 @@ def test_a_sum_of_the_focal_loss_is_that_of_the_cpu(dtype, rtol):
 
 
 def test_graphs_have_memory_that_counts():
-    one = meter('light/retinanet_r18_k4.py', test_graphs.GRAPHS)
+    one = meter('light/retinanet_r18_k4.py', test_cuda_graphs.GRAPHS)
     one.step()
     recorded, peak = one.optim_wrapper.graph_bytes, one.allocator_peak()
     assert 0 < recorded == one.optim_wrapper.graph_bytes < peak
@@ -179,7 +181,7 @@ def test_a_detector_trains_and_validates(way, tmp_path):
     runner = [sys.executable, *(['-m', 'torch.distributed.run', '--nproc-per-node=1'] if launcher == 'pytorch' else [])]
     command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k4_shapes.py']
     if way == 'graphs':
-        options |= test_graphs.GRAPHS
+        options |= test_cuda_graphs.GRAPHS
     else:
         command.append('--amp')
     command += ['--work-dir', tmp_path / 'run', '--launcher', launcher, '--cfg-options']

@@ -12,8 +12,8 @@ from mmengine.registry import DATASETS, METRICS
 from mmengine.runner import Runner
 from torch import multiprocessing
 
-from mmman.parallel import watchdog
-from mmman.parallel.watchdog_hook import SHARE_OF_TIMEOUT
+from mmman.watchdog import monitor as watchdog
+from mmman.watchdog.hook import SHARE_OF_TIMEOUT
 from tests.conftest import ROOT
 from tests.parity.pipeline_runs import ToyAccuracy, ToyImages, environment, free_port, toy_run, with_epochs
 

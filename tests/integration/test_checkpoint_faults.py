@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from mmengine.evaluator import BaseMetric, Evaluator
 
-from mmman.engine.atomic_files import AtomicBackend
-from mmman.engine.checkpoint_files import check_whole, latest_checkpoint
+from mmman.runtime.atomic_files import AtomicBackend
+from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint
 from tests.integration.test_resume import EPOCHS, assert_same_training, checkpoint_in, load, loader_of, start, whole
 
 

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmman.engine.config_check import check_config
 from mmman.errors import MisuseError
-from mmman.local.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
+from mmman.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.alive import without_gradient
 from tests.conftest import ROOT
 from tests.transfer_effect import assert_transfer_has_effect

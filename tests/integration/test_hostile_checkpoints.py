@@ -16,8 +16,8 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from mmman.engine.launch import check_checkpoint, end_on_error, set_resume
-from mmman.engine.weights_hook import WeightsHook
+from mmman.runtime.launch import check_checkpoint, end_on_error, set_resume
+from mmman.runtime.weights_hook import WeightsHook
 from tests.integration.hostile_files import cases
 from tests.integration.hostile_pickles import CLEANED, NOT_RESUMED, REFUSED, Call, Case, Name, Naming
 from tests.toy import toy_batches, toy_config

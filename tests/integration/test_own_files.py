@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 
-from mmman.engine.ledger import Ledger
+from mmman.runtime.ledger import Ledger
 from tests.integration.test_resume import EPOCHS, load, loader_of, start
 
 

@@ -14,8 +14,8 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from mmman.engine.seeded import seed_process
 from mmman.errors import CheckpointError, NonFiniteLossError
+from mmman.runtime.seeded import seed_process
 from tests.integration.test_train import assert_same, load
 from tests.toy import CLASSES, ToyClassifier, toy_config
 
@@ -201,7 +201,7 @@ def test_stopped_runs_end_as_the_whole_one(kind, tmp_path):
 @pytest.mark.parametrize('by_epoch', [True, False])
 def test_data_that_cannot_be_positioned_is_trained_with_a_warning(loaders, source, by_epoch, tmp_path, monkeypatch):
     messages = []
-    monkeypatch.setattr('mmman.engine.loops.print_log', lambda message, **_: messages.append(message))
+    monkeypatch.setattr('mmman.runtime.loops.print_log', lambda message, **_: messages.append(message))
     start(tmp_path, by_epoch, loaders, stop=3)
     assert messages == [f'The training data comes from {source}: a resumed run will not be exact']
 

@@ -9,8 +9,8 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from mmman.engine.resume_checks import check_fits
 from mmman.errors import CheckpointError
+from mmman.runtime.resume_checks import check_fits
 from tests.integration.test_resume import StoppedError, checkpoint_in, load, start
 
 SCHEDULERS = [

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from mmengine.hooks import Hook
 from torch import multiprocessing
 
-from mmman.engine.checkpoint_files import latest_checkpoint
+from mmman.runtime.checkpoint_files import latest_checkpoint
 from tests.integration.test_resume import StopAfter, assert_same_training, checkpoint_in, load, start
 
 RANKS, ITERATIONS = 2, 6

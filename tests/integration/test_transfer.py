@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmman import delocalize_
-from mmman.engine.publish import publish
+from mmman.runtime.publish import publish
 from tests.conftest import ROOT
 from tests.integration.test_train import SOURCES, States, assert_same, copies, unit_of
 

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from mmengine.registry import DATASETS
 from torch import multiprocessing
 
-from mmman.engine.checkpoint_files import check_whole, latest_checkpoint
 from mmman.errors import CheckpointWriteError
+from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint
 from tests.conftest import ROOT
 from tests.integration.test_resume import NoisyImages, assert_same_training, checkpoint_in, load, start, whole
 

@@ -14,8 +14,8 @@ from torch import multiprocessing
 from torch.utils.data import Dataset
 
 from mmman import EMABiasHook
-from mmman.engine.launch import build_runner, leave_process_group
-from mmman.engine.resume import use_exact_resume
+from mmman.runtime.launch import build_runner, leave_process_group
+from mmman.runtime.resume import use_exact_resume
 from tests.toy import CLASSES, toy_config
 
 

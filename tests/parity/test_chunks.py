@@ -157,7 +157,7 @@ def test_in_half_precision_as_close_to_single_as_at_once():
 
 def test_the_scale_of_a_loss_scaler_is_used_inside():
     """Half-precision gradients of chunks would underflow without it; what comes out is scaled once."""
-    from mmman.local.chunks import run_in_chunks
+    from mmman.memory.chunks import run_in_chunks
 
     seen = []
     layer = torch.nn.Linear(3, 1, dtype=torch.float64)

@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmman.analysis import LiveBytes
 from mmman.local.scopes import trained_parameters
 from tests.toy import toy_batches
-from tests.unit.local.test_step import step, toy
+from tests.unit.local.test_session import step, toy
 
 SGD = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9, 'weight_decay': 1e-3}
 ADAMW = {'type': 'AdamW', 'lr': 0.01, 'weight_decay': 0.05}

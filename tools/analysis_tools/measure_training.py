@@ -49,7 +49,7 @@ from mmman.analysis.parts import TASK, block_outputs
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
 from mmman.analysis.trial import build_trial, random_batch
-from mmman.local.focal_loss import fused_focal_loss
+from mmman.memory.detection.focal_loss import fused_focal_loss
 
 CONSOLE = Console(width=140)
 MB = 1e6

@@ -21,7 +21,8 @@ from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.analysis.scaling import (
+from mmman.analysis.trial import build_trial, random_batch
+from mmman.experimental.scaling import (
     Link,
     Network,
     Outcome,
@@ -32,10 +33,9 @@ from mmman.analysis.scaling import (
     simulate_local,
     simulate_pipeline,
 )
-from mmman.analysis.scaling.machine import Comparison, Measured, check_machine
-from mmman.analysis.scaling.measure import WARMUP, ProfileMeter
-from mmman.analysis.scaling.table8 import ROWS, Prediction, predict
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.experimental.scaling.machine import Comparison, Measured, check_machine
+from mmman.experimental.scaling.measure import WARMUP, ProfileMeter
+from mmman.experimental.scaling.table8 import ROWS, Prediction, predict
 
 CONSOLE = Console(width=118)
 

@@ -26,8 +26,8 @@ from torch import multiprocessing
 from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
-from mmman.analysis.scaling.network import parse_bandwidth
 from mmman.analysis.trial import build_trial, random_batch
+from mmman.experimental.scaling.network import parse_bandwidth
 
 WRAPPERS = {
     'ours': lambda model: LocalDistributedDataParallel(model, broadcast_buffers=False),

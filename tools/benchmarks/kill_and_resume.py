@@ -29,9 +29,9 @@ import torch
 
 import mmman  # noqa: F401  lets torch.load read mmengine's checkpoints
 from mmman.datasets import write_shapes_dataset
-from mmman.engine.atomic_files import UNFINISHED
-from mmman.engine.checkpoint_files import latest_checkpoint
-from mmman.engine.resume_record import RECORD
+from mmman.runtime.atomic_files import UNFINISHED
+from mmman.runtime.checkpoint_files import latest_checkpoint
+from mmman.runtime.resume_record import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'

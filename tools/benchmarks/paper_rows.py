@@ -49,7 +49,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 import mmman  # noqa: F401  registers its parts
-from mmman.engine.launch import type_name
+from mmman.runtime.launch import type_name
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALABLE = ('CosineAnnealingLR', 'LinearLR', 'MultiStepLR')

@@ -9,8 +9,8 @@ from mmengine.dist import get_rank
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
-from mmman.engine.seeded import seed_iteration
 from mmman.parallel.pipeline.neighbours import Batch
+from mmman.runtime.seeded import seed_iteration
 
 
 class StageLoop(BaseLoop):

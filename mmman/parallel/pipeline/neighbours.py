@@ -14,7 +14,7 @@ from torch.distributed import Store
 from mmman.errors import PeerError
 from mmman.parallel.pipeline.channel import Inbox, Outbox
 from mmman.parallel.pipeline.place import Place, stage_groups
-from mmman.parallel.watchdog import Watchdog
+from mmman.watchdog.monitor import Watchdog
 
 
 @dataclass

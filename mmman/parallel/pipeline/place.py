@@ -13,7 +13,7 @@ from mmengine.device import get_device
 from torch.distributed import PrefixStore, Store
 
 from mmman.errors import MisuseError
-from mmman.parallel.rendezvous import RANK_VARIABLES, connect, find_rank
+from mmman.watchdog.rendezvous import RANK_VARIABLES, connect, find_rank
 
 PATIENT = timedelta(days=365)
 """For waits that the watchdog ends where nothing will come."""

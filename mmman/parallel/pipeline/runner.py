@@ -18,13 +18,13 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmman.engine.config_check import PipelineOptions
-from mmman.engine.launch import type_name
 from mmman.errors import MisuseError
 from mmman.parallel.pipeline.loop import StageLoop
 from mmman.parallel.pipeline.place import PATIENT, join_replicas, rendezvous
 from mmman.parallel.pipeline.stage import PipelineStage
-from mmman.parallel.watchdog import Watchdog
 from mmman.registry import RUNNERS
+from mmman.runtime.launch import type_name
+from mmman.watchdog.monitor import Watchdog
 
 FOLLOWERS_HOOKS = ('EMABiasHook',)
 """Hooks of the config that run on every stage; all others see the first one alone."""

@@ -6,7 +6,7 @@ import torch
 from mmman import localize_
 from mmman.analysis import LiveBytes
 from mmman.analysis.backbone_cost import Ratios, UnitCost, formula_ratios, predict_cost, summed_ratios, unit_costs
-from mmman.analysis.cost import CHANNEL, UNIT, Bias
+from mmman.analysis.paper_cost import CHANNEL, UNIT, Bias
 from mmman.errors import CostError
 from tests.toy import ToyNet
 

@@ -6,7 +6,7 @@ from mmengine.model import MMDistributedDataParallel
 
 from mmman import EMABiasHook
 from mmman.errors import MisuseError
-from tests.unit.local.test_step import step, toy, wrapper
+from tests.unit.local.test_session import step, toy, wrapper
 
 
 @pytest.fixture

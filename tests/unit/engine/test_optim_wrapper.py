@@ -9,7 +9,7 @@ from mmengine.optim import build_optim_wrapper
 from mmman import LocalLearningOptimWrapper
 from mmman.errors import MisuseError
 from tests.toy import toy_batches
-from tests.unit.local.test_step import step, toy, wrapper
+from tests.unit.local.test_session import step, toy, wrapper
 
 
 @pytest.fixture(autouse=True)

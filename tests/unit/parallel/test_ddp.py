@@ -14,7 +14,7 @@ from mmman.errors import MisuseError
 from mmman.local.scopes import trained_parameters
 from mmman.parallel import BlockReducer
 from tests.toy import toy_batches
-from tests.unit.local.test_step import gradients, step, toy, wrapper
+from tests.unit.local.test_session import gradients, step, toy, wrapper
 
 
 @pytest.fixture(autouse=True)

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from mmengine.registry import MODELS
 
 from mmman.errors import MisuseError, PeerError
-from mmman.parallel import watchdog as watchdog_module
 from mmman.parallel.pipeline.channel import Inbox, Outbox
 from mmman.parallel.pipeline.parts import Part
 from mmman.parallel.pipeline.place import Place, rendezvous
 from mmman.parallel.pipeline.runner import PipelineRunner
-from mmman.parallel.watchdog import Watchdog
+from mmman.watchdog import monitor as watchdog_module
+from mmman.watchdog.monitor import Watchdog
 from tests.parity.pipeline_runs import environment, free_port, toy_run
 from tests.toy import toy_config
 

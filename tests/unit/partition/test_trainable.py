@@ -8,7 +8,7 @@ from mmman import LocalLearningOptimWrapper, localize_
 from mmman.errors import MisuseError, PartitionError
 from mmman.partition import chain_of, trainable_units
 from tests.toy import ToyNet, toy_batches
-from tests.unit.local.test_step import step, toy
+from tests.unit.local.test_session import step, toy
 from tests.unit.partition.test_families import HEAD, SWIN, VIT, build
 
 SMALL_SWIN = {'embed_dims': 24, 'depths': (2, 2, 2, 2)}

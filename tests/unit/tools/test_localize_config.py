@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmman import LocalLearningError
-from mmman.engine.localized_child import localize
+from mmman.runtime.localized_child import localize
 from tools import localize_config
 
 pytest.importorskip('mmdet')

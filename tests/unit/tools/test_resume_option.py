@@ -9,8 +9,8 @@ from mmengine.config import Config
 from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop
 
-from mmman.engine.launch import set_resume
-from mmman.engine.resume import use_exact_resume
+from mmman.runtime.launch import set_resume
+from mmman.runtime.resume import use_exact_resume
 
 
 def config(folder, **options):
@@ -91,7 +91,7 @@ def test_options_of_loop_and_hook_are_kept(kind):
 
 def test_custom_classes_are_kept_with_a_warning(monkeypatch):
     messages = []
-    monkeypatch.setattr('mmman.engine.resume.print_log', lambda message, **_: messages.append(message))
+    monkeypatch.setattr('mmman.runtime.resume.print_log', lambda message, **_: messages.append(message))
     options = {'train_cfg': {'type': 'MyLoop'}, 'default_hooks': {'checkpoint': {'type': 'MyHook'}}}
     cfg = Config(options)
     use_exact_resume(cfg)
@@ -113,4 +113,4 @@ init_default_scope('mmdet')
 print(LOOPS.get('mmman.EpochBasedTrainLoop').__module__, HOOKS.get('mmman.CheckpointHook').__module__)
 """
     printed = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    assert printed.split() == ['mmman.engine.loops', 'mmman.engine.checkpoint_hook']
+    assert printed.split() == ['mmman.runtime.loops', 'mmman.runtime.checkpoint_hook']

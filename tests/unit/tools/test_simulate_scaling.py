@@ -5,9 +5,9 @@ import json
 import pytest
 
 from mmman import LocalLearningError
-from mmman.analysis.scaling import Block, Link, Network, Profile
-from mmman.analysis.scaling.machine import Measured, compare
-from mmman.analysis.scaling.table8 import ROWS, predict
+from mmman.experimental.scaling import Block, Link, Network, Profile
+from mmman.experimental.scaling.machine import Measured, compare
+from mmman.experimental.scaling.table8 import ROWS, predict
 from tests.conftest import ROOT
 from tools.analysis_tools.simulate_scaling import main, parse_args, run
 

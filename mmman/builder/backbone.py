@@ -1,0 +1,82 @@
+"""``mmman.LocalBackbone``: a stock backbone built from its config and localised."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from mmman.local.localize import localize_
+from mmman.local.part_options import check_parts, class_of
+from mmman.options import Count, Positive, check_options, checked
+from mmman.planning.memory_cuts import MemoryCuts
+from mmman.registry import MODELS
+
+
+def _stock_option(option: str, options: Mapping[str, Any]) -> str | None:
+    """Say where an option of the stock backbone belongs, which a stock config sets in ``model.backbone``."""
+    stock = options.get('backbone')
+    kind = class_of(stock.get('type')) if isinstance(stock, Mapping) else None
+    if any(option in inspect.signature(cls.__init__).parameters for cls in getattr(kind, '__mro__', ())[:-1]):
+        return f'{kind.__name__} has this option, the stock backbone: set model.backbone.backbone.{option}'
+    return None
+
+
+@MODELS.register_module()
+@checked('model.backbone', elsewhere=_stock_option)
+def LocalBackbone(  # noqa: N802  named as a config writes it
+    backbone: dict,
+    num_blocks: Count | None = None,
+    local_head: dict | None = None,
+    partition: str | Sequence[str] | dict = 'stage',
+    transfer: dict | None = None,
+    loss_weight: Positive | Sequence[Positive] = 1.0,
+    recompute: bool | Sequence[str] = False,
+    selective_recompute: bool | Sequence[str] = False,
+    pretrained: str | None = None,
+) -> nn.Module:
+    """Build a stock backbone and localise it. What a config names: ``type='mmman.LocalBackbone'``.
+
+    Args:
+        backbone: Config of the stock backbone, built in the default scope of the config.
+        pretrained: Passed on to ``backbone``; mmseg's segmentors set it.
+        partition: As in :func:`localize_`, or ``dict(type='memory', ...)`` with the arguments of
+            :class:`mmman.planning.memory_cuts.MemoryCuts`: the cuts with the smallest peak of a training step.
+        num_blocks, local_head, transfer, loss_weight, recompute, selective_recompute: See :func:`localize_`.
+
+    Returns:
+        The backbone: an instance of its own class.
+    """
+    check_parts(transfer, local_head)
+    if pretrained is not None:
+        backbone = {**backbone, 'pretrained': pretrained}
+    if isinstance(partition, dict):
+        options = {'backbone': backbone, 'local_head': local_head, 'transfer': transfer}
+        options |= {'recompute': recompute, 'selective_recompute': selective_recompute}
+        partition = MemoryCuts.of(partition).plan(options, num_blocks)
+    return localize_(
+        MODELS.build(backbone),
+        num_blocks=num_blocks,
+        local_head=local_head,
+        partition=partition,
+        transfer=transfer,
+        loss_weight=loss_weight,
+        recompute=recompute,
+        selective_recompute=selective_recompute,
+    )
+
+
+def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backbone') -> None:
+    """Check the options of :func:`LocalBackbone`, those of the transfer and the local heads included, without building it.
+
+    Args:
+        options: By name, without ``type``.
+        where: Their place in the config, for error messages.
+
+    Raises:
+        MisuseError: An option is unknown, missing or of a wrong type or value, or contradicts another.
+    """
+    check_options(LocalBackbone, options, where)
+    check_parts(options.get('transfer'), options.get('local_head'), where)

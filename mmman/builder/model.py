@@ -1,0 +1,105 @@
+"""Local heads that follow the model's own head, whatever a later config changes of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.config import ConfigDict
+from mmengine.model import BaseModel
+
+from mmman.builder.backbone import LocalBackbone
+from mmman.errors import MisuseError
+from mmman.local.part_options import class_of
+from mmman.options import checked
+from mmman.registry import MODELS
+
+
+@MODELS.register_module()
+@checked('model')
+def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel:  # noqa: N802  named as a config writes it
+    """Build a stock detector, segmentor or classifier whose local heads take their options from its own head.
+
+    In a config that inherits a stock one::
+
+        model = dict(
+            type='mmman.LocalModel',
+            model_type=_base_.model.type,
+            backbone=dict(
+                _delete_=True,
+                type='mmman.LocalBackbone',
+                backbone=_base_.model.backbone,
+                num_blocks=4,
+                local_head=dict(type='mmman.DetLocalHead'),
+            ),
+        )
+
+    ``bbox_head`` and ``train_cfg`` (detectors), ``num_classes`` (two-stage detectors), ``decode_head`` (segmentors) or ``head``
+    (classifiers) of the local head are those of the model as it is built, also where a config that inherits this one changes
+    them. What ``local_head`` sets itself wins, key by key.
+
+    Args:
+        model_type: The stock model's own ``type``.
+        backbone: Config of a ``mmman.LocalBackbone``.
+        **options: The stock model's options.
+
+    Returns:
+        The model: an instance of its own class.
+
+    Raises:
+        MisuseError: ``backbone`` is no ``mmman.LocalBackbone``.
+    """
+    backbone = _following({**options, 'backbone': backbone})
+    return MODELS.build(ConfigDict({**options, 'type': model_type, 'backbone': backbone}))
+
+
+def _following(model: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model's localised backbone, with what its local heads take from the model's own head."""
+    backbone = model['backbone']
+    if class_of(backbone.get('type')) is not LocalBackbone:
+        raise MisuseError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel takes 'mmman.LocalBackbone'")
+    local_head = backbone.get('local_head')
+    if not isinstance(local_head, Mapping) or 'type' not in local_head:  # LocalBackbone says what is missing
+        return dict(backbone)
+    follow = getattr(class_of(local_head['type']), 'follow', None)
+    followed = follow(model, local_head) if follow else {}
+    return {**backbone, 'local_head': _merged(copy.deepcopy(followed), local_head)}
+
+
+def changed_options(model: Mapping[str, Any]) -> list[str]:
+    """Options of the model's own head that its local heads, made from another config, don't have.
+
+    Args:
+        model: Config of a model whose backbone is a ``mmman.LocalBackbone``.
+
+    Returns:
+        Their keys below ``local_head``, e.g. ``bbox_head.anchor_generator.ratios``. Options that only size a head don't count.
+    """
+    local_head = model['backbone'].get('local_head')
+    kind = class_of(local_head['type']) if local_head else None
+    if kind is None or class_of(model.get('type')) is LocalModel:
+        return []
+    followed = kind.follow(model, local_head)
+    ours, theirs = kind.task_options(local_head), kind.task_options(followed)
+    return sorted(key for name in theirs for key in _differences(ours.get(name), theirs[name], name))
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``base`` with ``changes``, dict by dict; a dict of another type replaces the one in ``base``."""
+    for name, value in changes.items():
+        old = base.get(name)
+        inherits = (
+            isinstance(old, Mapping) and isinstance(value, Mapping) and value.get('type', old.get('type')) == old.get('type')
+        )
+        base[name] = _merged(dict(old), value) if inherits else copy.deepcopy(value)
+    return base
+
+
+def _differences(ours: Any, theirs: Any, key: str) -> list[str]:
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        names = [*theirs, *(name for name in ours if name not in theirs)]
+        return [found for name in names for found in _differences(ours.get(name), theirs.get(name), f'{key}.{name}')]
+    if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+        return [] if [*ours] == [*theirs] else [key]
+    return [] if ours == theirs else [key]

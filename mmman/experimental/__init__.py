@@ -1,0 +1,1 @@
+"""What no test has passed on the hardware that it is for: CUDA graphs, and simulated clusters."""

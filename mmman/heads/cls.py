@@ -1,0 +1,170 @@
+"""The local heads of classifiers: any classification head of mmpretrain behind a small network; DGL's network."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.dry_run import describe_error
+from mmman.heads.layers import INIT, conv_bn_relu, linear_bn_relu
+from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.local.transfer import MomentumTransfer
+from mmman.options import Count, checked
+from mmman.registry import MODELS
+
+
+class ClsLocalHead(LocalHead):
+    """Transfer, a network that a subclass gives by :meth:`embed`, then a linear classifier built from the model's own head.
+
+    Number of classes, loss (label smoothing, focal, multi-label), top-k and soft targets (Mixup, CutMix) are those of the
+    model's head; its ``in_channels`` is replaced.
+
+    Args:
+        in_channels: Features that :meth:`embed` returns.
+        head: Config of the model's classification head, ``_base_.model.head``: a linear one of mmpretrain.
+        boundary, transfer, loss_weight, init_cfg: See :class:`LocalHead`.
+
+    Raises:
+        MisuseError: ``head`` isn't such a head, or doesn't say its ``num_classes``.
+    """
+
+    task = 'classifier'
+    uses_images = False
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        head: dict,
+        in_channels: int,
+        loss_weight: float = 1.0,
+        init_cfg: dict | list | None = INIT,
+    ) -> None:
+        super().__init__(boundary, transfer, loss_weight, init_cfg)
+        self.num_classes = head.get('num_classes')
+        self.head = _classifier(head, in_channels)
+
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        if 'head' not in model:
+            return {}
+        stock = model['backbone'].get('backbone') or {}  # which has the classifier of a VGG
+        return {'head': {**({'num_classes': stock['num_classes']} if 'num_classes' in stock else {}), **model['head']}}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        head = without(options.get('head'), ('in_channels', 'hidden_dim'))
+        name = str(head.get('type')).rpartition('.')[-1]
+        return {'head': {**head, 'type': _LINEAR.get(name, name)}}
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        """Features for the classifier.
+
+        Args:
+            y: The transfer's output, (B, C, H, W) or (B, L, C).
+            inputs: The model's input batch, (B, 3, H0, W0).
+
+        Returns:
+            (B, in_channels).
+        """
+        raise NotImplementedError
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """The classification head's own loss; arguments as in :meth:`LocalHead.loss`."""
+        return self.head.loss((self.embed(y, inputs),), data_samples)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the model is no classifier, or has another number of classes."""
+        super().check_model(model)
+        owners = [getattr(model, name, None) for name in ('head', 'backbone')]
+        theirs = next((n for owner in owners if (n := getattr(owner, 'num_classes', None)) and n > 0), None)
+        if theirs not in (None, self.num_classes):
+            raise MisuseError(
+                f'the local head has num_classes={self.num_classes}, the model {theirs}: '
+                f'set model.backbone.local_head.head.num_classes={theirs} as well'
+            )
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
+class DGLLocalHead(ClsLocalHead):
+    """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
+
+    Average pooling to 8x8, three 1x1 convolutions, global pooling, three linear layers, each with BN and ReLU, and the
+    classifier. Its cost hardly depends on the image's size.
+
+    Args:
+        pool_size: Height and width that larger features are pooled to.
+        conv_channels: Channels of the convolutions.
+        fc_channels: Width of the linear layers.
+        boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+    """
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        head: dict,
+        pool_size: Count = 8,
+        conv_channels: Count = 128,
+        fc_channels: Count = 512,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(boundary, transfer, head, fc_channels, loss_weight)
+        self.pool_size = pool_size
+        widths = (boundary.channels, conv_channels, conv_channels)
+        self.convs = nn.Sequential(*(conv_bn_relu(width, conv_channels, 1) for width in widths))
+        widths = (conv_channels, fc_channels, fc_channels)
+        self.fcs = nn.Sequential(*(linear_bn_relu(width, fc_channels) for width in widths))
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        y = self.as_map(y, inputs)
+        y = F.adaptive_avg_pool2d(y, [min(self.pool_size, size) for size in y.shape[-2:]])
+        return self.fcs(self.convs(y).mean((2, 3)))
+
+
+_LINEAR = {
+    'ClsHead': 'LinearClsHead',
+    'MultiLabelClsHead': 'MultiLabelLinearClsHead',
+    'DeiTClsHead': 'VisionTransformerClsHead',
+}
+"""Heads that only hold a loss, or that take a particular backbone's output, and the linear head that stands for them."""
+
+
+def _classifier(head: dict, in_channels: int) -> nn.Module:
+    config = {name: value for name, value in head.items() if name not in ('in_channels', 'hidden_dim')}
+    kind = config['type']
+    name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
+    if name in _LINEAR:
+        config['type'] = f'mmpretrain.{_LINEAR[name]}'
+    with MODELS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
+    if cls is None or not {'in_channels', 'num_classes'} <= inspect.signature(cls).parameters.keys():
+        raise MisuseError(
+            f'{name} cannot be a local classification head: it is no linear head with num_classes and in_channels; '
+            f'set local_head.head to another, e.g. {_others(name)}'
+        )
+    if not config.get('num_classes'):
+        raise MisuseError(
+            f'local_head.head of type {name} does not say num_classes: set it, e.g. '
+            "head=dict(type='LinearClsHead', num_classes=1000, loss=...)"
+        )
+    try:
+        built = MODELS.build({**config, 'in_channels': in_channels})
+        built((next(built.parameters()).new_zeros(2, in_channels),))
+    except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise MisuseError(
+            f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
+            f'({describe_error(error)}); set local_head.head to another, e.g. {_others(name)}'
+        ) from error
+    return built
+
+
+def _others(name: str) -> str:
+    heads = ('LinearClsHead', 'MultiLabelLinearClsHead', 'VisionTransformerClsHead')
+    return ', '.join(head for head in heads if head != name)

@@ -1,0 +1,250 @@
+"""The local head of detectors: any single-stage dense head of mmdet on the pyramid levels that match the block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.det_config import (
+    UNFIT,
+    anchors_by_level,
+    at_levels,
+    coarser,
+    refusal,
+    standing_alone,
+    throw_away,
+)
+from mmman.heads.dry_run import IMAGES, DryRunError, detection_samples, unreached_parameters
+from mmman.heads.levels import LevelProjection, assign_levels, size_range
+from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.local.transfer import MomentumTransfer
+from mmman.memory.detection.anchor_targets import targets_at_once
+from mmman.options import Count, checked
+from mmman.registry import MODELS
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
+class DetLocalHead(LocalHead):
+    """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
+
+    The head predicts on the levels that :func:`assign_levels` gives it. An anchor-based head is shown the objects whose size
+    its levels' anchors can match (:func:`size_range`); a point-based one has its ``regress_ranges`` for that.
+
+    Args:
+        bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
+            ATSSHead, GFLHead.
+        train_cfg: Its training config, which mmdet injects at model level: ``_base_.model.train_cfg``.
+        num_classes: In place of ``bbox_head`` and ``train_cfg``, for two-stage detectors: RetinaNet's head for so many classes.
+        stacked_convs: Convolutions a tower; the model's own head usually has 4.
+        downsample: Pool the features by this factor along a side: the dense head sits on a grid so much coarser, with anchors
+            of the same sizes, and takes its square less memory and time. Not in the paper.
+        boundary, transfer, loss_weight: See :class:`LocalHead`.
+
+    Raises:
+        MisuseError: ``bbox_head`` is no dense head of that kind, by name; or both or none of it and ``num_classes`` are given.
+    """
+
+    task = 'detector'
+    uses_images = False
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        bbox_head: dict | None = None,
+        train_cfg: dict | None = None,
+        num_classes: Count | None = None,
+        stacked_convs: Count = 2,
+        downsample: Count = 1,
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(boundary, transfer, loss_weight)
+        if (bbox_head is None) == (num_classes is None):
+            raise MisuseError(
+                'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
+            )
+        if bbox_head is None:
+            bbox_head, train_cfg = {**_RETINANET, 'num_classes': num_classes}, train_cfg or _RETINANET_TRAINING
+        config = standing_alone({**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None})
+        whole = throw_away(config)
+        name = type(whole).__name__
+        priors = getattr(whole, 'prior_generator', None)
+        reason = UNFIT.get(name)
+        if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
+            reason = 'it is no single-stage dense head with one in_channels, stacked_convs and a prior generator'
+        if reason:
+            raise MisuseError(refusal(name, reason))
+        strides = [stride[0] for stride in priors.strides]
+        levels = assign_levels(boundary.stride, boundary.strides, strides)
+        self.downsample = downsample
+        self.level_strides = [strides[i] * downsample for i in levels]
+        self.size_range = None
+        anchors = anchors_by_level(whole)
+        if anchors is not None:
+            sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
+            self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
+
+        self.projection = LevelProjection(
+            boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
+        )
+        config = {**coarser(at_levels(config, whole, levels), downsample), 'stacked_convs': stacked_convs}
+        unreached = self._dry_run(config)
+        self.bbox_head = MODELS.build(config)
+        for parameter in unreached:
+            self.bbox_head.get_parameter(parameter).requires_grad_(False)
+        if unreached:
+            print_log(
+                f'{name} after {self.unit} has parameters that its own loss does not train; they are frozen: '
+                f'{", ".join(unreached)}',
+                logger='current',
+            )
+
+    def _dry_run(self, config: dict) -> tuple[str, ...]:
+        """Parameters of the dense head that its loss doesn't reach; refuses a head that can't be built, or has no loss."""
+        scope = DefaultScope.get_current_instance()
+        key = repr((config, self.level_strides, scope and scope.scope_name))
+        if key not in _UNREACHED:
+            try:
+                _UNREACHED[key] = _unreached(config, self.level_strides)
+            except DryRunError as error:
+                reason = f'it fails on feature maps of the strides {self.level_strides} ({error})'
+                if config['train_cfg'] is None:
+                    reason += ', perhaps because local_head.train_cfg is not given'
+                raise MisuseError(refusal(config['type'], reason)) from error
+        return _UNREACHED[key]
+
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        if options.get('num_classes') is not None and 'bbox_head' in model:
+            return {}  # chosen in place of the model's own dense head
+        if isinstance(model.get('bbox_head'), Mapping):
+            return {'bbox_head': model['bbox_head'], 'train_cfg': model.get('train_cfg')}
+        boxes = (model.get('roi_head') or {}).get('bbox_head')
+        boxes = boxes[0] if isinstance(boxes, (list, tuple)) else boxes
+        return {'num_classes': boxes['num_classes']} if boxes and 'num_classes' in boxes else {}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        if 'bbox_head' not in options:
+            return {}
+        sizes = ('in_channels', 'feat_channels', 'stacked_convs')
+        return {'bbox_head': without(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+        """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
+        y = self.as_map(y, inputs)
+        if self.downsample > 1:
+            y = F.avg_pool2d(y, self.downsample, ceil_mode=True)
+        levels = self.projection(y)
+        with targets_at_once(self.bbox_head):
+            return self.bbox_head.loss(levels, self.shown(data_samples))
+
+    @property
+    def sees_channel_bias(self) -> bool:
+        norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
+        return not any(isinstance(module, norms) for module in self.bbox_head.modules())
+
+    @property
+    def dense_head(self) -> nn.Module:
+        return self.bbox_head
+
+    def shown(self, data_samples: list) -> list:
+        """Views of the data samples with the objects of this head's sizes; the samples themselves stay whole."""
+        if self.size_range is None:
+            return data_samples
+        from mmdet.structures.bbox import cat_boxes, get_box_wh
+
+        instances = [sample.gt_instances for sample in data_samples]
+        width, height = get_box_wh(cat_boxes([own.bboxes for own in instances]))
+        size, (low, high) = (width * height).sqrt(), self.size_range
+        is_shown = ((size >= low) & (size <= high)).tolist()  # one wait for the device; selecting by it here needs no other
+        views = []
+        for sample, own in zip(data_samples, instances, strict=True):
+            flags, is_shown = is_shown[: len(own)], is_shown[len(own) :]
+            view = copy.copy(sample)
+            view.gt_instances = own if all(flags) else own[torch.tensor(flags).nonzero()[:, 0]]
+            views.append(view)
+        return views
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the model is no detector, or its own head has another ``num_classes``."""
+        super().check_model(model)
+        own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+        own = own[0] if isinstance(own, nn.ModuleList) else own
+        theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes
+        if theirs not in (None, ours):
+            raise MisuseError(
+                f'the local head has num_classes={ours}, the model {theirs}: '
+                f'set num_classes={theirs} in model.backbone.local_head (below bbox_head, where one is given) as well'
+            )
+
+
+_RETINANET = {
+    'type': 'mmdet.RetinaHead',
+    'in_channels': 256,
+    'feat_channels': 256,
+    'anchor_generator': {
+        'type': 'mmdet.AnchorGenerator',
+        'octave_base_scale': 4,
+        'scales_per_octave': 3,
+        'ratios': [0.5, 1.0, 2.0],
+        'strides': [8, 16, 32, 64, 128],
+    },
+    'bbox_coder': {'type': 'mmdet.DeltaXYWHBBoxCoder'},
+    'loss_cls': {'type': 'mmdet.FocalLoss', 'use_sigmoid': True, 'gamma': 2.0, 'alpha': 0.25},
+    'loss_bbox': {'type': 'mmdet.L1Loss'},
+}
+_RETINANET_TRAINING = {
+    'assigner': {
+        'type': 'mmdet.MaxIoUAssigner',
+        'pos_iou_thr': 0.5,
+        'neg_iou_thr': 0.4,
+        'min_pos_iou': 0,
+        'ignore_iof_thr': -1,
+    },
+    'sampler': {'type': 'mmdet.PseudoSampler'},
+    'allowed_border': -1,
+    'pos_weight': -1,
+    'debug': False,
+}
+
+_UNREACHED: dict[str, tuple[str, ...]] = {}
+"""What dry runs found, by the config of the dense head and its strides: the same answer for every model of a process."""
+
+
+def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
+    """Parameters of a dense head that its loss doesn't reach.
+
+    What fails on small maps (deformable convolutions) is tried on larger ones, and what fails without masks with them.
+    """
+
+    def build() -> nn.Module:
+        return MODELS.build(copy.deepcopy(config))
+
+    failures = []
+    for cells, masks in ((2, False), (4, False), (4, True)):
+        try:
+            return unreached_parameters(build, partial(_losses, strides, cells, masks))
+        except DryRunError as error:
+            failures.append(error)
+    raise failures[1]
+
+
+def _losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
+    """Losses of a dense head on random features, ``cells`` or more along a side, with objects of all sizes and without any."""
+    device = next(head.parameters()).device
+    side = max(64, cells * max(strides))
+    for along in (5, 0):
+        maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
+        with targets_at_once(head):
+            yield head.loss(maps, detection_samples(side, head.num_classes, device, along, masks))

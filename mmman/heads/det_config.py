@@ -1,0 +1,131 @@
+"""Configs of mmdet's dense heads, adapted to a local head: which can stand alone, and on some levels of the pyramid."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.dry_run import describe_error
+from mmman.registry import MODELS
+
+UNFIT = {
+    'FSAFHead': "it chooses an object's level by comparing the losses of all levels",
+    'RepPointsHead': "its point assigner needs the levels' scales to start at the pyramid's",
+}
+"""Dense heads that build and run on some of the levels, and train something else there."""
+_INSTEAD = {
+    'LDHead': ('GFLHead', 'without its teacher'),
+    'LADHead': ('PAAHead', 'without its teacher'),
+    'CondInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
+    'BoxInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
+}
+"""Heads that compute their loss with, or for, another network, and the head that they are without it."""
+_LEVEL_COUNTS = ('num_ins',)
+"""Options that are the number of levels."""
+_OF_GENERATORS = {'strides', 'base_sizes', 'centers'}
+"""Options of generators that may have a value a level."""
+
+
+def refusal(kind: str | type, reason: str) -> str:
+    """Says that a dense head, named as in a config, can't be a local head, why, and what to set instead."""
+    name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
+    others = [head for head in ('RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead') if head != name]
+    return (
+        f'{name} cannot be a local detection head: {reason}; set local_head.bbox_head to another, e.g. {", ".join(others)}, or '
+        "give local_head.num_classes in its place, which chooses RetinaNet's"
+    )
+
+
+def standing_alone(config: dict) -> dict:
+    """The config of the head itself, or, of one that another network takes part in, of the head that it is without it."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
+    if cls is None or cls.__name__ not in _INSTEAD:
+        return config
+    from mmdet.models import dense_heads
+
+    name, why = _INSTEAD[cls.__name__]
+    options = _options(getattr(dense_heads, name))
+    print_log(f'local head: {name}, which {cls.__name__} is {why}', logger='current')
+    return {**{key: value for key, value in config.items() if key in options}, 'type': f'mmdet.{name}'}
+
+
+def throw_away(config: dict) -> nn.Module:
+    """A head that knows the whole pyramid, values included, also when building on meta."""
+    try:
+        with torch.device('cpu'):
+            return MODELS.build(copy.deepcopy(config))
+    except Exception as error:  # a third party's constructor may fail in any way
+        raise MisuseError(refusal(config['type'], f'it cannot be built ({describe_error(error)})')) from error
+
+
+def _options(cls: type) -> dict[str, object]:
+    """The options of a class by name, those that it passes on included, with their defaults."""
+    found: dict[str, object] = {}
+    for base in cls.__mro__:
+        for name, option in inspect.signature(base.__init__).parameters.items():
+            found.setdefault(name, option.default)
+    return {name: default for name, default in found.items() if name not in ('self', 'args', 'kwargs')}
+
+
+def anchors_by_level(whole: nn.Module) -> list[Tensor] | None:
+    """Base anchors of every level, (A, 4), where objects are assigned to anchors; None where they are to points."""
+    generators = [whole.prior_generator, *(value for name, value in vars(whole).items() if name.endswith('prior_generator'))]
+    return next((generator.base_anchors for generator in generators if hasattr(generator, 'base_anchors')), None)
+
+
+def at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
+    """The dense head's config with every option that has a value a level, given or default, cut down to ``levels``."""
+    count = len(whole.prior_generator.strides)
+    options = _options(type(whole))
+    own = {name: value for name, value in vars(whole).items() if name in options and _is_per_level(value, count)}
+    generators = {name: default for name, default in options.items() if _has_strides(default)}
+    config = copy.deepcopy({**own, **generators, **config})
+    parts = [(value, _OF_GENERATORS) for value in config.values() if _has_strides(value)]
+    for part, names in ((config, options.keys()), *parts):
+        for name in names & part.keys():
+            if _is_per_level(part[name], count):
+                part[name] = [part[name][i] for i in levels]
+    return config | {name: len(levels) for name in _LEVEL_COUNTS if name in options}
+
+
+def coarser(config: dict, factor: int) -> dict:
+    """The dense head's config on grids ``factor`` times coarser, with anchors as large as before."""
+    if factor == 1:
+        return config
+    generators = [value for value in config.values() if _has_strides(value)]
+    for generator in generators:
+        if generator.get('base_sizes') is None and 'base_sizes' in _options(_generator_class(generator)):
+            generator['base_sizes'] = [min(_pair(stride)) for stride in generator['strides']]
+    for part in (config, *generators):
+        if 'strides' in part:
+            part['strides'] = [_scaled(stride, factor) for stride in part['strides']]
+    return config
+
+
+def _generator_class(config: dict) -> type:
+    from mmdet.registry import TASK_UTILS
+
+    return TASK_UTILS.get(config['type']) if isinstance(config['type'], str) else config['type']
+
+
+def _scaled(stride: int | tuple[int, int], factor: int) -> int | tuple[int, int]:
+    return tuple(side * factor for side in stride) if isinstance(stride, (list, tuple)) else stride * factor
+
+
+def _pair(stride: int | tuple[int, int]) -> tuple[int, int]:
+    return stride if isinstance(stride, (list, tuple)) else (stride, stride)
+
+
+def _has_strides(value: object) -> bool:
+    """Whether an option is the config of a generator of anchors or points."""
+    return isinstance(value, dict) and isinstance(value.get('strides'), (list, tuple))
+
+
+def _is_per_level(value: object, count: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == count

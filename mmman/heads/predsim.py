@@ -1,0 +1,76 @@
+"""PredSim: a linear prediction beside similarity matching."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmman.heads.cls import ClsLocalHead
+from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.transfer import MomentumTransfer
+from mmman.options import Range, checked
+from mmman.registry import MODELS
+
+MAX_FEATURES = 2048
+"""The linear classifier sees the map pooled to at most that many values."""
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
+class PredSimLocalHead(ClsLocalHead):
+    """The local head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019), its ``predsim``.
+
+    ``(1 - beta) * cross entropy of a linear classifier + beta * mean (S(conv(y)) - S(labels))^2``, where S is the matrix of
+    cosine similarities between the batch's images: of the spatial standard deviations of their channels (of their values, on a
+    map of one pixel), or of their labels.
+
+    Args:
+        beta: Share of the similarity matching, from 0 to 1.
+        boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+    """
+
+    sees_channel_bias = True
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        head: dict,
+        beta: Annotated[float, Range(0, 1)] = 0.99,
+        loss_weight: float = 1.0,
+    ) -> None:
+        pool_size = max(1, math.isqrt(MAX_FEATURES // boundary.channels))
+        super().__init__(boundary, transfer, head, boundary.channels * pool_size**2, loss_weight)
+        self.pool_size = pool_size
+        self.beta = beta
+        self.similarity = nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False)
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(self.as_map(y, inputs), self.pool_size).flatten(1)
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """``loss_pred`` and ``loss_sim``, weighted; arguments as in :meth:`LocalHead.loss`."""
+        prediction = self.head.loss((self.embed(y, inputs),), data_samples)['loss']
+        pixels = self.similarity(self.as_map(y, inputs)).flatten(2).float()
+        features = pixels.std(dim=2) if pixels.shape[2] > 1 else pixels[:, :, 0]
+        matching = F.mse_loss(similarity_matrix(features), similarity_matrix(self._targets(data_samples)))
+        return {'loss_pred': (1 - self.beta) * prediction, 'loss_sim': self.beta * matching}
+
+    def _targets(self, data_samples: list) -> Tensor:
+        """Class scores, (B, num_classes): one for every label of an image, or what Mixup made of them."""
+        if 'gt_score' in data_samples[0]:
+            return torch.stack([sample.gt_score for sample in data_samples]).float()
+        labels = [sample.gt_label for sample in data_samples]
+        if all(len(label) == 1 for label in labels):
+            return F.one_hot(torch.cat(labels), self.num_classes).float()
+        return torch.stack([F.one_hot(label, self.num_classes).sum(0) for label in labels]).float()
+
+
+def similarity_matrix(features: Tensor) -> Tensor:
+    """Cosine similarities (B, B) between centred rows of (B, D)."""
+    centred = F.normalize(features - features.mean(1, keepdim=True), dim=1, eps=1e-8)
+    return centred @ centred.T

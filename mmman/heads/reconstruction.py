@@ -1,0 +1,188 @@
+"""Reconstruction of the input image from a block's output: the half of InfoPro that keeps information for later blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.layers import conv_bn_relu
+
+CHECKED_SIDE = 64
+"""About so many rows and columns of every image are looked at where pixels are checked."""
+
+MOST_OUTSIDE = 0.25
+"""Share of a channel's pixels that may be outside the range: augmentations in floating point overshoot."""
+
+LEAST_SPREAD = 0.02
+"""Share of the range that the values of a channel have to take up."""
+
+ROUNDING = 1e-3
+"""How far outside [0, 1] a restored pixel may be by rounding."""
+
+
+class ReconstructionDecoder(BaseModule):
+    """Logits of the image's pixels from a feature map.
+
+    Args:
+        in_channels: Channels C of the map.
+        stride: Its stride in pixels.
+        stepwise: False, for small images: bilinear upsampling to the image's size, then 3x3 convolutions to 12 and to the
+            image's channels. True: a 1x1 convolution to C/4, then for every doubling bilinear upsampling and a 3x3 convolution;
+            the last four have 64, 32, 12 and the image's channels (InfoPro on ImageNet).
+        image_channels: Channels of the image.
+    """
+
+    def __init__(self, in_channels: int, stride: int, stepwise: bool = False, image_channels: int = 3) -> None:
+        super().__init__()
+        self.stepwise = stepwise
+        doublings = round(math.log2(stride)) if stepwise else 1
+        widths = [64] * (doublings - 4) + [64, 32, 12][max(0, 4 - doublings) :] if stepwise else [12]
+        width = max(1, in_channels // 4) if stepwise else in_channels
+        self.reduce = conv_bn_relu(in_channels, width, 1) if stepwise else nn.Identity()
+        convs = []
+        for outputs in widths:
+            convs.append(conv_bn_relu(width, outputs, 3))
+            width = outputs
+        self.convs = nn.ModuleList([*convs, nn.Conv2d(width, image_channels, 3, padding=1)])
+
+    def forward(self, y: Tensor, size: tuple[int, int]) -> Tensor:
+        """From (B, C, H, W) to logits (B, image_channels, *size)."""
+        y = self.reduce(y)
+        if not self.stepwise:
+            y = F.interpolate(y, size=size, mode='bilinear', align_corners=False)
+        for i, conv in enumerate(self.convs):
+            if self.stepwise:
+                is_last = i == len(self.convs) - 1
+                step = size if is_last else [2 * side for side in y.shape[-2:]]
+                y = F.interpolate(y, size=step, mode='bilinear', align_corners=False)
+            y = conv(y)
+        return y
+
+
+class ReconstructionTarget:
+    """What a local head reconstructs: the images that a data preprocessor made the model's inputs from, in [0, 1].
+
+    The first batch that isn't blank is checked: a wrong ``pixel_range`` would make the target a constant. Later batches aren't,
+    so that nothing waits for the device.
+
+    Args:
+        pixel_range: The lowest and the highest value of a pixel in the images that the data preprocessor gets: ``(0, 255)`` for
+            8 bits, ``(0, 65535)`` for 16, ``(0, 1)`` for fractions.
+        channels: Channels of the images.
+
+    Raises:
+        MisuseError: The range is empty.
+    """
+
+    def __init__(self, pixel_range: tuple[float, float], channels: int) -> None:
+        self.low, self.high = pixel_range
+        self.channels = channels
+        if not self.high > self.low:
+            raise MisuseError(
+                f'local_head.pixel_range={tuple(pixel_range)}: the highest value of a pixel, the second, must be above the '
+                'lowest; (0, 255) for 8-bit images'
+            )
+        self.is_checked = False
+
+    def __call__(self, inputs: Tensor, data_preprocessor: nn.Module) -> Tensor:
+        """The target for a batch.
+
+        Args:
+            inputs: What the model sees, (B, channels, H0, W0), normalised by ``data_preprocessor`` or not.
+
+        Returns:
+            Shaped as ``inputs``, in [0, 1].
+
+        Raises:
+            MisuseError: The pixels of the first batch aren't in the range, or take up next to nothing of it.
+        """
+        images = pixels(inputs, data_preprocessor, (self.low, self.high))
+        if not self.is_checked:
+            self._check(images)
+        return images.clamp_(0, 1)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the images can't be restored from the model's inputs."""
+        preprocessor = getattr(model, 'data_preprocessor', None)
+        name = type(preprocessor).__name__
+        if not hasattr(preprocessor, '_enable_normalize'):
+            raise MisuseError(
+                f'{name} does not tell how it normalises images (mean, std), so a local head cannot reconstruct them: use the '
+                'data preprocessor of mmdet, mmseg or mmpretrain, or a head without reconstruction'
+            )
+        if not preprocessor._enable_normalize:
+            return
+        counts = preprocessor.mean.numel(), preprocessor.std.numel()
+        if not {*counts} <= {1, self.channels}:
+            raise MisuseError(
+                f'data_preprocessor.mean has {counts[0]} values and std {counts[1]}, but the backbone takes images of '
+                f'{self.channels} channels: give one value a channel, or one for all'
+            )
+        if not preprocessor.std.is_meta and not preprocessor.std.all():
+            raise MisuseError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
+
+    def _check(self, images: Tensor) -> None:
+        """Look at some pixels of every image, by channel: a channel of one value says nothing."""
+        rows, columns = (max(1, side // CHECKED_SIDE) for side in images.shape[-2:])
+        seen = images.detach()[..., ::rows, ::columns].transpose(0, 1).flatten(1)  # (channels, pixels)
+        is_blank = seen.amin(1) == seen.amax(1)
+        outside = ((seen < -ROUNDING) | (seen > 1 + ROUNDING)).float().mean(1)
+        inside = seen.clamp(0, 1)
+        is_wrong = ~is_blank & ((outside > MOST_OUTSIDE) | (inside.amax(1) - inside.amin(1) < LEAST_SPREAD))
+        if (~is_wrong).all():
+            self.is_checked = bool((~is_blank).any())
+            return
+        bad = int(is_wrong.nonzero()[0, 0])
+        span = self.high - self.low
+        low, high = (float(value) * span + self.low for value in (seen[bad].min(), seen[bad].max()))
+        raise MisuseError(
+            f'local_head.pixel_range=({self.low:g}, {self.high:g}) does not fit the images: channel {bad} of the first batch '
+            f'has values from {low:.4g} to {high:.4g}, which leaves next to nothing to reconstruct. Set it to the lowest and '
+            'the highest value in the images that the data preprocessor gets, e.g. (0, 255) for 8 bits, (0, 65535) for 16 '
+            'bits, (0, 1) for fractions, and bring channels of different ranges to one in the data pipeline'
+        )
+
+
+def pixels(inputs: Tensor, data_preprocessor: nn.Module, pixel_range: tuple[float, float] = (0, 255)) -> Tensor:
+    """The images that a data preprocessor made ``inputs`` from, with ``pixel_range`` mapped to [0, 1] and nothing cut off.
+
+    Args:
+        inputs: (B, C, H0, W0).
+
+    Returns:
+        Shaped as ``inputs``, in memory of its own.
+    """
+    low, high = pixel_range
+    if not data_preprocessor._enable_normalize:
+        return (inputs - low) / (high - low) if low else inputs / (high - low)
+    images = (inputs * data_preprocessor.std).add_(data_preprocessor.mean)
+    return (images.sub_(low) if low else images).div_(high - low)
+
+
+def reconstruction_loss(logits: Tensor, images: Tensor, data_samples: list) -> Tensor:
+    """Binary cross entropy of reconstructed pixels, averaged over the images without the padding that collating added.
+
+    Args:
+        logits: (B, C, H0, W0).
+        images: (B, C, H0, W0), in [0, 1].
+        data_samples: Their data samples; ``img_shape`` is the size without padding, at the top left.
+
+    Returns:
+        A scalar.
+    """
+    whole = tuple(images.shape[-2:])
+    sizes = [tuple(sample.metainfo.get('img_shape', whole))[:2] for sample in data_samples]
+    if all(size == whole for size in sizes):
+        return F.binary_cross_entropy_with_logits(logits.float(), images)
+    rows, columns = (
+        torch.arange(most, device=images.device) < torch.tensor(valid, device=images.device)[:, None]
+        for most, valid in zip(whole, zip(*sizes, strict=True), strict=True)
+    )
+    mask = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
+    total = F.binary_cross_entropy_with_logits(logits.float(), images, mask, reduction='sum')
+    return total / (images.shape[1] * mask.sum())

@@ -1,0 +1,212 @@
+"""The local head of segmentors: any single-level decode head of mmseg, and, for InfoPro, a reconstruction of the image."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import DefaultScope
+from mmengine.structures import PixelData
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.dry_run import IMAGES, DryRunError, describe_error, unreached_parameters
+from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
+from mmman.local.local_head import GIVEN, Boundary, LocalHead
+from mmman.local.transfer import MomentumTransfer
+from mmman.options import NonNegative, checked
+from mmman.registry import MODELS
+
+SHARED = ('num_classes', 'ignore_index', 'align_corners')
+"""What a local head takes from the model's own decode head, of any kind."""
+OF_PIXELS = ('out_channels', 'threshold', 'sampler', 'loss_decode', 'norm_cfg')
+"""What it takes too of a head that classifies pixels. A head that predicts masks (Mask2Former) means other things by these."""
+
+FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input': False}
+"""A 3x3 convolution with norm and ReLU, dropout, a 1x1 convolution."""
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
+class SegLocalHead(LocalHead):
+    """Transfer, then a decode head, and beside it a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
+
+    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``, both lambdas linear in the block's
+    index. Classes, ignored index, ``align_corners``, pixel sampler (OHEM), losses with their class weights, and the norm layers
+    are those of the model's own head.
+
+    Args:
+        decode_head: Config of the model's decode head, ``_base_.model.decode_head``; of a cascade the last counts, of K-Net the
+            one that generates its kernels.
+        network: Config of the local decode head, without what it shares with the model's: a single-level head of mmseg.
+            Default: an FCN head with one 3x3 convolution to 256 channels.
+        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 leaves it
+            out. InfoPro on Cityscapes: 1.5.
+        lambda_task: Weight of the decode head's losses, likewise.
+        pixel_range: With a reconstruction, the lowest and the highest value of a pixel in the images that the data preprocessor
+            gets; see :class:`mmman.heads.reconstruction.ReconstructionTarget`.
+        boundary, transfer, loss_weight: See :class:`LocalHead`.
+
+    Raises:
+        MisuseError: ``decode_head`` doesn't say ``num_classes``; or ``network`` needs several feature levels or another head's
+            prediction, or its losses fail in a dry run, by name.
+    """
+
+    task = 'segmentor'
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        decode_head: dict | Sequence[dict],
+        network: dict | None = None,
+        lambda_rec: NonNegative | tuple[NonNegative, NonNegative] = 0.0,
+        lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 1.0,
+        pixel_range: tuple[float, float] = (0, 255),
+        loss_weight: float = 1.0,
+    ) -> None:
+        super().__init__(boundary, transfer, loss_weight)
+        config = {**_shared(decode_head), **copy.deepcopy(network or FCN), 'in_channels': boundary.channels, 'in_index': 0}
+        self.decode_head = _single_level(config, is_default=network is None)
+        unreached = _dry_run(config, is_default=network is None)
+        for parameter in unreached:
+            self.decode_head.get_parameter(parameter).requires_grad_(False)
+        if unreached:
+            print_log(
+                f'{type(self.decode_head).__name__} after {self.unit} has parameters that its own loss does not train; they '
+                f'are frozen: {", ".join(unreached)}',
+                logger='current',
+            )
+        self.lambda_task = boundary.at_block(lambda_task)
+        self.lambda_rec = boundary.at_block(lambda_rec)
+        self.decoder, self.target = None, None
+        if self.lambda_rec:
+            self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, True, boundary.image_channels)
+            self.target = ReconstructionTarget(pixel_range, boundary.image_channels)
+        self.uses_images = self.decoder is not None
+
+    @classmethod
+    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        return {'decode_head': model['decode_head']} if 'decode_head' in model else {}
+
+    @classmethod
+    def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        head = options.get('decode_head') or {}
+        own = head if isinstance(head, Mapping) else head[-1]
+        return {'decode_head': {name: own[name] for name in SHARED + OF_PIXELS if name in own}}
+
+    def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""
+        y = self.as_map(y, inputs)
+        losses = self.decode_head.loss((y,), data_samples, {})
+        losses = {name: self.lambda_task * value if 'loss' in name else value for name, value in losses.items()}
+        if self.decoder is not None:
+            images = self.target(inputs, self.session.model.data_preprocessor)
+            logits = self.decoder(y, inputs.shape[-2:])
+            losses['loss_rec'] = self.lambda_rec * reconstruction_loss(logits, images, data_samples)
+        return losses
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise :class:`MisuseError` where the task or the classes differ, or the images can't be restored."""
+        super().check_model(model)
+        theirs = getattr(model, 'num_classes', None)
+        if theirs not in (None, self.decode_head.num_classes):
+            raise MisuseError(
+                f'the local head has num_classes={self.decode_head.num_classes}, the model {theirs}: '
+                f'set model.backbone.local_head.decode_head.num_classes={theirs} as well'
+            )
+        if self.target is not None:
+            self.target.check_model(model)
+
+
+def _shared(decode_head: dict | list) -> dict:
+    """What the model's own head says of classes, labels and losses; of a cascade its last head, of K-Net its first."""
+    own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
+    own = own if 'num_classes' in own else own.get('kernel_generate_head', own)
+    if 'num_classes' not in own:
+        raise MisuseError(
+            f'the decode head {_name(own)} does not say num_classes, which the local head needs: set '
+            'model.backbone.local_head.decode_head=dict(num_classes=...), with ignore_index, align_corners and loss_decode '
+            'where they are not the defaults'
+        )
+    names = SHARED + (OF_PIXELS if _classifies_pixels(own) else ())
+    return {name: copy.deepcopy(own[name]) for name in names if name in own}
+
+
+def _classifies_pixels(decode_head: dict) -> bool:
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    cls = decode_head.get('type')
+    if isinstance(cls, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            cls = registry.get(cls)
+    return cls is None or issubclass(cls, BaseDecodeHead)
+
+
+def _name(decode_head: dict) -> str:
+    kind = decode_head.get('type', 'without a type')
+    return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+def _single_level(config: dict, is_default: bool) -> nn.Module:
+    from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+    reason = None
+    try:
+        head = MODELS.build(config)
+    except Exception as error:  # a third party's constructor may fail in any way
+        reason = f'it cannot be built for one feature map ({describe_error(error)})'
+    else:
+        if not isinstance(head, BaseDecodeHead) or isinstance(head, BaseCascadeDecodeHead):
+            reason = 'it is no decode head that predicts from features alone'
+        elif head.input_transform is not None:
+            reason = 'it takes several feature levels'
+        elif getattr(head, 'c1_bottleneck', None) is not None:
+            reason = 'it takes low-level features: set c1_in_channels=0, c1_channels=0'
+    if reason:
+        raise MisuseError(_refusal(config, reason, is_default))
+    return head
+
+
+def _dry_run(config: dict, is_default: bool) -> tuple[str, ...]:
+    """Parameters that the decode head's losses don't reach; refuses a head whose losses fail."""
+    scope = DefaultScope.get_current_instance()
+    key = repr((config, scope and scope.scope_name))
+    if key not in _UNREACHED:
+        try:
+            _UNREACHED[key] = unreached_parameters(partial(MODELS.build, copy.deepcopy(config)), _losses)
+        except DryRunError as error:
+            raise MisuseError(_refusal(config, f'it fails on one feature map ({error})', is_default)) from error
+    return _UNREACHED[key]
+
+
+def _refusal(config: dict, reason: str, is_default: bool) -> str:
+    name = _name(config)
+    if is_default:
+        advice = (
+            "what it takes from the model's head does not fit it: set local_head.decode_head=dict(num_classes=..., "
+            'loss_decode=...), or local_head.network'
+        )
+    else:
+        others = [head for head in ('FCNHead', 'ASPPHead', 'PSPHead') if head != name]
+        advice = f'set local_head.network to another, e.g. {", ".join(others)}'
+    return f'{name} cannot be a local segmentation head: {reason}; {advice}'
+
+
+_UNREACHED: dict[str, tuple[str, ...]] = {}
+"""What dry runs found, by the config of the decode head: the same answer for every model of a process."""
+
+
+def _losses(head: nn.Module) -> Iterator[dict]:
+    """Losses of a decode head on a random map, with random labels."""
+    from mmseg.structures import SegDataSample
+
+    device = head.conv_seg.weight.device
+    labels = torch.randint(head.num_classes, (IMAGES, 1, 64, 64), device=device)
+    samples = [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
+    yield head.loss((torch.randn(IMAGES, head.in_channels, 16, 16, device=device),), samples, {})

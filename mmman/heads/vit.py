@@ -1,0 +1,140 @@
+"""The local head of vision transformers."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from mmengine.model import ModuleList
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.heads.cls import ClsLocalHead
+from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.transfer import MomentumTransfer
+from mmman.memory.recompute import Recomputed
+from mmman.options import Range, checked
+from mmman.registry import MODELS
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', given=GIVEN)
+class ViTLocalHead(ClsLocalHead):
+    """Transfer, one more learnable layer, LayerNorm, class token, linear classifier (MAN++ on ViT).
+
+    The layer is built like the unit that runs next in the backbone on what the head sees; where none follows there is none.
+    Without a class token (Swin, ``with_cls_token=False``) the mean of the patch tokens is classified. Where it is the class
+    token, nothing else is computed of the last layer (:func:`class_token`).
+
+    Args:
+        layers: Further learnable layers behind the transfer. 0 takes the least memory and time; not in the paper.
+        pool: ``'cls_token'`` or ``'mean'`` over the patch tokens. Default: the class token where there is one.
+        boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+
+    Raises:
+        MisuseError: The backbone has maps, not tokens, or no class token to take.
+    """
+
+    sees_channel_bias = True
+
+    def __init__(
+        self,
+        boundary: Boundary,
+        transfer: MomentumTransfer,
+        head: dict,
+        layers: Annotated[int, Range(0)] = 1,
+        pool: Literal['cls_token', 'mean'] | None = None,
+        loss_weight: float = 1.0,
+    ) -> None:
+        extra = boundary.feature.extra_tokens
+        if extra is None:
+            raise MisuseError(
+                'ViTLocalHead is for transformers; for a convolutional backbone set local_head.type to DGLLocalHead or another'
+            )
+        if pool == 'cls_token' and not extra:
+            raise MisuseError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
+        following = [*zip(boundary.following, boundary.following_features, strict=True)][:layers]
+        feature = following[-1][1] if following else boundary.feature
+        super().__init__(boundary, transfer, head, feature.channels, loss_weight, init_cfg=None)
+        self.pool = pool or ('cls_token' if extra else 'mean')
+        self.layers = ModuleList(copy.deepcopy(unit).requires_grad_(True) for unit, _ in following)
+        self.norm = nn.LayerNorm(feature.channels, eps=1e-6)
+
+    @property
+    def unit_copies(self) -> list[nn.Module]:
+        return [*super().unit_copies, self.layers]
+
+    def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
+        if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
+            return self.transfer(x, run=class_token)
+        return super().transferred(x, inputs)
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        grid = self.grid_of(self.feature, inputs)
+        for i, layer in enumerate(self.layers, start=1):
+            is_read = self.pool == 'cls_token' and i == len(self.layers)
+            y = class_token(layer, y) if is_read else layer(y, *grid)
+        y = self.norm(y)
+        return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
+
+
+def class_token(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a transformer layer makes of the first token, and nothing else: it alone asks, and all of them answer.
+
+    It equals ``layer(x)[:, :1]``, to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer numbers.
+
+    Args:
+        layer: A layer of mmpretrain's ViT; any other is run as it is.
+        x: (B, L, C).
+
+    Returns:
+        (B, 1, C).
+    """
+    if not _is_plain(layer):
+        return layer(x)[:, :1]
+    own, first = vars(layer).get('forward'), partial(_first_token, layer)
+    return own.instead(first, x) if isinstance(own, Recomputed) else first(x)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
+
+    return type(layer).forward is TransformerEncoderLayer.forward
+
+
+def _first_token(layer: nn.Module, x: Tensor) -> Tensor:
+    x = x[:, :1] + _first_attends(layer.attn, layer.ln1(x))
+    return layer.ffn(layer.ln2(x), identity=x)
+
+
+def _first_attends(attn: nn.Module, x: Tensor) -> Tensor:
+    """``attn(x)[:, :1]`` of mmpretrain's ``MultiheadAttention``, without keys and values of all tokens.
+
+    With a single query q a head's scores q·(W_k x + b_k) are (W_kᵀ q)·x and a number that softmax drops, and its answer
+    Σ a (W_v x + b_v) is W_v (Σ a x) + b_v Σ a.
+
+    Args:
+        attn: The attention.
+        x: (B, L, C).
+
+    Returns:
+        (B, 1, C).
+    """
+    from mmpretrain.models.utils import MultiheadAttention
+
+    if type(attn).forward is not MultiheadAttention.forward or attn.v_shortcut or type(attn.qkv) is not nn.Linear:
+        return attn(x)[:, :1]
+    by_head = (attn.num_heads, attn.head_dims)
+    of_query, of_keys, of_values = attn.qkv.weight.chunk(3)
+    to_query, _, to_values = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    query = F.linear(x[:, 0], of_query, to_query).unflatten(-1, by_head)
+    asked = torch.einsum('bhd,hdc->bhc', query, of_keys.unflatten(0, by_head))
+    scores = asked @ x.transpose(1, 2) * attn.head_dims**-0.5
+    shares = F.dropout(scores.softmax(-1), attn.attn_drop, attn.training)
+    answer = torch.einsum('bhc,hdc->bhd', shares @ x, of_values.unflatten(0, by_head))
+    if to_values is not None:
+        answer = answer + shares.sum(-1, keepdim=True) * to_values.unflatten(0, by_head)
+    return attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(answer.flatten(1)[:, None]))))

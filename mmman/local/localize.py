@@ -1,0 +1,163 @@
+"""Turning a stock backbone into a locally trained one, and back, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmengine.logging import print_log
+from torch import nn
+
+from mmman.errors import LocalLearningError, MisuseError, PartitionError
+from mmman.local.blocks import LocalBlocks
+from mmman.local.local_head import Boundary
+from mmman.local.part_options import check_parts
+from mmman.local.transfer import MomentumTransfer
+from mmman.memory.recompute import ends_told, keep_, recompute_unit_, units_to_recompute
+from mmman.options import Count, Positive, checked
+from mmman.partition import chain_of, measure, plan_blocks, trainable_units
+from mmman.registry import MODELS
+
+
+@checked('localize_')
+def localize_(
+    backbone: nn.Module,
+    num_blocks: Count | None = None,
+    local_head: dict | None = None,
+    partition: str | Sequence[str] | dict = 'stage',
+    transfer: dict | None = None,
+    loss_weight: Positive | Sequence[Positive] = 1.0,
+    recompute: bool | Sequence[str] = False,
+    selective_recompute: bool | Sequence[str] = False,
+) -> nn.Module:
+    """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
+
+    What the backbone freezes in its ``train()`` is frozen first, so that blocks are counted without it.
+    All additions are under ``backbone.local``; class, forward and state-dict keys stay. Outside a training step driven by
+    :class:`mmman.LocalLearningOptimWrapper` the backbone computes what it computed before, bit by bit.
+
+    Args:
+        backbone: A backbone whose family is known (:func:`mmman.register_chain`).
+        num_blocks: K, counted over blocks with trainable parameters; 1 is end-to-end training. Optional with named cuts.
+        local_head: Config of the local heads, e.g. ``dict(type='mmman.DetLocalHead', ...)``. Needed for K > 1.
+        partition: ``'stage'``, ``'uniform'`` or the names of the first K-1 blocks' last units; see
+            :func:`mmman.partition.plan_blocks`.
+        transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
+        loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
+        recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
+            in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A
+            ``'stem'`` in the list runs in chunks of the batch, equal but for the order of sums (:mod:`mmman.memory.stem`).
+        selective_recompute: Likewise the units that also keep what is costly to compute for its size
+            (:func:`mmman.memory.recompute.is_costly`), and compute the rest again: normalisation, activation, what widens.
+
+    Returns:
+        ``backbone`` itself.
+
+    Raises:
+        UnsupportedBackboneError: Its family is not known, or it accepts none of the images of the dry run.
+        PartitionError: The cuts don't fit, or leave a last block that makes no output, or a block without a trainable
+            parameter; a unit to recompute is none.
+        MisuseError: It is localised already, or options contradict each other.
+    """
+    check_parts(transfer, local_head)
+    if hasattr(backbone, 'local'):
+        raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
+    chain = chain_of(backbone)
+    plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
+    if (frozen := plan.frozen_block(backbone)) is not None:
+        raise PartitionError(
+            f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: cut so that '
+            'every block trains, or freeze from the start of the backbone on'
+        )
+    count = len(plan.blocks) - 1
+    if count and local_head is None:
+        raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
+    weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
+    if len(weights) != count:
+        raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
+
+    if count and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.taps):
+        raise PartitionError(
+            f'the last block ({plan}) makes none of the outputs of {type(backbone).__name__}, so no loss would train it: cut '
+            'earlier, or drop the stages behind the last of out_indices (num_stages)'
+        )
+
+    recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
+    keys = set(backbone.state_dict())
+    measured = measure(backbone, chain)
+    features = measured.features
+    ends = {}
+    if recomputed:
+        with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
+            measured.run(backbone)
+    for unit, selective in recomputed.items():  # the copies that local heads make of them are, too
+        recompute_unit_(backbone, unit, ends, selective)
+    modules = [unit.of(backbone) for unit in chain.units]
+    options = dict(transfer or {})
+    has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'
+    cuts = [chain.units.index(block[-1]) for block in plan.blocks[:-1]]
+    seen = [features[cut + has_unit] for cut in cuts]
+    heads = []
+    for j, (cut, feature, weight) in enumerate(zip(cuts, seen, weights, strict=True), start=1):
+        boundary = Boundary(
+            block=j,
+            num_blocks=len(plan.blocks),
+            unit=chain.units[cut].name,
+            source=chain.units[cut + 1],
+            output=features[cut],
+            feature=feature,
+            takes_grid=chain.takes_grid,
+            strides=tuple(other.stride for other in seen),
+            image_channels=measured.image_channels,
+            following=tuple(modules[cut + 1 + has_unit :]),
+            following_features=tuple(features[cut + 1 + has_unit :]),
+        )
+        head = MODELS.build(
+            local_head,
+            default_args={
+                'boundary': boundary,
+                'transfer': MomentumTransfer(modules[cut + 1], features[cut + 1], **options),
+                'loss_weight': weight,
+            },
+        )
+        if head.transfer.channel_bias is not None and not head.sees_channel_bias:
+            raise MisuseError(
+                f"transfer.bias='channel' has no effect in front of {type(head).__name__}, whose first layers normalise each "
+                "channel: choose 'depthwise' or 'unit'"
+            )
+        heads.append(head)
+
+    # The copies are made: from here on units may carry hooks.
+    backbone.local = LocalBlocks(chain, plan, heads)
+    for cut, head in zip(cuts, heads, strict=True):
+        backbone.get_submodule(chain.units[cut].output).register_forward_hook(head.at_boundary)
+    for path in backbone.local.inner_norms:
+        backbone.get_submodule(path).register_forward_pre_hook(backbone.local.detach_norm_input)
+    backbone.register_forward_hook(backbone.local.detach_taps)
+    moved = keys.symmetric_difference(key for key in backbone.state_dict() if not key.startswith('local.'))
+    if moved:
+        raise LocalLearningError(f'localising changed keys of the stock state dict: {sorted(moved)}')
+    print_log(f'{type(backbone).__name__} in {len(plan.blocks)} blocks: {plan}', logger='current')
+    return backbone
+
+
+def delocalize_(backbone: nn.Module) -> nn.Module:
+    """Undo :func:`localize_` in place: remove the local heads and every hook, so that the stock backbone is left.
+
+    Returns:
+        ``backbone`` itself, with the weights it has.
+
+    Raises:
+        MisuseError: It is not localised.
+    """
+    local = getattr(backbone, 'local', None)
+    if not isinstance(local, LocalBlocks):
+        raise MisuseError(f'{type(backbone).__name__} is not localised')
+    ours = {id(local), *(id(head) for head in local.values())}
+    for module in backbone.modules():
+        keep_(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if id(getattr(hook, '__self__', None)) in ours:
+                    del hooks[key]
+    del backbone.local
+    return backbone

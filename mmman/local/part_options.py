@@ -1,0 +1,45 @@
+"""Checks of the options that a config gives to the momentum transfer and to the local heads, before any of them is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mmman.errors import MisuseError
+from mmman.local.local_head import GIVEN, LocalHead
+from mmman.local.transfer import MomentumTransfer, check_switches
+from mmman.options import check_options
+from mmman.registry import MODELS
+
+
+def check_parts(transfer: Mapping | None, local_head: Mapping | None, where: str = 'model.backbone') -> None:
+    """Check the options of the transfer and the local heads; also for K = 1, where nothing is built from them."""
+    if transfer:
+        check_options(MomentumTransfer, transfer, f'{where}.transfer')
+        check_switches(**transfer)
+    if local_head is not None:
+        _check_local_head(local_head, f'{where}.local_head')
+
+
+def _check_local_head(local_head: Mapping, where: str) -> None:
+    if 'type' not in local_head:
+        raise MisuseError(f"{where} needs a type, e.g. dict(type='mmman.DetLocalHead', ...)")
+    kind = class_of(local_head['type'])
+    if not (isinstance(kind, type) and issubclass(kind, LocalHead)):
+        raise MisuseError(f'{where}.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
+    for option in GIVEN:
+        if option in local_head:
+            place = (
+                'is measured: remove it'
+                if option == 'boundary'
+                else f'is an option of the backbone: set model.backbone.{option}'
+            )
+            raise MisuseError(f'{where}.{option} {place}')
+    check_options(kind, {name: value for name, value in local_head.items() if name != 'type'}, where, given=GIVEN)
+
+
+def class_of(kind: str | type | None) -> type | None:
+    """The class or function that a config names as ``type``; None where there is none."""
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)

@@ -1,0 +1,186 @@
+"""mmdet's focal loss as one operator that keeps its inputs, on any device.
+
+On a GPU mmdet takes an operator of mmcv. It looks at the labels, for which the CPU waits, so no CUDA graph can hold it. On a
+CPU mmdet takes a chain of operators, which keeps several maps of (anchors x classes): far more than a GPU would need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from mmman.errors import MisuseError
+from mmman.memory.chunks import replaced
+
+SLICE = 1 << 16
+SLICE_ON_GPU = 1 << 20
+"""Values that are computed at a time: in a cache, and with few kernels."""
+
+EXACT = 40
+"""From this x on log(1 + exp(x)) is x, in double precision too."""
+
+
+@contextmanager
+def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
+    """While this context is open, every ``FocalLoss`` of mmdet has the memory of mmcv's kernel on any device.
+
+    It takes the path that it takes on a GPU: class indices go to the kernel; one-hot targets and probabilities don't. Logits in
+    bfloat16 are taken like those in float16, though mmcv 2.1's kernel refuses them.
+
+    Args:
+        with_kernel: Whether mmcv's kernel itself is taken on a GPU.
+
+    Raises:
+        MisuseError: mmdet is not installed.
+    """
+    try:
+        from mmdet.models.losses import focal_loss as library
+    except ImportError:
+        raise MisuseError("the fused focal loss is mmdet's, which is not installed: measure without it") from None
+    stock, kernel = library.FocalLoss.forward, library._sigmoid_focal_loss
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        if self.activated or pred.dim() == target.dim():
+            return stock(self, pred, target, weight, avg_factor, reduction_override)
+        reduction = reduction_override or self.reduction
+        return self.loss_weight * library.sigmoid_focal_loss(
+            pred, target, weight, self.gamma, self.alpha, reduction, avg_factor
+        )
+
+    def on_any_device(pred, target, gamma, alpha, weight, reduction):
+        if with_kernel and pred.is_cuda:
+            return kernel(pred, target, gamma, alpha, weight, reduction)
+        return _loss(pred, target, gamma, alpha)
+
+    with replaced(library.FocalLoss, 'forward', forward), replaced(library, '_sigmoid_focal_loss', on_any_device):
+        yield
+
+
+@contextmanager
+def summed_focal_loss(head: nn.Module) -> Iterator[None]:
+    """While this context is open, a dense head's ``FocalLoss`` makes no map of losses: it is summed up as it is computed.
+
+    It is for class indices and a loss that is averaged by a given number; another is computed as ever.
+    """
+    from mmdet.models.losses import FocalLoss
+
+    loss = getattr(head, 'loss_cls', None)
+    if type(loss) is not FocalLoss or loss.activated:
+        yield
+        return
+    with replaced(loss, 'forward', partial(_summed, loss)):
+        yield
+
+
+def _summed(
+    loss: nn.Module,
+    pred: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    avg_factor: float | Tensor | None = None,
+    reduction_override: str | None = None,
+) -> Tensor:
+    by_row = pred.dim() == target.dim() + 1 and (weight is None or weight.shape == target.shape)
+    if not by_row or avg_factor is None or (reduction_override or loss.reduction) != 'mean':
+        return type(loss).forward(loss, pred, target, weight, avg_factor, reduction_override)
+    total = _sum(pred, target, weight, loss.gamma, loss.alpha)
+    return loss.loss_weight * (total / (avg_factor + torch.finfo(torch.float32).eps))
+
+
+# Operators of their own: what they allocate inside is as little seen, and counted, as a kernel's workspace.
+
+
+@torch.library.custom_op('mmman::sigmoid_focal_loss', mutates_args=())
+def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
+    """The focal loss, unreduced.
+
+    Args:
+        pred: (N, C) logits.
+        target: (N,) int64; C and more is background.
+
+    Returns:
+        (N, C), of the dtype of ``pred``.
+    """
+    loss = torch.empty_like(pred)
+    for rows in _slices(pred):
+        loss[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma))
+    return loss
+
+
+@torch.library.custom_op('mmman::sigmoid_focal_loss_backward', mutates_args=())
+def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
+    """The gradient of ``pred``, (N, C), from that of the loss, (N, C) or (N, 1)."""
+    pred, target = pred.contiguous(), target.contiguous()
+    result = torch.empty_like(pred)
+    if pred.is_cuda and pred.dtype == _wide(pred.dtype):
+        from mmcv.ops.focal_loss import ext_module  # this kernel, unlike that of the loss, doesn't look at the labels
+
+        ext_module.sigmoid_focal_loss_backward(pred, target, pred.new_empty(0), result, gamma=gamma, alpha=alpha)
+        return result.mul_(grad)
+    for rows in _slices(pred):
+        result[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_slope, gamma), sign=-1).mul_(grad[rows])
+    return result
+
+
+@torch.library.custom_op('mmman::sigmoid_focal_loss_sum', mutates_args=())
+def _sum(pred: Tensor, target: Tensor, weight: Tensor | None, gamma: float, alpha: float) -> Tensor:
+    """The sum of the focal loss over all classes, and over all rows, weighted by ``weight``, (N,). A scalar."""
+    total = pred.new_zeros((), dtype=_wide(pred.dtype))
+    for rows in _slices(pred):
+        of_row = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
+        total += of_row.sum() if weight is None else of_row.mul_(weight[rows]).sum()
+    return total
+
+
+def _slices(pred: Tensor) -> Iterator[slice]:
+    count, classes = pred.shape
+    size = max(1, (SLICE_ON_GPU if pred.is_cuda else SLICE) // classes)
+    return (slice(start, start + size) for start in range(0, count, size))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _with_objects(pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1) -> Tensor:
+    """``(1 - alpha) * function(pred)``, and for a row's own class ``sign * alpha * function(-pred)``, (N, C)."""
+    pred = pred.to(_wide(pred.dtype))
+    values = function(pred).mul_(1 - alpha)
+    own = target.clamp(max=pred.shape[1] - 1)[:, None]
+    of_own = function(-pred.gather(1, own)).mul_(sign * alpha)
+    return values.scatter_(1, own, torch.where(target[:, None] < pred.shape[1], of_own, values.gather(1, own)))
+
+
+def _focal(gamma: float, wrong: Tensor) -> Tensor:
+    """``-q^gamma * log(1 - q)`` of logits of the probability q of being wrong."""
+    return softplus(wrong, threshold=EXACT).mul_(wrong.sigmoid().pow_(gamma))
+
+
+def _slope(gamma: float, wrong: Tensor) -> Tensor:
+    """Its derivative: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
+    q = wrong.sigmoid()
+    return softplus(wrong, threshold=EXACT).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
+
+
+def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.gamma, ctx.alpha = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _gradient(grad, *ctx.saved_tensors, ctx.gamma, ctx.alpha), None, None, None
+
+
+def _sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    pred, target, weight = ctx.saved_tensors
+    of_row = grad.expand(len(pred), 1) if weight is None else grad * weight[:, None].to(grad.dtype)
+    return _gradient(of_row, pred, target, ctx.gamma, ctx.alpha), None, None, None, None
+
+
+_loss.register_autograd(_backward, setup_context=_keep)
+_sum.register_autograd(_sum_backward, setup_context=_keep)

@@ -1,0 +1,148 @@
+"""What local heads cost, wherever a backbone is cut."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from mmengine.logging import MMLogger
+from torch import Tensor, nn
+
+from mmman.analysis.trace import Trace
+from mmman.heads.det import DetLocalHead
+from mmman.local import delocalize_, localize_
+from mmman.local.local_head import LocalHead
+from mmman.planning.costs import Again, HeadCost
+from mmman.planning.small_runs import Batch, SmallRuns, gradient_bytes, outputs_told, static_bytes
+
+FOLLOWING = 3
+"""Of how many units that follow what a head sees it makes a difference that they are there."""
+
+
+class HeadCosts:
+    """The cost of a local head after a unit, which is built and run when it is asked for, once for all that are alike.
+
+    Heads are alike that see the same shapes and copy units of the same structure; heads of detectors also predict on the same
+    levels. The layers that a head copies beyond that (AugLocal, ViT) are taken to be alike where as many follow.
+
+    Args:
+        runs: The model and the batches to run it on.
+        options: Of ``mmman.LocalBackbone``.
+        state: Bytes of optimizer state, relative to the parameters.
+        ways: The options of what is computed again, by what a plan says.
+    """
+
+    def __init__(self, runs: SmallRuns, options: dict, state: float, ways: Mapping[Again, dict]) -> None:
+        self.runs, self.chain, self.state, self.ways = runs, runs.chain, state, ways
+        self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
+        backbone = runs.model.backbone
+        self._outputs: list[dict[int, Tensor]] = []
+        for batch in runs.batches:
+            outputs: dict[int, Tensor] = {}
+            with outputs_told(backbone, self.chain, outputs.__setitem__), torch.no_grad(), runs.precision():
+                backbone(batch.inputs)
+            self._outputs.append(outputs)
+        self._stock = delocalize_(copy.deepcopy(backbone))
+        self._known: dict[Hashable, HeadCost] = {}
+        self.strides = self._strides()
+
+    def __call__(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> HeadCost:
+        asked = (cut, larger, is_smallest, again)
+        if asked not in self._known:
+            kind = (self._kind(cut), larger, is_smallest, again)
+            if kind not in self._known:
+                head = self._build(*asked)
+                alike = (kind[0], tuple(getattr(head, 'level_strides', ())), again)
+                if alike not in self._known:
+                    self._known[alike] = self._cost(head, cut)
+                self._known[kind] = self._known[alike]
+            self._known[asked] = self._known[kind]
+        return self._known[asked]
+
+    def _strides(self) -> tuple[int, ...]:
+        """What a detector's head sees after each unit; all alike for other heads, which don't depend on it."""
+        candidates = range(max(self.chain.taps))
+        first = next(i for i, unit in enumerate(self.chain.units) if unit.is_trainable(self._stock))
+        head = self._localised([first], again=Again.NOTHING).local.values()
+        if not isinstance(next(iter(head)), DetLocalHead):
+            return (1,) * len(self.chain.units)
+        reads_next = next(iter(head)).transfer.copies != []
+        side = self.runs.batches[0].inputs.shape[-1]
+        outputs = self._outputs[0]
+        strides = []
+        for i in candidates:
+            output = outputs[i + reads_next]
+            tokens = output.shape[1] - self.chain.extra_tokens
+            strides.append(round(side / (output.shape[-1] if output.dim() == 4 else tokens**0.5)))
+        return (*strides, *(strides[-1:] * (len(self.chain.units) - len(strides))))
+
+    def _kind(self, cut: int) -> Hashable:
+        """The structure of the unit that is copied, the shapes in front of it and behind, and whether any units follow."""
+        unit = self.chain.units[cut + 1].of(self.runs.model.backbone)
+        modules = tuple((type(module), 'forward' in vars(module)) for module in unit.modules())
+        tensors = tuple(tensor.shape for tensor in unit.state_dict().values())
+        following = min(len(self.chain.units) - cut - 2, FOLLOWING)
+        return modules, tensors, self._outputs[0][cut].shape, self._outputs[0][cut + 1].shape, following
+
+    def _localised(self, cuts: list[int], again: Again) -> nn.Module:
+        names = [self.chain.units[cut].name for cut in cuts]
+        options = {**self.options, **self.ways[again]}
+        with quiet():
+            backbone = localize_(copy.deepcopy(self._stock), partition=names, **options)
+        backbone.train()
+        return backbone
+
+    def _build(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> LocalHead:
+        cuts = {cut}
+        if larger is not None:
+            cuts.add(self.strides.index(larger))
+        if not is_smallest:
+            cuts.add(next(i for i, s in enumerate(self.strides) if s < self.strides[cut] and self._is_trainable(i)))
+        backbone = self._localised(sorted(cuts), again)
+        backbone.local.sync_modes(backbone)
+        head = backbone.local[self.chain.units[cut].name.replace('.', '_')]
+        head.session = SimpleNamespace(model=self.runs.model)
+        return head
+
+    def _is_trainable(self, i: int) -> bool:
+        return self.chain.units[i].is_trainable(self._stock)
+
+    def _cost(self, head: LocalHead, cut: int) -> HeadCost:
+        model = self.runs.model
+        in_chunks = self.runs.dense is not None and head.dense_head is not None
+        losses = partial(self.runs.dense.of_local, head) if in_chunks else head.loss
+        outputs = {id(batch): own[cut] for batch, own in zip(self.runs.batches, self._outputs, strict=True)}
+
+        def run(batch: Batch, trace: Trace) -> None:
+            x = outputs[id(batch)].detach().requires_grad_()
+            head.zero_grad()
+            if in_chunks:
+                with torch.no_grad(), self.runs.precision():
+                    losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples, only_look=True)
+            trace.begin()
+            with self.runs.precision():
+                loss, _ = model.parse_losses(losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples))
+            loss.backward()
+            trace.mark('end')
+
+        costs = self.runs.extrapolate(run, head, self._outputs)
+        gradients = gradient_bytes(head.parameters())
+        peak = costs.peak('start', 'end')
+        return HeadCost(static_bytes(head, self.state), peak, gradients, costs.flops('end'))
+
+
+@contextmanager
+def quiet(least: int = logging.WARNING) -> Iterator[None]:
+    """While this context is open, nothing below the level ``least`` is logged: a localised backbone logs a line."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel(least)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,142 @@
+"""The types that a checkpoint may name beside tensors, each bound to a stand-in of ours that checks what it is given.
+
+``torch.load(weights_only=True)`` reads tensors and plain containers. mmengine's training checkpoints also hold log buffers and
+NumPy values. NumPy's own unpickling functions trust their input (a crafted dtype can make them read foreign memory, a crafted
+shape allocate any amount), and ``HistoryBuffer.__setstate__`` changes a table of the class. So the names of these types are
+bound to the functions and classes below, which build real arrays and buffers out of checked parts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.utils import digit_version
+from mmengine.utils.dl_utils import TORCH_VERSION
+
+from mmman.errors import CheckpointError
+
+READS_TRAINING_CHECKPOINTS = digit_version(TORCH_VERSION) >= digit_version('2.6')
+"""Whether torch binds names in a checkpoint to functions of ours. An older one reads weights alone."""
+_SIMPLE_DTYPE = re.compile(r'[biufc]\d{1,2}|[US]\d{1,6}')
+_ORDERS = ('<', '>', '|', '=')
+
+
+class LoadedDtype:
+    """What a checkpoint says of a NumPy dtype: the code of a number, a bool or a string of fixed length."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        if not isinstance(code, str) or not _SIMPLE_DTYPE.fullmatch(code):
+            raise CheckpointError(f'holds a NumPy array of dtype {code!r}: only numbers, bools and strings are read')
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple) -> None:
+        """Take the byte order; refuse fields, subarrays and metadata."""
+        if not isinstance(state, tuple) or len(state) != 8 or state[1] not in _ORDERS or any(state[2:5]):
+            raise CheckpointError('holds a NumPy array of a structured dtype: only numbers, bools and strings are read')
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class LoadedArray(np.ndarray):
+    """A NumPy array from a checkpoint. :func:`mmman.runtime.checkpoint.load` makes a plain array of it."""
+
+    def __new__(cls) -> LoadedArray:
+        """An empty array, whatever a file would like to have allocated."""
+        return super().__new__(cls, (0,), 'b')
+
+    def __setstate__(self, state: tuple) -> None:
+        """Fill the array: (version, shape, dtype, Fortran order, bytes)."""
+        _, shape, dtype, fortran, data = state
+        is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
+        if not is_shape or not isinstance(dtype, LoadedDtype) or type(data) is not bytes:
+            raise CheckpointError('holds a NumPy array whose shape, dtype or bytes are of the wrong type')
+        if prod(shape) * dtype.dtype.itemsize != len(data):
+            raise CheckpointError(f'holds a NumPy array of shape {shape} and {dtype.dtype} that has {len(data)} bytes')
+        super().__setstate__((1, shape, dtype.dtype, bool(fortran), data))
+
+    def __reduce__(self) -> tuple:
+        return np.asarray(self).__reduce__()
+
+
+class LoadedBuffer(HistoryBuffer):
+    """A log buffer from a checkpoint. It becomes an ordinary ``HistoryBuffer`` and leaves the class's statistics alone."""
+
+    def __setstate__(self, state: dict) -> None:
+        """Take the values and counts; what the file says of ``statistics_methods`` isn't looked at."""
+        values, counts, length = (state.get(name) for name in ('_log_history', '_count_history', 'max_length'))
+        for array in (values, counts):
+            if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in 'biuf':
+                raise CheckpointError('holds a log buffer (HistoryBuffer) that holds something else than numbers')
+        if len(values) != len(counts) or type(length) is not int or length < 1:
+            raise CheckpointError('holds a log buffer (HistoryBuffer) whose values, counts and length do not fit together')
+        self.__init__(np.array(values), np.array(counts), max_length=max(length, len(values)))
+        self.max_length = length
+        self.__class__ = HistoryBuffer
+
+
+def _reconstruct(kind: type, shape: tuple, code: bytes) -> LoadedArray:
+    """``numpy.core.multiarray._reconstruct`` as arrays are pickled: empty, and filled by ``__setstate__``."""
+    return LoadedArray()
+
+
+def _scalar(dtype: LoadedDtype, data: bytes) -> np.generic:
+    """``numpy.core.multiarray.scalar``."""
+    if not isinstance(dtype, LoadedDtype) or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
+        raise CheckpointError('holds a NumPy scalar whose dtype and bytes do not fit together')
+    return np.frombuffer(data, dtype.dtype)[0]
+
+
+def _no_bytes(*data: object) -> bytes:
+    """``bytes()``, as an empty array's content is pickled."""
+    if data:
+        raise CheckpointError('calls bytes() with arguments')
+    return b''
+
+
+def _attribute(owner: type, name: str) -> str:
+    """What ``getattr`` means in a checkpoint: the name of one of a log buffer's statistics, and nothing else."""
+    if owner is LoadedBuffer and name in ('min', 'max', 'current', 'mean'):
+        return name
+    raise CheckpointError(f'names the attribute {name!r} of {owner!r}: only the statistics of a log buffer are named that way')
+
+
+_BUFFER = f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'
+STAND_INS: dict[str, Callable[..., Any]] = {
+    _BUFFER: LoadedBuffer,
+    'builtins.getattr': _attribute,
+    'builtins.bytes': _no_bytes,
+    'numpy.ndarray': LoadedArray,
+    'numpy.dtype': LoadedDtype,
+    **{f'numpy.{core}.multiarray._reconstruct': _reconstruct for core in ('core', '_core')},
+    **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
+}
+"""By the name in the file. NumPy 1 and 2 pickle under other module names."""
+
+_TORCH_NAMES = re.compile(
+    r'torch\.(Size|device|\w+Storage|storage\.(Untyped|Typed)Storage|nn\.parameter\.Parameter'
+    r'|_utils\._rebuild_(parameter|tensor|tensor_v2|tensor_v3)|u?int\d+|float\w*|bfloat16|complex\d+|bool|half|double|long)'
+)
+_CONTAINERS = {
+    'collections.OrderedDict',
+    'collections.Counter',
+    '_codecs.encode',
+    'builtins.set',
+    'builtins.bytearray',
+    'builtins.complex',
+}
+
+
+def is_allowed(name: str) -> bool:
+    """Whether a checkpoint may name this class or function (``module.name``)."""
+    return name in STAND_INS or name in _CONTAINERS or _TORCH_NAMES.fullmatch(name) is not None
+
+
+def allow_training_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read what mmengine's message hub pickles, by the stand-ins of this module."""
+    if READS_TRAINING_CHECKPOINTS:
+        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])

@@ -1,0 +1,148 @@
+"""Files that appear under their names only when they are complete, and what a failed write says."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mmengine.fileio import LocalBackend, register_backend
+
+from mmman.errors import CheckpointWriteError
+from mmman.runtime.ledger import Ledger
+
+UNFINISHED = '.unfinished'
+ATOMIC_BACKEND = 'mmman.atomic'
+
+_REMEDIES = {
+    errno.ENOSPC: 'free space on that disk',
+    errno.EDQUOT: 'free space within the quota',
+    errno.EFBIG: 'raise the limit on file sizes (ulimit -f)',
+    errno.EROFS: 'mount the disk writable',
+    errno.EACCES: 'make the folder writable',
+    errno.EPERM: 'make the folder writable',
+    errno.EEXIST: 'remove the file that is in the place of the folder',
+    errno.ENOTDIR: 'remove the file that is in the place of the folder',
+    errno.EISDIR: 'remove the folder that is in the place of the file',
+}
+
+
+@contextmanager
+def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Turn an operating system's error into one that names the path, the reason and the remedy.
+
+    Raises:
+        CheckpointWriteError: The code inside raised an ``OSError``.
+    """
+    try:
+        yield
+    except ConnectionError:  # another process has failed, and no file is to blame
+        raise
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+@contextmanager
+def naming_full_disks(folder: str | os.PathLike) -> Iterator[None]:
+    """The same for code that does many other things: only for errors that say that a disk takes no more.
+
+    Args:
+        folder: Where the code inside writes, as far as an error doesn't say where.
+
+    Raises:
+        CheckpointWriteError: A disk or quota is full, or a disk is read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise _write_error(error.filename or folder, error) from error
+
+
+def _write_error(path: str | os.PathLike, error: OSError) -> CheckpointWriteError:
+    remedy = _REMEDIES.get(error.errno, 'make the folder usable')
+    return CheckpointWriteError(
+        f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are as they were: {remedy} and go '
+        'on with --resume, or train on in another work folder: --work-dir FOLDER --resume CHECKPOINT'
+    )
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Make a folder where it doesn't exist, and check that files can be written there. Leaves no file.
+
+    Raises:
+        CheckpointWriteError: They can't.
+    """
+    with naming_write_errors(folder):
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+def write_atomically(data: bytes, path: str | os.PathLike) -> None:
+    """Write a file that appears under its name only when all of it is on the disk; the old one stays until then.
+
+    Args:
+        data: What the file is to hold.
+        path: Its name. Where that is a symbolic link, the link is replaced, and its target stays as it is.
+
+    Raises:
+        CheckpointWriteError: It can't be written. Nothing of it is left then.
+    """
+    with naming_write_errors(path):
+        _write(data, path)
+
+
+class AtomicBackend(LocalBackend):
+    """mmengine's local file backend with atomic writes.
+
+    Args:
+        run: The run that writes. The folder's :class:`Ledger` then says which files are this run's.
+    """
+
+    def __init__(self, run: str = '') -> None:
+        self._run = run
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write a file atomically.
+
+        Raises:
+            CheckpointWriteError: It can't be written. Nothing of it is left then.
+        """
+        folder, name = os.path.split(os.path.abspath(filepath))
+        ledger, run = Ledger(folder), self._run
+        with naming_write_errors(filepath):
+            os.makedirs(folder, exist_ok=True)
+            if run:
+                _write(ledger.with_entry(f'{name}{UNFINISHED}', run), ledger.path)
+            _write(obj, filepath, lambda status: run and _write(ledger.with_entry(name, run, status), ledger.path))
+
+
+def _write(
+    data: bytes, path: str | os.PathLike, before_rename: Callable[[os.stat_result], object] = lambda status: None
+) -> None:
+    unfinished = f'{os.fspath(path)}{UNFINISHED}'
+    with suppress(FileNotFoundError):  # not overwritten: it may be a link to another file
+        os.unlink(unfinished)
+    with open(unfinished, 'xb') as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            before_rename(os.fstat(file.fileno()))
+            os.replace(unfinished, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(unfinished)
+            raise
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+register_backend(ATOMIC_BACKEND, AtomicBackend, force=True)

@@ -1,0 +1,160 @@
+"""The one place where checkpoints are read: ours, and with mmman imported everything that mmengine loads.
+
+``import mmman`` registers :func:`load_from_local` for local files and a loader over it for URLs with mmengine's
+``CheckpointLoader``: ``load_from``, resume, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the inferencers of the
+libraries read every checkpoint this way. Design: docs/design/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from mmengine.dist import get_dist_info
+from mmengine.fileio import get_file_backend
+from mmengine.logging import print_log
+from mmengine.runner import (
+    CheckpointLoader,
+    get_deprecated_model_names,
+    get_external_models,
+    get_mmcls_models,
+    get_torchvision_models,
+)
+from torch import Tensor
+
+from mmman.errors import CheckpointError
+from mmman.messages import one_line
+from mmman.runtime.allowed_types import READS_TRAINING_CHECKPOINTS
+from mmman.runtime.archive import check_archive, shown
+from mmman.runtime.checkpoint_content import plain_checkpoint
+
+REMEDY = 'copy or download it again, or give another checkpoint'
+
+
+def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict | Tensor:
+    """Read a checkpoint from a local file, after checking all of it.
+
+    Args:
+        path: The file, as ``torch.save`` writes it.
+        map_location: Where to put the tensors, as for ``torch.load``; None is the CPU.
+
+    Returns:
+        What was saved, in new containers and tensors: weights, and plain data. What mmengine would run is left out, and named
+        in one line of the log. A tensor, where the file is one.
+
+    Raises:
+        CheckpointError: The file isn't there, is damaged, holds no weights or something else than weights and plain data. The
+            message is one line: the file, what is wrong, what to do.
+    """
+    path = os.path.expanduser(os.fspath(path))
+    try:
+        is_archive = check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # what torch thinks of the file's age
+            loaded = torch.load(path, 'cpu' if map_location is None else map_location, weights_only=True, mmap=is_archive)
+        checkpoint, left_out = plain_checkpoint(loaded, os.path.getsize(path))
+    except CheckpointError as error:
+        raise CheckpointError(one_line(f'{shown(path)} {error}; {REMEDY}')) from None
+    except Exception as error:  # whatever torch stumbles over in a file that was made to make it stumble
+        reason = str(error).partition('\n')[0]
+        if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch advises to switch the check off
+            reason = 'its pickle is not one of weights and plain data'
+            if not READS_TRAINING_CHECKPOINTS:
+                reason += ', or holds a log of mmengine, which takes torch 2.6 to read'
+        raise CheckpointError(one_line(f'{shown(path)} cannot be read: {type(error).__name__}: {reason}; {REMEDY}')) from None
+    if left_out:
+        message = f'{shown(path)}: left out what would be run as a program: {"; ".join(left_out)}. Give the config as a file'
+        print_log(one_line(message), logger='current', level=logging.WARNING)
+    return checkpoint
+
+
+def load_from_http(url: str, map_location: Any = None) -> dict | Tensor:
+    """Download a checkpoint into torch's cache, unless it is there, and read it by :func:`load_from_local`.
+
+    Raises:
+        CheckpointError: It can't be downloaded or read.
+    """
+    name = os.path.basename(urlparse(url).path)
+    if not name or name in ('.', '..') or not name.isprintable():
+        raise CheckpointError(one_line(f'{url} names no file; give the URL of a .pth file'))
+    path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
+    rank, world_size = get_dist_info()
+    if rank == 0:
+        _download(url, path)
+    if world_size > 1:
+        torch.distributed.barrier()
+        _download(url, path)  # on other machines, where it isn't there yet
+    try:
+        return load_from_local(path, map_location)
+    except CheckpointError as error:
+        raise CheckpointError(one_line(f'{error}; it was downloaded from {url}: delete it to download it again')) from None
+
+
+def _download(url: str, path: str) -> None:
+    if os.path.exists(path):
+        return
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, progress=os.isatty(0))
+    except OSError as error:  # URLError is one
+        raise CheckpointError(one_line(f'{url} cannot be downloaded: {error}; give the path of a file')) from None
+
+
+def load_from_torchvision(name: str, map_location: Any = None) -> dict | Tensor:
+    """Read weights of torchvision's models, ``torchvision://resnet50``."""
+    return _named_model(name, get_torchvision_models(), map_location)
+
+
+def load_from_openmmlab(name: str, map_location: Any = None) -> dict | Tensor:
+    """Read weights by their name in mmengine's list, ``open-mmlab://resnet50_caffe``."""
+    deprecated = get_deprecated_model_names()
+    prefix, _, model = name.partition('://')
+    return _named_model(f'{prefix}://{deprecated.get(model, model)}', get_external_models(), map_location)
+
+
+def load_from_mmcls(name: str, map_location: Any = None) -> dict:
+    """Read the backbone of a classifier by its name in mmengine's list, ``mmcls://resnet50``."""
+    checkpoint = _named_model(name, get_mmcls_models(), map_location)
+    state = checkpoint.get('state_dict', checkpoint)
+    prefix = 'backbone.'
+    return {'state_dict': {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}}
+
+
+def load_from_storage(uri: str, map_location: Any = None) -> dict | Tensor:
+    """Read a checkpoint from an object store that mmengine knows, ``s3://...`` or ``petrel://...``."""
+    backend = get_file_backend(uri, backend_args={'backend': 'petrel'})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, os.path.basename(uri) or 'checkpoint')
+        path.write_bytes(backend.get(uri))
+        return load_from_local(path, map_location)
+
+
+def _named_model(name: str, urls: dict[str, str], map_location: Any) -> dict | Tensor:
+    model = name.partition('://')[2]
+    if model not in urls:
+        raise CheckpointError(one_line(f'{name} is in no list of models; give the path or URL of a .pth file'))
+    url = urls[model]
+    if url.startswith(('http://', 'https://')):
+        return load_from_http(url, map_location)
+    home = os.getenv('MMENGINE_HOME', os.path.join(os.getenv('XDG_CACHE_HOME', '~/.cache'), 'mmengine'))
+    return load_from_local(os.path.join(home, url), map_location)
+
+
+def read_all_checkpoints() -> None:
+    """Let mmengine read every checkpoint by :func:`load_from_local`, wherever it comes from."""
+    for prefixes, loader in (
+        ('', load_from_local),
+        (('http://', 'https://'), load_from_http),
+        (('modelzoo://', 'torchvision://'), load_from_torchvision),
+        (('open-mmlab://', 'openmmlab://'), load_from_openmmlab),
+        ('mmcls://', load_from_mmcls),
+        ([r'(\S+\:)?s3://', r'(\S+\:)?petrel://'], load_from_storage),
+    ):
+        CheckpointLoader.register_scheme(prefixes, loader=loader, force=True)

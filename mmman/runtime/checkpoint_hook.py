@@ -1,0 +1,219 @@
+"""mmengine's checkpoint hook, made safe against a kill at any moment: the last complete checkpoint is always there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import CheckpointHook as MMCheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from mmman.registry import HOOKS
+from mmman.runtime.atomic_files import ATOMIC_BACKEND, UNFINISHED, check_folder, naming_write_errors, write_atomically
+from mmman.runtime.ledger import Ledger
+
+SUPERSEDED = 'superseded_ckpts'  # in the message hub, and so in each checkpoint: the files that it replaces
+KEPT, BEST = 'keep_ckpt_ids', 'best_ckpt'  # mmengine's: the numbers of the checkpoints that are there; the best one's path
+
+
+class DeferredRemovals:
+    """A file backend that notes what it is asked to remove, and removes it later, as far as that is allowed.
+
+    Args:
+        backend: The backend that does the work; everything but ``remove`` and ``rmtree`` is its own.
+        is_own: Whether a path may be removed.
+    """
+
+    def __init__(self, backend: Any, is_own: Callable[[str], bool]) -> None:
+        self._backend = backend
+        self._is_own = is_own
+        self._removals: dict[str, Callable] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    @property
+    def paths(self) -> list[str]:
+        return [*self._removals]
+
+    def remove(self, path: str) -> None:
+        self._removals[str(path)] = self._backend.remove
+
+    def rmtree(self, path: str) -> None:
+        self._removals[str(path)] = self._backend.rmtree
+
+    def keep(self, path: str | None) -> None:
+        """Forget to remove a path: it is written anew."""
+        self._removals.pop(str(path), None)
+
+    def flush(self) -> None:
+        """Remove what was noted. A file that stays is named in the log."""
+        for path, remove in self._removals.items():
+            if not self._is_own(path):
+                print_log(f'{path} stays: this run did not write it', logger='current')
+                continue
+            try:
+                remove(path)
+            except OSError as error:
+                print_log(f'{path} stays, remove it by hand: {error}', logger='current', level=logging.WARNING)
+        self._removals = {}
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMCheckpointHook):
+    """mmengine's hook with local files written atomically, and old ones removed when the new one is complete.
+
+    So there are, while a checkpoint is written, ``max_keep_ckpts + 1`` of them. What a killed run left is removed by the next
+    one: unfinished files, and the checkpoints that the resumed one had replaced. The arguments are mmengine's.
+
+    Only files that this run wrote into its own folder are removed, whatever a checkpoint says. A run that is resumed from a
+    checkpoint of its folder goes on as the run that wrote that checkpoint; the folder's :class:`Ledger` knows which that was.
+    In a storage other than a local folder, only what this process wrote is removed.
+
+    Raises:
+        CheckpointWriteError: A checkpoint can't be written, or the folder takes none. Checkpoints that are there stay.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Find the folder, and which of its files are this run's."""
+        if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir or ''):
+            self.backend_args = {'backend': ATOMIC_BACKEND}
+        self._is_atomic = (self.backend_args or {}).get('backend') == ATOMIC_BACKEND
+        self._written: set[str] = set()
+        listed = _take_lists(runner)  # mmengine's hook would remove files on their word
+        super().before_train(runner)
+        self.file_backend = DeferredRemovals(self.file_backend, self._is_own)
+        if not is_main_process():
+            return
+        resumed = None
+        if getattr(runner, '_resume', False):
+            resumed = runner._load_from or find_latest_checkpoint(runner.work_dir)
+        unfinished = []
+        if self._is_atomic:
+            check_folder(self.out_dir)
+            self._ledger = Ledger(self.out_dir)
+            self._run = self._ledger.run_of(resumed) or uuid.uuid4().hex
+            self.backend_args = {**self.backend_args, 'run': self._run}
+            unfinished = self._ledger.begun(self._run, UNFINISHED)
+        steps = self._restore_lists(runner, listed)
+        kept = steps[-self.max_keep_ckpts :] if self.max_keep_ckpts > 0 else steps
+        needed = {os.path.basename(path) for path in (resumed, *map(self._path, kept), *self._best_paths()) if path}
+        for path in [*listed.get(SUPERSEDED, []), *map(self._path, steps), *unfinished]:
+            if self._is_own(path) and os.path.basename(path) not in needed:
+                self.file_backend.remove(path)
+        self.file_backend.flush()
+
+    def _restore_lists(self, runner: Runner, listed: dict[str, Any]) -> list[int]:
+        """Give back to the run, of what a checkpoint says was written, what this run did write.
+
+        Returns:
+            The numbers of its checkpoints.
+        """
+        steps = [step for step in listed.get(KEPT, []) if self._is_own(self._path(step))]
+        runner.message_hub.update_info(KEPT, steps)
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids = deque(steps, self.max_keep_ckpts)
+        for key, path in listed.items():
+            if not key.startswith(BEST) or not self._is_own(path):
+                continue
+            runner.message_hub.update_info(key, path)
+            indicator = key.removeprefix(f'{BEST}_')
+            if key == BEST and hasattr(self, 'best_ckpt_path'):
+                self.best_ckpt_path = path
+            elif indicator in getattr(self, 'best_ckpt_path_dict', {}):
+                self.best_ckpt_path_dict[indicator] = path
+        return steps
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        """mmengine's order of things, but old files go last and the note of the latest checkpoint is replaced atomically."""
+        filename = self.filename_tmpl.format(step)
+        self.last_ckpt = self._path(step)
+        if self.max_keep_ckpts > 0 and [*self.keep_ckpt_ids][-1:] != [step]:
+            if len(self.keep_ckpt_ids) == self.max_keep_ckpts:
+                self._supersede(self._path(self.keep_ckpt_ids[0]))
+            self.keep_ckpt_ids.append(step)
+            runner.message_hub.update_info(KEPT, [*self.keep_ckpt_ids])
+        self._keep_current()
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        runner.message_hub.update_info(SUPERSEDED, self.file_backend.paths)
+        with naming_write_errors(self.last_ckpt):
+            runner.save_checkpoint(
+                self.out_dir,
+                filename,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+        self._written.add(self.last_ckpt)
+        if is_main_process():
+            write_atomically(self.last_ckpt.encode(), os.path.join(runner.work_dir, 'last_checkpoint'))
+            self.file_backend.flush()
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        with naming_write_errors(self.out_dir):
+            super()._save_best_checkpoint(runner, metrics)
+        self._written.update(filter(None, self._best_paths()))
+        if is_main_process():
+            self._keep_current()
+            self.file_backend.flush()
+
+    def after_train(self, runner: Runner) -> None:
+        """Publish, where ``published_keys`` asks for it."""
+        with naming_write_errors(self.out_dir):
+            super().after_train(runner)
+
+    def _path(self, step: int) -> str:
+        return self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+
+    def _best_paths(self) -> list[str | None]:
+        return [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]
+
+    def _is_own(self, path: str | os.PathLike) -> bool:
+        """Whether this run wrote a file, as it is now."""
+        if self._is_atomic and os.path.isfile(path):
+            return self._ledger.run_of(path) == self._run
+        return path in self._written
+
+    def _keep_current(self) -> None:
+        """A file may be written anew under the name of the one that it replaces."""
+        for path in (self.last_ckpt, *self._best_paths()):
+            self.file_backend.keep(path)
+
+    def _supersede(self, path: str) -> None:
+        if not is_main_process():
+            return
+        if self.file_backend.isfile(path):
+            self.file_backend.remove(path)
+        elif self.file_backend.isdir(path):  # DeepSpeed's checkpoints are folders
+            self.file_backend.rmtree(path)
+
+
+def _take_lists(runner: Runner) -> dict[str, Any]:
+    """Take what a checkpoint says about files out of the message hub, so that nobody acts on it unchecked.
+
+    Returns:
+        By name: :data:`SUPERSEDED` is a list of paths and :data:`KEPT` a list of numbers; names that begin with :data:`BEST`
+        are paths. Whatever isn't is left out.
+    """
+    hub = runner.message_hub
+    listed: dict[str, Any] = {}
+    for key in [key for key in hub.runtime_info if str(key).startswith((SUPERSEDED, KEPT, BEST))]:
+        value = hub.get_info(key)
+        if str(key).startswith(BEST):
+            hub.update_info(key, None)
+            listed |= {key: value} if isinstance(value, str) else {}
+        else:
+            hub.update_info(key, [])
+            kind = str if key == SUPERSEDED else int
+            listed[key] = [item for item in value if type(item) is kind] if isinstance(value, (list, tuple)) else []
+    return listed

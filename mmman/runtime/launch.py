@@ -1,0 +1,241 @@
+"""From a command line to a runner: what ``tools/train.py`` and ``tools/test.py`` share.
+
+Mistakes on the command line end the program with one line that says what to change (``SystemExit``), not with a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.device import get_device
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch.distributed.constants import default_pg_timeout
+
+from mmman.engine.config_check import check_config
+from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError, MisuseError, PeerError
+from mmman.messages import one_line
+from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
+from mmman.runtime.weights_hook import WeightsHook
+from mmman.watchdog.hook import WatchdogHook, start_watchdog, timeout_of
+from mmman.watchdog.monitor import Watchdog
+from mmman.watchdog.rendezvous import RANK_VARIABLES, find_rank
+
+LOCAL_LEARNING = 'LocalLearningOptimWrapper'
+LONGEST = 2000  # characters of a last line
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that training and testing have in common."""
+    parser.add_argument('--work-dir', help='folder of logs and results; default: work_dirs/<name of the config>')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, for example train_cfg.max_epochs=1 or key="[a,b]" (no white space)',
+    )
+    parser.add_argument('--launcher', choices=['none', *RANK_VARIABLES], default='none', help='job launcher')
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config that the arguments of :func:`add_common_arguments` name, and apply them to it."""
+    if not Path(args.config).is_file():
+        raise SystemExit(f'no config at {args.config}; give the path of a .py, .json or .yaml file')
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+    if cfg.get('default_scope') == 'mmpretrain':
+        _set_mmpretrain_loaders(cfg)
+    # torchrun sets it; the runner, which reads it under every launcher, would take every process of an MPI job for the first
+    local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'
+    os.environ.setdefault('LOCAL_RANK', os.environ.get(local_rank, str(args.local_rank)))
+    return cfg
+
+
+def check_checkpoint(path: str, option: str) -> str:
+    """Return ``path``; end the program where it is a local file that does not exist."""
+    if '://' not in path and not Path(path).is_file():
+        raise SystemExit(f'{option}: no checkpoint at {path}; give the path or URL of a .pth file')
+    return path
+
+
+def set_resume(cfg: Config, choice: str | None) -> None:
+    """Set which checkpoint training goes on from, if any; end the program where that one can't be used.
+
+    Args:
+        cfg: The config. Its own ``resume`` and ``load_from`` count where ``choice`` is None.
+        choice: ``'auto'`` for the latest checkpoint of the work folder, or a fresh start where there is none;
+            ``'previous'`` for the one before; or a path or URL.
+    """
+    if choice is None:
+        if not cfg.get('resume'):
+            return
+        choice = cfg.get('load_from') or 'auto'
+    cfg.resume = True
+    out_dir = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('out_dir')
+    if choice == 'auto':
+        path = latest_checkpoint(cfg.work_dir, out_dir)
+        if path is None:  # what the run would have begun from stays in load_from
+            cfg.resume = False
+            return
+    elif choice == 'previous':
+        path = previous_checkpoint(cfg.work_dir, out_dir)
+        if path is None:
+            raise SystemExit(f'--resume previous: {cfg.work_dir} has no checkpoint before the latest; give a path')
+    else:
+        path = check_checkpoint(choice, '--resume')
+    cfg.load_from = str(path)
+    if '://' in cfg.load_from:
+        return
+    try:
+        check_whole(path)
+    except CheckpointError as error:
+        previous = previous_checkpoint(cfg.work_dir, out_dir) if choice == 'auto' else None
+        remedy = f'--resume previous goes on from {previous}' if previous else 'or start anew, without --resume'
+        raise SystemExit(one_line(f'--resume: {error}; {remedy}', LONGEST)) from None
+
+
+@contextmanager
+def end_on_error(checkpoint: str | None) -> Iterator[None]:
+    """End the program with one line where mmman refuses something.
+
+    Args:
+        checkpoint: The checkpoint that the run loads, if any: errors about it name it.
+    """
+    try:
+        yield
+    except LocalLearningError as error:
+        text = str(error)
+        if not isinstance(error, CheckpointError) and not text.startswith('cannot resume'):
+            text = f'{type(error).__name__}: {text}'
+        elif checkpoint and checkpoint not in text and not isinstance(error, CheckpointWriteError):
+            text = f'{checkpoint}: {text}'
+        raise SystemExit(one_line(text, LONGEST)) from error
+
+
+def type_name(cfg: ConfigDict, default: str = '') -> str:
+    """The class that a config names, without its scope, whether it is named by a string or, in new-style configs, itself."""
+    kind = cfg.get('type', default)
+    return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
+
+
+@contextmanager
+def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
+    """Context of a run: where several processes train or test data parallel, one that is lost or stuck ends them all.
+
+    Yields:
+        What watches them, for :func:`build_runner`; None where there is one process, and in a pipeline, which has its own.
+    """
+    if cfg.launcher == 'none' or is_pipeline(cfg):
+        yield None
+        return
+    try:
+        rank, world_size = find_rank(cfg.launcher)
+        timeout = timeout_of(cfg)
+    except MisuseError as error:
+        raise SystemExit(str(error)) from None
+    if world_size == 1:
+        yield None
+        return
+    watchdog = start_watchdog(rank, world_size, timeout)
+    try:
+        with watchdog.reporting():
+            yield watchdog
+    except PeerError:  # the watchdog has printed it
+        raise SystemExit(1) from None
+    watchdog.leave()
+
+
+def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
+    """Build the runner, ready for any launcher, with or without a GPU.
+
+    Args:
+        cfg: The config.
+        watchdog: What :func:`watch_peers` yields.
+
+    Raises:
+        LocalLearningError: The config can't be run as it is; the message says what to change.
+    """
+    check_config(cfg)
+    if cfg.launcher != 'none' and not is_pipeline(cfg):
+        _set_model_wrapper(cfg)
+        if get_device() == 'cpu':
+            _init_gloo(cfg.launcher, cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout'))
+        else:
+            _record_collectives()
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if watchdog is not None:
+        runner.register_hook(WatchdogHook(watchdog))
+    if not is_pipeline(cfg):  # a stage may have nothing of the checkpoint's
+        runner.register_hook(WeightsHook())
+    return runner
+
+
+def is_pipeline(cfg: Config) -> bool:
+    """Whether a config trains one block a process; its runner makes the process groups itself."""
+    return bool(cfg.get('runner_type')) and type_name(ConfigDict(type=cfg.runner_type)) == 'PipelineRunner'
+
+
+def leave_process_group() -> None:
+    """End a distributed run in order: whoever leaves first may take down the others, one of which may still be writing."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _set_model_wrapper(cfg: Config) -> None:
+    """Choose the model wrapper where the config doesn't, and keep it off the GPU where there is none."""
+    if not cfg.get('model_wrapper_cfg'):
+        is_local = type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING
+        cfg.model_wrapper_cfg = dict(
+            type='mmman.LocalDistributedDataParallel' if is_local else 'MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False),
+        )
+    if get_device() == 'cpu':
+        cfg.model_wrapper_cfg.setdefault('device_ids', None)
+
+
+def _init_gloo(launcher: str, timeout: float | None) -> None:
+    """Make the process group before the runner does, which sets a CUDA device on the way, also for gloo.
+
+    The watchdog's timeout ends the run where a process is lost or stuck, so a collective itself may wait for a process that is
+    neither, say, in a long evaluation: not less than torch's default.
+    """
+    try:
+        rank, world_size = find_rank(launcher)
+    except MisuseError as error:
+        raise SystemExit(str(error)) from None
+    patience = max(timedelta(seconds=timeout or 0), default_pg_timeout)
+    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=patience)
+
+
+def _record_collectives() -> None:
+    """Let NCCL's flight recorder keep the last collectives, and write them where one times out; the user's settings win."""
+    for name, value in (('TORCH_NCCL_TRACE_BUFFER_SIZE', '2000'), ('TORCH_NCCL_DUMP_ON_TIMEOUT', '1')):
+        os.environ.setdefault(name, value)
+
+
+def _set_mmpretrain_loaders(cfg: Config) -> None:
+    """Give the data loaders the defaults that mmpretrain's configs leave to its own tools."""
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        loader = cfg.get(name)
+        if loader:
+            loader.setdefault('pin_memory', torch.cuda.is_available())
+            loader.setdefault('persistent_workers', loader.get('num_workers', 0) > 0)
+            loader.setdefault('collate_fn', dict(type='default_collate'))

@@ -1,0 +1,147 @@
+"""mmengine's train loops, able to go on from any iteration exactly as if they had never stopped."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from mmengine.dist import get_rank, get_world_size
+from mmengine.logging import print_log
+from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import EpochBasedTrainLoop as MMEpochBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop as MMIterBasedTrainLoop
+from torch.utils.data import DataLoader
+
+from mmman.errors import CheckpointError, MisuseError
+from mmman.registry import LOOPS
+from mmman.runtime.resume import ExactResumeHook
+from mmman.runtime.resume_record import ResumeRecordHook
+from mmman.runtime.seeded import SeededDataLoader, run_seed, seed_iteration
+
+
+class ResumableLoop(BaseLoop):
+    """What both loops share: seeded data, a seed for every iteration, and the place in the data where a run goes on."""
+
+    by_epoch: bool
+
+    def __init__(self, runner: Runner, dataloader: DataLoader | dict) -> None:
+        super().__init__(runner, dataloader)
+        self.is_seeded = SeededDataLoader.supports(self.dataloader)
+        reason = 'a custom loader or an iterable dataset'
+        if self.is_seeded:
+            self.dataloader = SeededDataLoader.of(self.dataloader)
+            sampler = self.dataloader.batch_sampler
+            reason = '' if sampler.is_reproducible else f'{type(sampler.sampler).__name__}, which has no seed'
+        if reason:
+            message = f'The training data comes from {reason}: a resumed run will not be exact'
+            print_log(message, logger='current', level=logging.WARNING)
+        self.resumed_batch = 0
+        self._pass, self._pass_began = 0, 0
+        runner.register_hook(ExactResumeHook())
+        runner.register_hook(ResumeRecordHook())
+
+    def data_facts(self) -> dict[str, int]:
+        """What has to be the same for the rest of an epoch to be the same."""
+        sampler = self.dataloader.batch_sampler
+        return {
+            'processes': get_world_size(),
+            'batch size': getattr(sampler, 'batch_size', None) or 0,
+            'dataset length': len(self.dataloader.dataset) if self.is_seeded else 0,
+        }
+
+    @property
+    def batches(self) -> int:
+        """How many batches a pass over the data has; 0 where that isn't known."""
+        return len(self.dataloader) if hasattr(self.dataloader.dataset, '__len__') else 0
+
+    @property
+    def sampler_seed(self) -> int | None:
+        """The seed that the order of samples follows from, where the sampler has one."""
+        return getattr(getattr(self.dataloader.batch_sampler, 'sampler', None), 'seed', None)
+
+    def position(self, epoch: int, iteration: int) -> int:
+        """How many batches of its epoch lie behind a checkpoint that stores this epoch and iteration."""
+        return iteration - self._pass_began if epoch == self._pass else 0
+
+    def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
+        """Whether a place in the run is where one with epochs of today's length gets."""
+        return batch <= self.batches and iteration == epoch * self.batches + batch
+
+    def is_possible(self, epoch: int, iteration: int, batch: int) -> bool:
+        """Whether a place in the run is where one can get whose epochs weren't all of the same length."""
+        return epoch <= iteration - batch if epoch else iteration == batch
+
+    def _start_pass(self, epoch: int, batch: int) -> None:
+        """Position the data at a batch of a pass over it; ``_iter`` is that batch's iteration."""
+        self._pass, self._pass_began = epoch, self._iter - batch
+        if self.is_seeded:
+            self.dataloader.batch_sampler.start(run_seed(self.runner), epoch, batch)
+        elif batch:
+            raise CheckpointError(
+                f'cannot resume in the middle of an epoch (batch {batch}): the training data has no batch sampler to position; '
+                'resume from a checkpoint at the end of an epoch'
+            )
+
+
+@LOOPS.register_module()
+class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
+    """mmengine's epoch-based loop, which also resumes in the middle of an epoch. The arguments are mmengine's."""
+
+    by_epoch = True
+    _first = 0
+
+    def run_epoch(self) -> None:
+        """Train one epoch, or what a checkpoint left of it."""
+        self._first, self.resumed_batch = self.resumed_batch, 0
+        self._start_pass(self._epoch, self._first)
+        super().run_epoch()
+
+    def run_iter(self, idx: int, data_batch: list[dict]) -> None:
+        """Train one batch.
+
+        Args:
+            idx: The batch's index among those that this process loaded of the epoch.
+            data_batch: The batch.
+        """
+        seed_iteration(self.runner, self._iter, get_rank())
+        super().run_iter(self._first + idx, data_batch)
+
+
+@LOOPS.register_module()
+class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
+    """mmengine's iteration-based loop; on resume it loads nothing that was trained already. The arguments are mmengine's."""
+
+    by_epoch = False
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_seeded:
+            self.dataloader_iterator = self._endless_batches()
+
+    def position(self, epoch: int, iteration: int) -> int:
+        """All batches so far: there are no epochs."""
+        return iteration
+
+    def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
+        """All that is behind counts, and the run is one epoch."""
+        return iteration == batch and epoch <= 1
+
+    is_possible = is_regular
+
+    def run_iter(self, data_batch: list[dict]) -> None:
+        """Train one batch."""
+        seed_iteration(self.runner, self._iter, get_rank())
+        super().run_iter(data_batch)
+
+    def _endless_batches(self) -> Iterator:
+        """Pass after pass over the data, from the iteration that a checkpoint brought."""
+        epoch, to_skip = 0, self._iter
+        for _ in range(to_skip):
+            yield None  # mmengine replays what was trained already
+        while True:
+            before = self._iter, to_skip
+            self._start_pass(epoch, to_skip)
+            yield from self.dataloader
+            epoch, to_skip = epoch + 1, self.dataloader.batch_sampler.to_skip
+            if (self._iter, to_skip) == before:
+                raise MisuseError('the training data makes no batch: lower train_dataloader.batch_size, or set drop_last=False')

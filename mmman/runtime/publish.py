@@ -1,0 +1,138 @@
+"""From a training checkpoint to one to share: stock names, no local heads, no optimizer, plain types only."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmman.errors import CheckpointError
+from mmman.messages import one_line
+from mmman.runtime.archive import shown
+from mmman.runtime.checkpoint import load_from_local
+from mmman.runtime.formats import FORMATS, backbone_config, rename
+from mmman.version import __version__
+
+BACKBONE = 'backbone.'
+LOCAL = 'backbone.local.'
+META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
+
+
+def publish(
+    checkpoint: Path, out: Path, backbone_only: bool = False, library: str = 'mm', ema: bool = False, force: bool = False
+) -> tuple[Path, str]:
+    """Write the weights of a training checkpoint without anything that only training needs.
+
+    The file is a dict of ``state_dict`` and ``meta`` that ``torch.load(weights_only=True)`` reads, named after the first 8
+    digits of its SHA-256 sum.
+
+    Args:
+        checkpoint: A checkpoint that mmengine's runner saved.
+        out: Where to, ``<folder>/<stem>.pth``; the file becomes ``<folder>/<stem>-<sum>.pth``.
+        backbone_only: Only ``backbone.*``.
+        library: Whose names: ``'mm'`` keeps them; ``'torchvision'`` and ``'timm'`` write the backbone alone, without a prefix.
+        ema: The weights that mmengine's ``EMAHook`` averaged, in place of those that were trained.
+        force: Overwrite an existing file.
+
+    Returns:
+        The file, and one line on what is in it.
+
+    Raises:
+        CheckpointError: It can't be done as asked; the message says what to change.
+    """
+    loaded = read_checkpoint(checkpoint)
+    weights, which = select_weights(loaded, ema)
+    state = {name: tensor for name, tensor in weights.items() if LOCAL not in name}
+    names = 'names as in the model'
+    if backbone_only or library in FORMATS:
+        state = {name: tensor for name, tensor in state.items() if name.startswith(BACKBONE)}
+        if not state:
+            found = ', '.join(sorted({f'{name.split(".")[0]}.*' for name in weights}))
+            raise CheckpointError(f'{checkpoint} has no tensor below {BACKBONE!r}, only {found}: publish the whole model')
+        names = f"for init_cfg=dict(type='Pretrained', checkpoint=..., prefix={BACKBONE!r})"
+    left = Counter('local heads' if LOCAL in name else 'neck and heads' for name in weights if name not in state)
+    if library in FORMATS:
+        config = backbone_config(str(loaded.get('meta', {}).get('cfg', '')))
+        bare = {name.removeprefix(BACKBONE): tensor for name, tensor in state.items()}
+        state, model = rename(bare, config, library)
+        names = f"names of {library}'s {model}, without its classifier"
+
+    kept = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
+    if library not in FORMATS:  # the versions by which modules tell the old names of their tensors from the new
+        versions = getattr(loaded['state_dict'], '_metadata', {})
+        kept._metadata = OrderedDict((name, version) for name, version in versions.items() if LOCAL not in f'{name}.')
+    file, size = _write({'state_dict': kept, 'meta': plain_meta(loaded.get('meta', {}))}, out, force)
+    parts = [f'{len(kept)} tensors, {size / 1e6:.1f} MB', which, names]
+    if left:
+        parts.append('left out: ' + ', '.join(f'{count} tensors of {name}' for name, count in left.items()))
+    return file, '; '.join(parts)
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Read a training checkpoint, after checking all of it (:mod:`mmman.runtime.checkpoint`)."""
+    if not path.is_file():
+        raise CheckpointError(one_line(f'no checkpoint at {shown(path)}; give the path of a .pth file'))
+    checkpoint = load_from_local(path)
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        found = ', '.join(map(str, [*checkpoint][:3])) if isinstance(checkpoint, dict) else 'one tensor'
+        raise CheckpointError(
+            one_line(
+                f"{shown(path)} has no state_dict, but {found}: give a checkpoint that mmengine's runner saved, "
+                "or torch.save({'state_dict': weights}, ...)"
+            )
+        )
+    return checkpoint
+
+
+def select_weights(checkpoint: dict, ema: bool) -> tuple[dict[str, Tensor], str]:
+    """The averaged or the trained weights, and which they are.
+
+    ``EMAHook`` swaps them on saving: ``state_dict`` has the average, ``ema_state_dict`` the trained weights, below ``module.``.
+    """
+    state, swapped = checkpoint['state_dict'], checkpoint.get('ema_state_dict')
+    if swapped is None:
+        if ema:
+            raise CheckpointError('--ema: the checkpoint has no averaged weights; leave --ema out, or train with an EMAHook')
+        return state, 'the trained weights'
+    if ema:
+        return state, "EMAHook's averaged weights"
+    trained = {name: swapped.get(f'module.{name}', tensor) for name, tensor in state.items()}
+    return trained, 'the trained weights (there are averaged ones too: --ema takes them)'
+
+
+def plain_meta(meta: dict) -> dict:
+    """What inference asks of a checkpoint's ``meta``: dataset, config text and versions, of plain types."""
+    kept = {name: plain for name in META if (plain := _plain(meta.get(name))) is not None}
+    return {**kept, 'mmman_version': __version__}
+
+
+def _plain(value: object) -> object:
+    """``value`` in Python's own types; None where it, or a part of it, has none."""
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {key: plain for key, item in value.items() if type(key) in (str, int) and (plain := _plain(item)) is not None}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item) for item in value]
+        return None if None in items else tuple(items) if isinstance(value, tuple) else items
+    return value if type(value) in (str, int, float, bool) else None
+
+
+def _write(content: dict, out: Path, force: bool) -> tuple[Path, int]:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    file = out.parent / f'{out.name.removesuffix(".pth")}-{hashlib.sha256(data).hexdigest()[:8]}.pth'
+    if file.exists() and not force:
+        raise CheckpointError(f'{file} exists; give another OUT, or --force to overwrite it')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix('.part')
+    unfinished.write_bytes(data)
+    os.replace(unfinished, file)
+    return file, len(data)

@@ -1,0 +1,123 @@
+"""What may have changed between a checkpoint and the run that goes on from it: said to the user, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from mmengine.runner import Runner
+
+from mmman.errors import CheckpointError
+from mmman.runtime.compare import NOTHING, Difference, differences, kind, plain
+from mmman.runtime.resume_record import by_number, scaler_state, states_by_wrapper, wrappers
+
+REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
+
+# What a scheduler changes; the rest is its config. The last three are ReduceOnPlateau's.
+SCHEDULER_STATE = ('last_step', '_global_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter')
+
+
+def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[str]:
+    """Numbers that the config has changed. What chooses an algorithm, and another order of schedulers, is refused.
+
+    Yields:
+        One line for each optimizer and scheduler that goes on as the checkpoint says, against the config.
+    """
+    states = states_by_wrapper(checkpoint['optimizer'], runner)
+    for name, wrapper in wrappers(runner).items():
+        changes = []
+        for change in differences(_options(states[name]['param_groups']), _options(wrapper.optimizer.param_groups), plain):
+            values = {change.theirs, change.ours}
+            if values == {'True', 'False'}:
+                raise CheckpointError(
+                    f"cannot resume: the optimizer's {change.path.partition('.')[2]} is {change.theirs} in the checkpoint, "
+                    f'{change.ours} in this config; {REMEDY}'
+                )
+            if not values <= {'True', 'False', NOTHING}:  # else an option of another version of torch
+                changes.append(
+                    change._replace(path=f'{change.path.partition(".")[2]} of group {change.path.partition(".")[0]}')
+                )
+        scales = [
+            {option: value for option, value in (own or {}).items() if option not in ('scale', '_growth_tracker')}
+            for own in (states[name].get('loss_scaler'), scaler_state(wrapper))
+        ]
+        yield from _note(f'optimizer {name}'.rstrip(), [*changes, *differences(*scales, plain)])
+    theirs = {name: _config(state) for name, state in by_number(checkpoint.get('param_schedulers')).items()}
+    ours = {name: _config(scheduler.state_dict()) for name, scheduler in by_number(runner.param_schedulers).items()}
+    texts = [[repr(config) for config in side.values()] for side in (theirs, ours)]
+    if texts[0] != texts[1] and sorted(texts[0]) == sorted(texts[1]):
+        raise CheckpointError(
+            f'cannot resume: the schedulers of param_scheduler have another order in the checkpoint; {REMEDY}'
+        )
+    for name, scheduler in by_number(runner.param_schedulers).items():
+        yield from _note(f'param_scheduler {name}', [*differences(theirs[name], ours[name], plain)])
+        passed = checkpoint['meta']['epoch' if scheduler.by_epoch else 'iter']
+        steps = by_number(checkpoint['param_schedulers'])[name]['_global_step']
+        if 'monitor' not in ours[name] and steps != passed:  # which steps when there is something to compare
+            yield f'param_scheduler {name} has made {steps} steps where the run was at {passed}'
+    counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
+    if record.get('accumulative counts', counts) != counts:
+        yield f'accumulative_counts was {record["accumulative counts"]}, and is {counts} from here on'
+
+
+def _note(what: str, changes: list[Difference]) -> Iterator[str]:
+    if changes:
+        said = '; '.join(f'{path} {theirs} there, {ours} here' for path, theirs, ours in changes[:3])
+        more = f' and {len(changes) - 3} more' if changes[3:] else ''
+        yield (
+            f'The {what} goes on as in the checkpoint, not as this config says: {said}{more}. To train with the new values, '
+            'start a new run from its weights: load_from without resume'
+        )
+
+
+def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator[str]:
+    """Check that a checkpoint's place in the data is one of this run.
+
+    Yields:
+        What the user should know of it.
+    """
+    loop, epoch, iteration = runner.train_loop, meta['epoch'], meta['iter']
+    if record.get('by epoch', loop.by_epoch) != loop.by_epoch:
+        units = ['epochs' if by_epoch else 'iterations' for by_epoch in (record['by epoch'], loop.by_epoch)]
+        raise CheckpointError(f'cannot resume: the checkpoint counts {units[0]}, train_cfg {units[1]}; {REMEDY}')
+    behind, end, option = (epoch, loop.max_epochs, 'max_epochs') if loop.by_epoch else (iteration, loop.max_iters, 'max_iters')
+    if behind > end:
+        raise CheckpointError(
+            f'cannot resume: the checkpoint has {behind} {option.removeprefix("max_")} behind it, and train_cfg.{option} is '
+            f'{end}: raise it, or resume from an earlier one'
+        )
+    if not record:
+        yield 'The checkpoint was not saved by a loop of mmman: the resumed run will not be exactly the uninterrupted one'
+        return
+    batch, ours = record['batch'], loop.data_facts()
+    facts = [
+        {**record['data'], 'sampler seed': kind(record.get('sampler seed'))},
+        {**ours, 'sampler seed': kind(loop.sampler_seed)},
+    ]
+    if facts[0] == facts[1]:  # else these explain another number of batches
+        facts = [{'batches': record.get('batches', loop.batches)}, {'batches': loop.batches}]
+    changes = '; '.join(f'{name} {theirs} there, {ours} here' for name, theirs, ours in differences(*facts, plain))
+    if changes and batch:
+        raise CheckpointError(
+            f'cannot resume after batch {batch} of other data: {changes}. Resume with the same data '
+            'and processes, or from the end of an epoch, or start a new run from its weights: load_from without resume'
+        )
+    is_place = loop.is_possible if changes or not record.get('regular', True) else loop.is_regular
+    if not is_place(epoch, iteration, batch):
+        raise CheckpointError(
+            f'cannot resume: no run with this data is in epoch {epoch} at batch {batch} after {iteration} iterations: an epoch '
+            f'has {loop.batches} batches; {REMEDY}'
+        )
+    if changes:
+        yield f'The run goes on with other data than it began: {changes}'
+
+
+def _config(state: Mapping) -> dict:
+    return {name: value for name, value in sorted(state.items()) if name not in SCHEDULER_STATE}
+
+
+def _options(groups: list[Mapping]) -> list[dict]:
+    """What the config says of groups: where schedulers change an option, what it began as."""
+    unused = ('params', 'foreach', 'fused')
+    return [
+        {name: group.get(f'initial_{name}', value) for name, value in group.items() if name not in unused} for group in groups
+    ]

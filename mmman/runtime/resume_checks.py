@@ -1,0 +1,186 @@
+"""Whether a run can go on from a checkpoint: everything that would be restored is compared with the run before it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from mmengine.optim import OptimWrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from mmman.engine.ema_hook import check_local_heads
+from mmman.errors import CheckpointError
+from mmman.runtime.compare import FLAG, NOTHING, TABLE, Kind, at, differences, is_whole, kind, kinds, words
+from mmman.runtime.optimizer_state import IMPLEMENTATION, StateOfAStep
+from mmman.runtime.resume_changes import REMEDY, SCHEDULER_STATE, changed_options, changed_position
+from mmman.runtime.resume_record import (
+    GRADIENTS,
+    RECORD,
+    averaged_model,
+    by_number,
+    classes,
+    scaler_state,
+    states_by_wrapper,
+    unwrap,
+    wrappers,
+)
+from mmman.runtime.resume_values import check_finite, check_values
+
+
+class Part(NamedTuple):
+    """A part of a checkpoint beside what the run has in its place: compared by what sort of values both are.
+
+    ``what`` is how an error calls a place in it, with ``{}`` for the path.
+    """
+
+    what: str
+    theirs: object
+    ours: object
+
+
+def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
+    """Check that a checkpoint is of this model, optimizer, schedule and data, and that every value in it has a meaning.
+
+    Args:
+        checkpoint: What was loaded from the file.
+        runner: The run; nothing of it changes.
+
+    Returns:
+        What the user should know: what differs and doesn't keep the run from going on, and what can't be compared.
+
+    Raises:
+        CheckpointError: The run can't go on from it.
+    """
+    for key, what in (('state_dict', 'weights'), ('message_hub', 'log'), ('optimizer', 'optimizer state')):
+        if key not in checkpoint:
+            raise CheckpointError(
+                f'cannot resume: the checkpoint has no {what}, as a published one or a best_*.pth: '
+                'resume from an epoch_*.pth or iter_*.pth, or start a new run from its weights: load_from without resume'
+            )
+    check_values(checkpoint, runner)
+    check_local_heads(checkpoint['state_dict'], unwrap(runner.model).state_dict())
+    record = at(checkpoint, f'meta.{RECORD}') or {}
+    for part in _parts(checkpoint, runner, record):
+        found = [*differences(part.theirs, part.ours)]
+        if found:
+            path, theirs, ours = found[0]
+            raise CheckpointError(
+                f'cannot resume: {part.what.format(path).strip()}: {theirs} in the checkpoint, {ours} in this run'
+                f'{f" ({len(found) - 1} more differ)" if found[1:] else ""}; {REMEDY}'
+            )
+    check_finite(checkpoint, runner)
+    notes = [*changed_options(checkpoint, runner, record), *changed_position(checkpoint['meta'], record, runner)]
+    if record and 'classes' not in record:
+        notes.append(
+            'The checkpoint is of an earlier version, and does not say of which classes its optimizer and schedulers are: '
+            'make sure that this config has the same'
+        )
+    return notes
+
+
+def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Part]:
+    """What is compared, in this order: each part takes for granted that those before it fit."""
+    theirs = by_number(checkpoint.get('param_schedulers'))
+    schedulers = {name: scheduler.state_dict() for name, scheduler in by_number(runner.param_schedulers).items()}
+    yield Part('parameter schedulers', Kind(len(theirs)), Kind(len(schedulers)))
+    if 'classes' in record:
+        yield Part('the class of the {}', words(record['classes']), words(classes(runner)))
+    model, average = unwrap(runner.model), averaged_model(runner)
+    yield Part('the checkpoint is of another model, {}', checkpoint['state_dict'], model.state_dict())
+    ours = None if average is None else average.state_dict()
+    yield Part('averaged weights (EMAHook) {}', checkpoint.get('ema_state_dict'), ours)
+    hub = dict.fromkeys(('log_scalars', 'runtime_info', 'resumed_keys'), TABLE)
+    yield Part('message_hub {}', kinds(checkpoint['message_hub']), hub)
+    yield Part(
+        'param_scheduler {}', *({name: _scheduler(state) for name, state in side.items()} for side in (theirs, schedulers))
+    )
+    states = states_by_wrapper(checkpoint['optimizer'], runner)
+    yield Part('optimizer {}', kinds(states), dict.fromkeys(wrappers(runner), TABLE))
+    if 'parameters with state' in record:
+        yield Part(
+            'optimizer {}', dict.fromkeys(record['parameters with state'], TABLE), dict.fromkeys(wrappers(runner), TABLE)
+        )
+    for name, wrapper in wrappers(runner).items():
+        yield from _optimizer_parts(name, wrapper, states[name], checkpoint['meta'], record, dict(model.named_parameters()))
+    parameters = dict(model.named_parameters())
+    gradients = checkpoint.get(GRADIENTS) or {}
+    yield Part(
+        'accumulated gradients {}', gradients, {name: parameters.get(name) for name in record.get('gradients', gradients)}
+    )
+    if 'accumulative counts' in record:
+        look = words if gradients else kinds
+        counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
+        yield Part('accumulative_counts {}', look(record['accumulative counts']), look(counts))
+
+
+def _optimizer_parts(
+    name: str, wrapper: OptimWrapper, state: Mapping, meta: Mapping, record: Mapping, parameters: dict[str, nn.Parameter]
+) -> Iterator[Part]:
+    what = f'optimizer {name}'.rstrip()
+    if 'classes' in record:
+        yield Part(f'{what}, steps', kind(state.get('steps')), kind(getattr(wrapper, 'steps', None)))
+    groups = wrapper.optimizer.param_groups
+    count = sum(len(group['params']) for group in groups)
+    yield Part(f'{what}, groups (paramwise_cfg?) {{}}', [*map(_group, state['param_groups'])], [*map(_group, groups)])
+    indices = [index for group in state['param_groups'] for index in group['params']]
+    yield Part(
+        f'{what}, numbers of its parameters', Kind('others' if indices != [*range(count)] else 'in order'), Kind('in order')
+    )
+    yield Part(f'{what}, loss scaler (dtype?) {{}}', state.get('loss_scaler'), scaler_state(wrapper))
+    yield Part(
+        f'{what}, base_param_settings {{}}',
+        *(
+            _group(side) if isinstance(side, Mapping) else kind(side)
+            for side in (state.get('base_param_settings'), wrapper.base_param_settings)
+        ),
+    )
+
+    own = [parameter for group in groups for parameter in group['params']]
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    labels = [names.get(id(parameter), str(index)) for index, parameter in enumerate(own)]
+    theirs = {
+        labels[index] if is_whole(index, maximum=count - 1) else index: _as_stepped(values)
+        for index, values in state['state'].items()
+        if values != {}
+    }
+    with_state = (record.get('parameters with state') or {}).get(name)
+    if with_state is None:  # of another version: some have none, as they never had a gradient, but not all that were stepped
+        stepped = state.get('steps', meta['iter'] // wrapper._accumulative_counts)
+        with_state = [i for i, parameter in enumerate(own) if labels[i] in theirs or (stepped and not theirs)]
+    expected = _expected_state(wrapper, state['param_groups'], with_state)
+    yield Part(
+        f'{what}, state {{}}',
+        theirs,
+        {labels[i]: theirs.get(labels[i]) if e is None else e for i, e in expected.items() if e != {}},
+    )
+
+
+def _expected_state(wrapper: OptimWrapper, groups: list[Mapping], indices: Iterable[int]) -> dict[int, object]:
+    """By a parameter's number, what a step leaves of it; None where that isn't known."""
+    options = [group for group in groups for _ in group['params']]
+    own = [parameter for group in wrapper.optimizer.param_groups for parameter in group['params']]
+    state = StateOfAStep(wrapper.optimizer)
+    return {index: _as_stepped(state.of(own[index], options[index])) for index in indices if index < len(own)}
+
+
+def _scheduler(state: object) -> object:
+    if not isinstance(state, Mapping):
+        return kind(state)
+    moving = {name: Kind('a state') for name in SCHEDULER_STATE if name in state}
+    return {**kinds(state), **moving, 'param_name': words(state.get('param_name'))}
+
+
+def _group(group: Mapping) -> dict:
+    """What a step needs of a group: options that another version of torch added are off where they are missing."""
+    options = {name: kind(value) for name, value in group.items() if name not in IMPLEMENTATION}
+    needed = {name: value for name, value in options.items() if value not in (NOTHING, FLAG)}
+    return {**needed, 'params': Kind(f'{len(group["params"])} parameters')}
+
+
+def _as_stepped(values: object) -> object:
+    """A parameter's state as it is compared: other versions of torch count in Python numbers, and keep None for what is off."""
+    if not isinstance(values, Mapping):
+        return values
+    kept = {name: value for name, value in values.items() if value is not None}
+    return {**kept, 'step': Kind('a count')} if 'step' in kept else kept

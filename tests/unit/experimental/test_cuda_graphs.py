@@ -1,0 +1,196 @@
+"""A step as recorded graphs: on whatever data they run, they train what the step without them trains."""
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmman import LocalLearningOptimWrapper
+from mmman.analysis.trial import build_trial, random_batch
+from mmman.errors import MisuseError
+from mmman.experimental.cuda_graphs import StepGraphs
+from mmman.memory.detection.focal_loss import fused_focal_loss
+from mmman.memory.recompute import Recomputed
+from tests.conftest import ROOT
+from tests.recorder import CPURecorder
+
+pytest.importorskip('mmdet')
+
+R18 = 'light/retinanet_r18_k4.py'
+GRAPHS = {'optim_wrapper.cuda_graphs': True}
+HALF = {'update': 'synchronous', 'loss_scale': 512.0, 'dtype': 'bfloat16'}
+AT_ONCE = {'optim_wrapper.update': 'synchronous', 'optim_wrapper.images_per_chunk': None}
+AT_ONCE |= {'model.neck.norm_cfg': {'type': 'BN'}}  # with which images can't be taken a few at a time
+PARTS = 2 * 4  # of a step in four blocks
+NARROW = {'backbone.backbone.base_channels': 16, 'neck.in_channels': [32, 64, 128], 'neck.out_channels': 32}
+for head in ('bbox_head', 'backbone.local_head.bbox_head'):
+    NARROW |= {f'{head}.in_channels': 32, f'{head}.feat_channels': 16, f'{head}.num_classes': 5}
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Graphs on the CPU."""
+    recorder = CPURecorder()
+
+    def step_graphs(wrapper, model):
+        loss = model.loss if wrapper._dense is None else wrapper._dense.of_task
+        return StepGraphs(model, loss, wrapper._backbone.local, wrapper._back_propagate, wrapper._block_done, recorder)
+
+    monkeypatch.setattr(LocalLearningOptimWrapper, '_step_graphs', step_graphs)
+    return recorder
+
+
+class Steps:
+    """A light detector that trains on batches of three random images."""
+
+    def __init__(self, config=R18, device='cpu', **options):
+        torch.manual_seed(0)
+        cfg = Config.fromfile(ROOT / 'configs' / config)
+        narrow = {f'model.{name}': value for name, value in NARROW.items()}
+        cfg.merge_from_dict({'model.backbone.backbone.norm_eval': False, **narrow, **options})
+        self.model, self.optim_wrapper = build_trial(cfg, 64, 96)
+        self.model.to(device)
+        self.backbone = self.model.backbone
+        for group in self.optim_wrapper.optimizer.param_groups:
+            group['lr'] = 1e-6  # of random weights as they are
+
+    def __call__(self, height, width, seed=0):
+        """One step, on images with 0, ``seed`` and twice as many objects. Returns the local losses."""
+        data = random_batch(self.model, 'mmdet', 3, height, width, seed)
+        for i, sample in enumerate(data['data_samples']):
+            sample.gt_instances = sample.gt_instances[: i * seed]
+        self.model.train_step(data, self.optim_wrapper)
+        for head in self.backbone.local.values():
+            head.transfer.update_(head.source.of(self.backbone), 0.99)
+        return {key: log.current() for key, log in self.optim_wrapper.message_hub.log_scalars.items() if 'local/' in key}
+
+
+def trained(sizes, **options):
+    steps = Steps(**options)
+    logs = [steps(*size, seed=-i % 5) for i, size in enumerate(sizes)]
+    return logs, steps.model.state_dict()
+
+
+@pytest.fixture(params=[False, True], ids=['', 'deterministic'])
+def deterministic(request):
+    """Fresh memory is not left as it is then."""
+    torch.use_deterministic_algorithms(request.param)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures('deterministic')
+@pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
+def test_trains_what_is_trained_without(options, recorder):
+    """Other pixels, other numbers of objects, two shapes by turns: bit by bit."""
+    sizes = [(64, 96), (64, 96), (64, 96), (96, 64), (64, 96), (96, 64)]
+    with fused_focal_loss(with_kernel=False):
+        expected, state = trained(sizes, **options)
+    logs, own = trained(sizes, **options, **GRAPHS)
+    assert recorder.recordings == 2 * PARTS
+    assert logs == expected
+    for name, value in state.items():
+        assert torch.equal(own[name], value), name
+
+
+def test_blocks_step_one_by_one(recorder):
+    """So that the gradients of one are alive at a time."""
+    steps, seen = Steps(**GRAPHS), []
+
+    def note(optimizer, *_):
+        seen.append(sum(p.grad is not None for p in steps.model.parameters()))
+
+    steps.optim_wrapper.optimizer.register_step_pre_hook(note)
+    for _ in range(3):
+        steps(64, 64)
+    assert len(seen) == 3 * 4 and seen[:4] == seen[4:8] == seen[8:]
+
+
+def test_another_mode_is_another_recording(recorder):
+    steps = Steps(**GRAPHS)
+    for _ in range(3):
+        steps(64, 64)
+    assert recorder.recordings == PARTS
+    steps.backbone.layer4.requires_grad_(False)
+    steps(64, 64)
+    assert recorder.recordings == 2 * PARTS
+    steps.backbone.norm_eval = True
+    steps.model.train()
+    steps(64, 64)
+    assert recorder.recordings == 3 * PARTS
+    steps.backbone.norm_eval = False
+    steps.model.train()
+    steps(64, 64)
+    assert recorder.recordings == 3 * PARTS
+
+
+def fail(*_):
+    raise ZeroDivisionError
+
+
+@pytest.mark.usefixtures('recorder')
+@pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
+def test_the_model_has_its_own_loss_after_each_step(options):
+    """Also after one that fails: nothing else may run graphs of a step by calling the model."""
+    steps = Steps(**options, **GRAPHS)
+    steps(64, 64)
+    assert 'loss' not in vars(steps.model)
+    handle = steps.model.neck.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        steps(64, 64)
+    handle.remove()
+    assert 'loss' not in vars(steps.model)
+    assert not steps.model._forward_pre_hooks
+    assert steps.backbone.local.session is None
+
+
+def test_an_operator_that_waits_is_named(recorder):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    loss = steps.model.bbox_head.loss_bbox
+    stock = loss.forward
+    loss.__class__ = type('Watching', (type(loss),), {'forward': lambda self, *args, **kwargs: stock(*args, **kwargs)})
+    with pytest.raises(MisuseError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
+        steps(64, 64)
+    assert not recorder.is_recording
+
+
+def test_random_numbers_cannot_be_drawn_twice(recorder, monkeypatch):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    monkeypatch.setattr('mmman.memory.recompute._is_recorded', lambda: recorder.is_recording)
+    unit = steps.backbone.layer1[0]
+    assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
+    unit.forward.draws = True
+    with pytest.raises(MisuseError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
+        steps(64, 64)
+
+
+def test_gradients_from_before_are_refused(recorder):
+    steps = Steps(**GRAPHS)
+    steps(64, 64)
+    steps.model.neck.lateral_convs[0].conv.bias.grad = torch.zeros(32)
+    with pytest.raises(MisuseError, match='there are gradients before the step'):
+        steps(64, 64)
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ({}, 'one process with one GPU, and the model is on the cpu'),
+        ({'optim_wrapper.accumulative_counts': 2}, 'accumulative_counts=1'),
+        (
+            {'optim_wrapper.update': 'synchronous', 'optim_wrapper.loss_scale': 512.0, 'optim_wrapper.dtype': 'bfloat16'},
+            'no loss scaler',
+        ),
+    ],
+    ids=str,
+)
+def test_refused(options, message):
+    with pytest.raises(MisuseError, match=message):
+        Steps(**GRAPHS, **options)(64, 64)
+
+
+@pytest.mark.usefixtures('recorder')
+def test_other_heads_are_refused():
+    with pytest.raises(MisuseError, match='like RetinaNet.*not for RetinaNet with RetinaHead'):
+        Steps(**GRAPHS, **{'model.train_cfg.assigner.ignore_iof_thr': 0.5})(64, 64)

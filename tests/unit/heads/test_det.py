@@ -1,0 +1,249 @@
+import copy
+import math
+
+import pytest
+import torch
+from mmengine.hub import get_config
+from mmengine.registry import init_default_scope
+from mmengine.structures import InstanceData
+
+from mmman import localize_
+from mmman.errors import MisuseError
+from mmman.heads.dry_run import IMAGES, detection_samples, total_loss
+
+pytest.importorskip('mmdet')
+from mmdet.models import ResNet, RetinaHead
+from mmdet.registry import MODELS
+
+STRIDES = [8, 16, 32, 64, 128]
+ANCHORS = {'type': 'AnchorGenerator', 'ratios': [0.5, 1.0, 2.0], 'strides': STRIDES}
+HEADS = {
+    'RetinaHead': {'anchor_generator': {**ANCHORS, 'octave_base_scale': 4, 'scales_per_octave': 3}},
+    'ATSSHead': {
+        'anchor_generator': {**ANCHORS, 'ratios': [1.0], 'octave_base_scale': 8, 'scales_per_octave': 1},
+        'loss_cls': {'type': 'FocalLoss', 'use_sigmoid': True},
+        'loss_bbox': {'type': 'GIoULoss'},
+    },
+    'FCOSHead': {'strides': STRIDES},
+}
+IOU = {'type': 'MaxIoUAssigner', 'pos_iou_thr': 0.5, 'neg_iou_thr': 0.4, 'min_pos_iou': 0, 'ignore_iof_thr': -1}
+ATSS = {'type': 'ATSSAssigner', 'topk': 9}
+OF_TRAINING = {'allowed_border': -1, 'pos_weight': -1, 'debug': False}
+ASSIGNERS = {'RetinaHead': IOU, 'RetinaSepBNHead': IOU, 'IdleHead': IOU, 'ATSSHead': ATSS}
+
+
+def training(head):
+    return {'assigner': ASSIGNERS[head], 'sampler': {'type': 'PseudoSampler'}, **OF_TRAINING} if head in ASSIGNERS else None
+
+
+def backbone_with(head, num_blocks=4, transfer=None, downsample=1, **options):
+    bbox_head = {'type': head, 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32, **HEADS.get(head, {}), **options}
+    options = {'bbox_head': bbox_head, 'train_cfg': training(head), 'downsample': downsample}
+    return localized(options, num_blocks, transfer)
+
+
+def localized(options, num_blocks=4, transfer=None, partition='stage'):
+    init_default_scope('mmdet')
+    return localize_(ResNet(18), num_blocks, {'type': 'mmman.DetLocalHead', **options}, partition, transfer)
+
+
+def levels(backbone):
+    return [head.level_strides for head in backbone.local.values()]
+
+
+def test_levels_of_stage_cuts():
+    assert levels(backbone_with('RetinaHead')) == [[8], [16], [32, 64, 128]]
+    plain = backbone_with('RetinaHead', transfer={'ema': False, 'bias': False, 'scale': False})
+    assert levels(plain) == [[8], [8], [16, 32, 64, 128]]
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_the_head_is_built_for_its_levels_alone(head):
+    for local in backbone_with(head).local.values():
+        dense = local.bbox_head
+        count = len(local.level_strides)
+        assert [stride[0] for stride in dense.prior_generator.strides] == local.level_strides
+        assert dense.stacked_convs == 2 and len(dense.cls_convs) == 2
+        if head == 'FCOSHead':
+            assert len(dense.regress_ranges) == len(dense.scales) == count
+            assert local.size_range is None
+        else:
+            assert dense.prior_generator.num_levels == count
+            assert local.size_range is not None
+    if head == 'FCOSHead':
+        assert [local.bbox_head.regress_ranges[0] for local in backbone_with(head).local.values()] == [
+            (-1, 64),
+            (64, 128),
+            (128, 256),
+        ]
+
+
+def test_a_head_sees_the_objects_of_its_sizes_and_leaves_the_samples_whole():
+    from mmdet.structures import DetDataSample
+
+    samples = []
+    for sides in ([10.0, 60, 100, 400], [], [20.0], [500.0, 20]):
+        sides = torch.tensor(sides)
+        boxes = torch.stack([0 * sides, 0 * sides, sides, sides], 1)
+        samples.append(DetDataSample(metainfo={'img_shape': (512, 512)}))
+        samples[-1].gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(sides)))
+    before = copy.deepcopy(samples)
+    heads = backbone_with('RetinaHead').local.values()
+    seen = [[view.gt_instances.labels.tolist() for view in head.shown(samples)] for head in heads]
+    assert seen == [[[0, 1], [], [0], [1]], [[1, 2], [], [], []], [[2, 3], [], [], [0]]]
+    for sample, old in zip(samples, before, strict=True):
+        assert torch.equal(sample.gt_instances.bboxes, old.gt_instances.bboxes)
+    ranges = [head.size_range for head in backbone_with('RetinaHead').local.values()]
+    assert ranges[0][0] == 0 and ranges[-1][1] == math.inf
+
+
+SSD = {
+    'in_channels': (512, 1024, 512, 256, 256, 256),
+    'anchor_generator': {
+        'type': 'SSDAnchorGenerator',
+        'scale_major': False,
+        'input_size': 300,
+        'basesize_ratio_range': (0.15, 0.9),
+        'strides': [8, 16, 32, 64, 100, 300],
+        'ratios': [[2], [2, 3], [2, 3], [2, 3], [2], [2]],
+    },
+}
+RPN = {'num_classes': 1, **HEADS['RetinaHead']}
+
+
+@pytest.mark.parametrize(('head', 'options'), [('SSDHead', SSD), ('RPNHead', RPN)])
+def test_heads_of_another_kind_are_refused_by_name(head, options):
+    with pytest.raises(MisuseError, match=f'^{head} cannot be a local detection head.*RetinaHead, FCOSHead'):
+        backbone_with(head, num_blocks=2, **options)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_a_coarser_grid_keeps_the_sizes(head):
+    from mmdet.structures import DetDataSample
+
+    plain, coarse = (backbone_with(head, downsample=factor).local.values() for factor in (1, 2))
+    for theirs, ours in zip(plain, coarse, strict=True):
+        assert ours.level_strides == [2 * stride for stride in theirs.level_strides]
+        assert [stride[0] for stride in ours.bbox_head.prior_generator.strides] == ours.level_strides
+        assert ours.size_range == theirs.size_range
+        if head == 'FCOSHead':
+            assert ours.bbox_head.regress_ranges == theirs.bbox_head.regress_ranges
+        else:
+            pairs = zip(ours.bbox_head.prior_generator.base_anchors, theirs.bbox_head.prior_generator.base_anchors, strict=True)
+            assert all(torch.equal(mine, other) for mine, other in pairs)
+    sample = DetDataSample(metainfo={'img_shape': (96, 128), 'pad_shape': (96, 128)})
+    boxes = torch.tensor([[8.0, 8.0, 40.0, 60.0]])
+    sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.tensor([1]))
+    local = next(iter(coarse))
+    y = torch.rand(1, local.projection.lateral.in_channels, 13, 17, requires_grad=True)
+    maps = local.projection(torch.nn.functional.avg_pool2d(y, 2, ceil_mode=True))
+    assert maps[0].shape[-2:] == (7, 9)
+    if head == 'FCOSHead':
+        sum(loss.sum() for loss in local.loss(y, torch.zeros(1, 3, 96, 128), [sample]).values()).backward()
+        assert y.grad.abs().sum() > 0
+
+
+def stock(path, num_blocks=3, partition='stage', **options):
+    """A ResNet-18 with local heads after a detector of mmdet, with narrow towers."""
+    model = get_config(f'mmdet::{path}').model
+    bbox_head = {**model.bbox_head, 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32}
+    return localized({'bbox_head': bbox_head, 'train_cfg': model.get('train_cfg'), **options}, num_blocks, partition=partition)
+
+
+def trained(backbone):
+    """Its local heads, after a step of each on images with and without objects."""
+    local = [*backbone.local.values()]
+    for along in (5, 0):
+        for one in local:
+            y = torch.randn(IMAGES, one.feature.channels, 256 // one.feature.stride, 256 // one.feature.stride)
+            total_loss(one.loss(y, torch.zeros(IMAGES, 3, 256, 256), detection_samples(256, 3, along=along))).backward()
+    for one in local:
+        params = [(name, p) for name, p in one.named_parameters() if not name.startswith('transfer.')]
+        assert not [name for name, p in params if p.requires_grad and p.grad is None]
+    return local
+
+
+def test_a_default_generator_is_cut_to_the_levels():
+    """VFNet's anchors are in no config, and its points are not what it assigns objects to."""
+    vfnet = 'vfnet/vfnet_r50_fpn_1x_coco.py'
+    heads = trained(stock(vfnet, partition=['layer2.1', 'layer3.1']))
+    for one in heads:
+        assert [stride[0] for stride in one.bbox_head.atss_prior_generator.strides] == one.level_strides
+    assert heads[0].size_range == (0, pytest.approx(128 * 2**0.5))
+    with pytest.raises(MisuseError, match=r'^VFNetHead cannot be a local detection head: it fails .* of the strides \[8\]'):
+        stock(vfnet, 4)
+
+
+@pytest.mark.parametrize('downsample', [1, 2])
+def test_points_have_no_sizes(downsample):
+    for one in trained(stock('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 4, downsample=downsample)):
+        assert [stride[0] for stride in one.bbox_head.prior_generator.strides] == one.level_strides
+        assert one.size_range is None
+
+
+@pytest.mark.parametrize(
+    'path, alone',
+    [
+        ('ld/ld_r18-gflv1-r101_fpn_1x_coco.py', 'GFLHead'),
+        ('condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py', 'FCOSHead'),
+        ('boxinst/boxinst_r50_fpn_ms-90k_coco.py', 'FCOSHead'),
+    ],
+)
+def test_a_head_that_works_with_another_network_stands_alone(path, alone):
+    """Its loss takes what a teacher predicts, or it predicts what a mask head takes."""
+    for one in trained(stock(path)):
+        assert type(one.bbox_head).__name__ == alone
+
+
+def test_a_norm_a_level_is_there_for_the_levels_alone():
+    options = {**HEADS['RetinaHead'], 'num_ins': 5, 'norm_cfg': {'type': 'BN'}}
+    for one in trained(backbone_with('RetinaSepBNHead', 4, **options)):
+        assert len(one.bbox_head.cls_convs) == len(one.level_strides)
+        assert all(p.requires_grad for p in one.bbox_head.parameters())
+
+
+@MODELS.register_module()
+class IdleHead(RetinaHead):
+    """A dense head with a layer that its loss does not see."""
+
+    def _init_layers(self):
+        super()._init_layers()
+        self.idle = torch.nn.Conv2d(self.feat_channels, 2, 1)
+
+
+def test_what_the_loss_does_not_reach_is_frozen():
+    """DistributedDataParallel waits for the gradient of every parameter that requires one."""
+    for one in trained(backbone_with('IdleHead', **HEADS['RetinaHead'])):
+        frozen = [name for name, p in one.bbox_head.named_parameters() if not p.requires_grad]
+        assert frozen == ['idle.weight', 'idle.bias']
+
+
+def test_a_dry_run_draws_no_random_numbers(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'manual_seed_all', None)  # neither on a GPU
+    monkeypatch.setattr('mmman.heads.det._UNREACHED', {})
+    draws = []
+    for _ in range(2):  # the second finds the answer of the first
+        torch.default_generator.manual_seed(0)
+        weights = [p.detach().clone() for p in backbone_with('RetinaHead', norm_cfg={'type': 'BN'}).parameters()]
+        draws.append((weights, torch.rand(3)))
+    assert all(torch.equal(*pair) for pair in zip(draws[0][0], draws[1][0], strict=True))
+    assert torch.equal(draws[0][1], draws[1][1])
+
+
+def test_a_head_without_its_training_config_is_refused():
+    bbox_head = {'type': 'RetinaHead', 'num_classes': 3, 'in_channels': 32, **HEADS['RetinaHead']}
+    with pytest.raises(MisuseError, match='perhaps because local_head.train_cfg is not given'):
+        localized({'bbox_head': bbox_head})
+
+
+def test_advice_does_not_name_the_head_that_is_refused():
+    with pytest.raises(MisuseError) as refused:
+        localized({'bbox_head': {'type': 'FCOSHead', 'num_classes': 3, 'in_channels': 32, 'loss_bbox': {'type': 'NoLoss'}}})
+    reason, advice = str(refused.value).split('; ')
+    assert 'FCOSHead cannot be' in reason and 'NoLoss' in reason
+    assert 'FCOSHead' not in advice and 'RetinaHead' in advice
+
+
+def test_downsample_is_refused_below_one():
+    with pytest.raises(MisuseError, match='downsample=0: choose a whole number from 1'):
+        backbone_with('RetinaHead', downsample=0)
