@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.logging import MessageHub
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -255,6 +255,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
+    MMLogger.get_instance('mmengine', log_level='ERROR')
     names = [n for n in (*CASES, *OTHERS) if not args.only or any(word in n for word in args.only)]
     known = json.loads(FILE.read_text()) if FILE.exists() else {'machine': machine(), 'hashes': {}}
     if args.action == 'compare' and known['machine'] != machine():

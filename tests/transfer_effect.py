@@ -62,8 +62,9 @@ def _real(head: LocalHead) -> LocalHead:
     for module in head.modules():
         if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
             module.eps = 1e-12
-    if head.dense_head is not None and hasattr(head.dense_head.prior_generator, 'base_anchors'):
-        head.dense_head.prior_generator.base_anchors = head.dense_head.prior_generator.gen_base_anchors()
+    priors = getattr(getattr(head, 'dense_head', None), 'prior_generator', None)
+    if hasattr(priors, 'base_anchors'):
+        priors.base_anchors = priors.gen_base_anchors()
     return head.train()
 
 

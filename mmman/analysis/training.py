@@ -108,11 +108,13 @@ class StepMeter:
                 features = tuple(feature.requires_grad_() for feature in backbone(batch['inputs']))
             size = getattr(wrapper, 'images_per_chunk', None) if in_chunks else None
             with ExitStack() as stack:
-                stack.enter_context(replaced(backbone, 'forward', lambda inputs: features))
-                if size is not None:
-                    stack.enter_context(replaced(self.model, 'loss', DenseLoss(self.model, size, lambda loss: loss).of_task))
                 live = stack.enter_context(LiveBytes(self.model, wrapper.optimizer, self.data, batch, features))
-                losses = self.model(**batch, mode='loss')
+                if size is None:
+                    stack.enter_context(replaced(backbone, 'forward', lambda inputs: features))
+                    losses = self.model(**batch, mode='loss')
+                else:
+                    dense = DenseLoss(self.model, size, lambda loss: loss)
+                    losses = dense.neck_and_head([*features], batch['data_samples'])
                 self.model.parse_losses(losses)[0].backward()
         wrapper.zero_grad()
         return live.peak

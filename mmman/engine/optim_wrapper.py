@@ -150,8 +150,9 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
-        graphs = self._graphs if self.cuda_graphs else None
-        session = Session(module, local, self.local_backward, self._dense, graphs)
+        session = Session(module, local, self.local_backward, self._dense)
+        if self.cuda_graphs:
+            session.strategy = self._graphs.in_session(session)
         with super().optim_context(model), precision, session:
             yield
         self._local_log = session.log
@@ -273,8 +274,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
             raise MisuseError(
                 f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False'
             )
-        loss = model.loss if self._dense is None else self._dense.of_task
-        return StepGraphs(model, loss, self._backbone.local, self._back_propagate, self._block_done, CUDARecorder())
+        blocks = self._backbone.local
+        return StepGraphs(model, self.images_per_chunk, blocks, self._back_propagate, self._block_done, CUDARecorder())
 
     def _groups(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
         ids = {id(p) for p in parameters}

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mmman.errors import MisuseError
-from mmman.memory.chunks import Losses, replaced, with_gradients
+from mmman.memory.chunks import Losses, with_gradients
 from mmman.memory.detection.anchor_targets import AnchorTargets, check_known
-from mmman.memory.detection.focal_loss import fused_focal_loss
+from mmman.memory.detection.dense_loss import DenseLocalHead, DenseLoss
+from mmman.memory.detection.focal_loss import focal_loss_without_kernel, summed_focal_loss
+from mmman.memory.detection.losses import BatchLoss, Sizes, SummedAnchorLoss
 
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
+    from mmman.local.local_head import LocalHead
     from mmman.local.session import Session
 
 
@@ -110,38 +113,50 @@ class _Raw:
         self.__cuda_array_interface__ = {'shape': (size,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
 
 
-class _Asked:
-    """Stands for a dense head where that asks for anchors and targets in a recording.
+class _LossWithoutKernel(SummedAnchorLoss):
+    """With a focal loss that doesn't wait for the device."""
+
+    def class_loss(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        return focal_loss_without_kernel(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
+
+
+class _RecordedLoss(SummedAnchorLoss):
+    """Losses of a dense head in a recording. Their targets are memory that is filled before the part runs.
 
     Args:
         head: An anchor-based dense head that :func:`check_known` accepts.
-        size_range: The sizes of the objects it is shown; None: all.
-        cut: Called when it asks for its targets. A new part begins then: nothing in it uses their memory before.
+        sizes: Height and width of its feature maps, by level.
+        count: Images.
+        device: Of the targets.
+        is_summed: Whether the focal loss is summed up as it is computed; it keeps a map of losses otherwise.
     """
 
-    def __init__(self, head: nn.Module, size_range: tuple[float, float] | None, cut: Callable[[], None]) -> None:
-        self.head, self.size_range, self._cut = head, size_range, cut
-        self.made: tuple[Tensor, ...] = ()
-
-    def anchors(self, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
-        """In the place of ``get_anchors``. Their values aren't read by the losses."""
-        self.sizes, self.device, self.count = [(*size,) for size in sizes], device, len(metas)
-        priors = self.head.prior_generator.num_base_priors
-        self.levels = [height * width * per_place for (height, width), per_place in zip(sizes, priors, strict=True)]
-        anchors = [torch.empty(1, 1, device=device).expand(level, 4) for level in self.levels]
-        return [anchors] * self.count, [None] * self.count
-
-    def targets(self, *_: object, **__: object) -> tuple:
-        """In the place of ``get_targets``: memory to be filled before the part runs."""
-        self._cut()
-        shape = self.count, sum(self.levels)
+    def __init__(self, head: nn.Module, sizes: Sizes, count: int, device: torch.device, is_summed: bool) -> None:
+        self.head, self.is_summed = head, is_summed
+        priors = head.prior_generator.num_base_priors
+        levels = [height * width * per_place for (height, width), per_place in zip(sizes, priors, strict=True)]
+        shape = count, sum(levels)
         shapes = {'labels': shape, 'weights': shape, 'boxes': (*shape, 4), 'box weights': (*shape, 4), 'positive': ()}
         integers = {'labels', 'positive'}
-        self.made = tuple(
-            _unfilled(shape, torch.long if name in integers else torch.float, self.device) for name, shape in shapes.items()
+        self.memory = tuple(
+            _unfilled(shape, torch.long if name in integers else torch.float, device) for name, shape in shapes.items()
         )
-        *targets, factor = self.made
-        return *([*target.split(self.levels, dim=1)] for target in targets), factor
+        *targets, self.avg_factor = self.memory
+        self.targets = [[*target.split(levels, dim=1)] for target in targets]
+
+    def class_loss(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        loss = summed_focal_loss if self.is_summed else focal_loss_without_kernel
+        return loss(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
+
+    def box_loss(self, boxes: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """mmdet's; of its ``L1Loss`` without the look whether any weight is positive: if none is, this is zero as well."""
+        from mmdet.models.losses import L1Loss, l1_loss
+
+        loss = self.head.loss_bbox
+        if type(loss) is not L1Loss:
+            return loss(boxes, targets, weights, avg_factor=self.avg_factor)
+        value = l1_loss(boxes, targets, weights, reduction=loss.reduction, avg_factor=self.avg_factor)
+        return loss.loss_weight * value
 
 
 @dataclass
@@ -186,7 +201,7 @@ class StepGraphs:
 
     Args:
         model: The detector.
-        loss: Computes its losses: its own ``loss``, or :meth:`DenseLoss.of_task`.
+        size: Images a chunk, as of :class:`DenseLoss`.
         local: Its local heads.
         backward: Back-propagates the local loss of a block.
         stepped: What follows a block's backward pass.
@@ -199,26 +214,48 @@ class StepGraphs:
     def __init__(
         self,
         model: BaseModel,
-        loss: Callable[[Tensor, list], dict],
+        size: int | None,
         local: LocalBlocks,
         backward: Callable[[Tensor, int], None],
         stepped: Callable[[int], None],
         recorder: Recorder,
     ) -> None:
-        self.model, self.recorder, self._loss = model, recorder, loss
+        self.model, self.recorder = model, recorder
         self._backward, self._stepped = backward, stepped
         self._local = local.trained()
+        self._dense = DenseLoss(model, size, lambda loss: loss, self._make_loss)
+        self._cut: Callable[[], None] | None = None  # in a recording
+        self._asked: tuple[_RecordedLoss, AnchorTargets] | None = None
         self._steps: dict[tuple, _Step] = {}
         self._is_warm = False
-        for head in (*(head.dense_head for head in self._local), getattr(model, 'bbox_head', None)):
+        for head in (*(getattr(head, 'dense_head', None) for head in self._local), getattr(model, 'bbox_head', None)):
             check_known(head, model)
 
-    def of_task(self, session: Session, inputs: Tensor, data_samples: list) -> dict:
+    def in_session(self, session: Session) -> _GraphStrategy:
+        """What computes the losses of a step in a session."""
+        return _GraphStrategy(self, session)
+
+    def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
+        return self._dense.local_losses(head, y, inputs, data_samples)
+
+    def _make_loss(
+        self, owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor
+    ) -> BatchLoss:
+        is_summed = self._dense.size is not None
+        if self._cut is None:  # an ordinary step
+            samples = data_samples if owner is None else owner.filter_gt(data_samples)
+            return (SummedAnchorLoss if is_summed else _LossWithoutKernel)(head, sizes, samples, like)
+        self._cut()  # nothing in the part that begins here uses the memory of the targets before
+        loss = _RecordedLoss(head, sizes, len(data_samples), like.device, is_summed)
+        size_range = None if owner is None else owner.gt_size_range
+        self._asked = loss, AnchorTargets(head, sizes, size_range, like.device)
+        return loss
+
+    def task_losses(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
         """Stands for the model's ``loss`` in a session. Arguments and result as there."""
         if not self._is_warm:  # libraries set themselves up
             self._is_warm = True
-            with fused_focal_loss(with_kernel=False):
-                return self._loss(inputs, data_samples)
+            return self._dense.task_losses(inputs, data_samples)
         self.recorder.start()
         key = self._key(inputs)
         if key in self._steps:
@@ -263,9 +300,10 @@ class StepGraphs:
         def end(block: int | None = None) -> None:
             replay = recorder.end()
             targets, places = None, []
-            for one in (one for one in asked if one.made):
-                targets = AnchorTargets(one.head, one.sizes, one.size_range, one.device)
-                places, one.made = [place_of(tensor) for tensor in one.made], ()
+            if self._asked is not None:
+                (loss, targets), self._asked = self._asked, None
+                places = [place_of(tensor) for tensor in loss.memory]
+                del loss.memory
             new = (p for p in self.model.parameters() if p.grad is not None and p not in known)
             gradients = {p: place_of(p.grad) for p in new}
             known.update(gradients)
@@ -286,18 +324,14 @@ class StepGraphs:
             self._stepped(block)
             recorder.begin()
 
-        asked = [_Asked(head.dense_head, head.size_range, cut) for head in self._local]
-        asked.append(_Asked(self.model.bbox_head, None, cut))
         recorder.begin()
-        with self._failing(), fused_focal_loss(with_kernel=False), ExitStack() as stack:
-            for one in asked:
-                stack.enter_context(_answered(one))
-            for head in self._local:
-                stack.enter_context(replaced(head, 'shown', lambda samples: samples))
+        with self._failing(), ExitStack() as stack:
+            stack.callback(setattr, session, 'backward', session.backward)
+            stack.callback(setattr, self, '_cut', None)
+            session.backward, self._cut = end_block, cut
             made = [_unfilled(inputs.shape, inputs.dtype, inputs.device)]
             session.batch, place = (made[0], data_samples), place_of(made[0])
-            stack.enter_context(replaced(session, 'backward', end_block))
-            loss, log = self.model.parse_losses(self._loss(made.pop(), data_samples))
+            loss, log = self.model.parse_losses(self._dense.task_losses(made.pop(), data_samples))
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
             losses = {name: value.detach() for name, value in log.items() if name != 'loss'}
@@ -322,18 +356,18 @@ class StepGraphs:
             raise
 
 
-@contextmanager
-def _answered(asked: _Asked) -> Iterator[None]:
-    """The head asks there for its targets, and doesn't look at values to compute its losses."""
-    from mmdet.models.losses import L1Loss
+@dataclass
+class _GraphStrategy:
+    """A :class:`mmman.local.session.StepStrategy` for one session."""
 
-    head = asked.head
-    with ExitStack() as stack:
-        stack.enter_context(replaced(head, 'get_anchors', asked.anchors))
-        stack.enter_context(replaced(head, 'get_targets', asked.targets))
-        if type(head.loss_bbox) is L1Loss:
-            stack.enter_context(replaced(head.loss_bbox, 'forward', partial(_l1, head.loss_bbox)))
-        yield
+    graphs: StepGraphs
+    session: Session
+
+    def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:
+        return self.graphs.task_losses(self.session, inputs, data_samples)
+
+    def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
+        return self.graphs.local_losses(head, y, inputs, data_samples)
 
 
 def _is_there(value: object) -> bool:
@@ -348,10 +382,3 @@ def _unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device |
         return torch.empty(shape, dtype=dtype, device=device)
     finally:
         options.fill_uninitialized_memory = before
-
-
-def _l1(loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor, avg_factor: Tensor) -> Tensor:
-    """mmdet's ``L1Loss``, without the look whether any weight is positive: if none is, this is zero as well."""
-    from mmdet.models.losses import l1_loss
-
-    return loss.loss_weight * l1_loss(pred, target, weight, reduction=loss.reduction, avg_factor=avg_factor)

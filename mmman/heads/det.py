@@ -27,7 +27,8 @@ from mmman.heads.dry_run import IMAGES, DryRunError, detection_samples, unreache
 from mmman.heads.levels import LevelProjection, assign_levels, size_range
 from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
 from mmman.local.transfer import MomentumTransfer
-from mmman.memory.detection.anchor_targets import targets_at_once
+from mmman.memory.detection.anchor_targets import is_known
+from mmman.memory.detection.losses import AnchorLoss, dense_head_losses
 from mmman.options import Count, checked
 from mmman.registry import MODELS
 
@@ -88,11 +89,11 @@ class DetLocalHead(LocalHead):
         levels = assign_levels(boundary.stride, boundary.strides, strides)
         self.downsample = downsample
         self.level_strides = [strides[i] * downsample for i in levels]
-        self.size_range = None
+        self.gt_size_range = None
         anchors = anchors_by_level(whole)
         if anchors is not None:
             sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
-            self.size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
+            self.gt_size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
 
         self.projection = LevelProjection(
             boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
@@ -142,12 +143,14 @@ class DetLocalHead(LocalHead):
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
+        return _losses_of(self.bbox_head, self.maps(y, inputs), self.filter_gt(data_samples))
+
+    def maps(self, y: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+        """The dense head's feature maps, (B, C, H, W) by level, from what the transfer makes of the block's output."""
         y = self.as_map(y, inputs)
         if self.downsample > 1:
             y = F.avg_pool2d(y, self.downsample, ceil_mode=True)
-        levels = self.projection(y)
-        with targets_at_once(self.bbox_head):
-            return self.bbox_head.loss(levels, self.shown(data_samples))
+        return self.projection(y)
 
     @property
     def sees_channel_bias(self) -> bool:
@@ -158,19 +161,19 @@ class DetLocalHead(LocalHead):
     def dense_head(self) -> nn.Module:
         return self.bbox_head
 
-    def shown(self, data_samples: list) -> list:
+    def filter_gt(self, data_samples: list) -> list:
         """Views of the data samples with the objects of this head's sizes; the samples themselves stay whole."""
-        if self.size_range is None:
+        if self.gt_size_range is None:
             return data_samples
         from mmdet.structures.bbox import cat_boxes, get_box_wh
 
         instances = [sample.gt_instances for sample in data_samples]
         width, height = get_box_wh(cat_boxes([own.bboxes for own in instances]))
-        size, (low, high) = (width * height).sqrt(), self.size_range
-        is_shown = ((size >= low) & (size <= high)).tolist()  # one wait for the device; selecting by it here needs no other
+        size, (low, high) = (width * height).sqrt(), self.gt_size_range
+        is_kept = ((size >= low) & (size <= high)).tolist()  # one wait for the device; selecting by it here needs no other
         views = []
         for sample, own in zip(data_samples, instances, strict=True):
-            flags, is_shown = is_shown[: len(own)], is_shown[len(own) :]
+            flags, is_kept = is_kept[: len(own)], is_kept[len(own) :]
             view = copy.copy(sample)
             view.gt_instances = own if all(flags) else own[torch.tensor(flags).nonzero()[:, 0]]
             views.append(view)
@@ -240,11 +243,17 @@ def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
     raise failures[1]
 
 
+def _losses_of(head: nn.Module, maps: tuple[Tensor, ...], data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+    """``head.loss(maps, data_samples)``, with targets that are found for all images in one pass where that is known."""
+    if not is_known(head):
+        return head.loss(maps, data_samples)
+    return dense_head_losses(head, maps, lambda sizes, like: AnchorLoss(head, sizes, data_samples, like))
+
+
 def _losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
     """Losses of a dense head on random features, ``cells`` or more along a side, with objects of all sizes and without any."""
     device = next(head.parameters()).device
     side = max(64, cells * max(strides))
     for along in (5, 0):
         maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
-        with targets_at_once(head):
-            yield head.loss(maps, detection_samples(side, head.num_classes, device, along, masks))
+        yield _losses_of(head, maps, detection_samples(side, head.num_classes, device, along, masks))

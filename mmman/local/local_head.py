@@ -88,8 +88,6 @@ class LocalHead(BaseModule):
     sees_channel_bias = False
     """Whether a constant a channel of y, and a factor on y, change what :meth:`loss` computes. They don't where the head begins
     with a convolution and BatchNorm, which removes both; then ``transfer.bias='channel'`` is refused."""
-    size_range: tuple[float, float] | None = None
-    """The objects that :meth:`shown` leaves: the least and the most square root of a box's area, in pixels. None: all."""
 
     def __init__(
         self, boundary: Boundary, transfer: MomentumTransfer, loss_weight: float = 1.0, init_cfg: dict | list | None = None
@@ -136,18 +134,9 @@ class LocalHead(BaseModule):
         raise NotImplementedError
 
     @property
-    def dense_head(self) -> nn.Module | None:
-        """The dense head of mmdet that computes all of :meth:`loss`, if it is so: then images can be taken a few at a time."""
-        return None
-
-    @property
     def unit_copies(self) -> list[nn.Module]:
         """Modules that are built like the backbone's units. They start as the backbone's ``init_weights`` starts its units."""
         return [self.transfer]
-
-    def shown(self, data_samples: list) -> list:
-        """What the dense head sees of the batch's data samples."""
-        return data_samples
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""

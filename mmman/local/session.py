@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mmengine.model import BaseModel
 from torch import Tensor, nn
@@ -20,10 +19,18 @@ from mmman.local.single_values import running_statistics_for_single_values
 from mmman.memory.chunks import replaced
 
 if TYPE_CHECKING:
-    from mmman.experimental.cuda_graphs import StepGraphs
     from mmman.local.blocks import LocalBlocks
     from mmman.local.local_head import LocalHead
-    from mmman.memory.detection.dense_loss import DenseLoss
+
+
+class StepStrategy(Protocol):
+    """Another way to compute a step's losses than the model's and the local heads' own. What comes of them stays the same."""
+
+    def task_losses(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """Stands for the model's ``loss``: backbone, neck and head. Arguments and result as there."""
+
+    def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        """Stands for ``head.loss``. Arguments and result as there."""
 
 
 class Session:
@@ -33,8 +40,7 @@ class Session:
         model: The unwrapped model: its ``parse_losses`` turns local losses into one scalar.
         local: The local heads of its backbone.
         backward: Back-propagates the local loss of a block, scaled as the optim wrapper scales the task loss.
-        dense: Where dense heads run on a few images at a time: what computes their losses.
-        graphs: Where the step runs as CUDA graphs: what runs it.
+        strategy: What computes the losses, where the model and its local heads don't do it their own way.
 
     Attributes:
         batch: The model's inputs and data samples, during its forward pass.
@@ -46,14 +52,12 @@ class Session:
         model: BaseModel,
         local: LocalBlocks,
         backward: Callable[[Tensor, int], None],
-        dense: DenseLoss | None = None,
-        graphs: StepGraphs | None = None,
+        strategy: StepStrategy | None = None,
     ) -> None:
         self.model = model
         self.local = local
         self.backward = backward
-        self.dense = dense
-        self.graphs = graphs
+        self.strategy = strategy
         self.log: dict[str, Tensor] = {}
         self.batch: tuple | None = None
         self._pending: set[int] = set()
@@ -66,10 +70,8 @@ class Session:
             self._pending = {head.block for head in self.local.trained()}
             undo.callback(self.local.close)
             self.local.open(self)
-            if self.graphs is not None:
-                undo.enter_context(replaced(self.model, 'loss', partial(self.graphs.of_task, self)))
-            elif self.dense is not None:
-                undo.enter_context(replaced(self.model, 'loss', self.dense.of_task))
+            if self.strategy is not None:
+                undo.enter_context(replaced(self.model, 'loss', self.strategy.task_losses))
             self._undo = undo.pop_all()
         return self
 
@@ -104,10 +106,9 @@ class Session:
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )
         self._pending.remove(head.block)
-        in_chunks = self.dense is not None and head.dense_head is not None
         with running_statistics_for_single_values(head, len(x)):
             y = head.transferred(x, self.batch[0])
-            losses = self.dense.of_local(head, y, *self.batch) if in_chunks else head.loss(y, *self.batch)
+            losses = head.loss(y, *self.batch) if self.strategy is None else self.strategy.local_losses(head, y, *self.batch)
             del y
             loss, log = self.model.parse_losses(losses)
             self.backward(loss * head.loss_weight, head.block)

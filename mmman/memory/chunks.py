@@ -1,7 +1,7 @@
 """A part of the model run on a few images at a time: forward and backward at once, so that only their activations are alive.
 
 What it computes is the whole batch's: losses and gradients are sums over images as soon as their normaliser is the batch's
-(:mod:`mmman.memory.detection.normalisers`), and no layer inside mixes images.
+(:mod:`mmman.memory.detection.losses`), and no layer inside mixes images.
 """
 
 from __future__ import annotations
@@ -44,21 +44,27 @@ def run_in_chunks(
     count = len(features[0])
     gradients = [torch.zeros_like(feature) if feature.requires_grad else None for feature in features]
     total: Losses = {}
-    with torch.enable_grad(), _stand_ins(modules) as parameters:
+    parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+    of_parameters: list[Tensor | None] = [None] * len(parameters)
+    with torch.enable_grad():
         for start in range(0, count, size):
             span = slice(start, min(start + size, count))
             leaves = [feature.detach()[span].requires_grad_(feature.requires_grad) for feature in features]
             loss, losses = compute(leaves, span)
             with torch.autocast(loss.device.type, enabled=False):
-                (loss * factor).backward()
-            for gradient, leaf in zip(gradients, leaves, strict=True):
-                if gradient is not None and leaf.grad is not None:
-                    gradient[span] = leaf.grad
+                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                # not .backward(): DDP counts on one gradient a parameter and step, which it gets at the end
+                found = torch.autograd.grad(loss * factor, [*wanted, *parameters], allow_unused=True)
+            for gradient, part in zip((own for own in gradients if own is not None), found[: len(wanted)], strict=True):
+                if part is not None:
+                    gradient[span] = part
+            for i, part in enumerate(found[len(wanted) :]):
+                if part is not None:
+                    of_parameters[i] = part if of_parameters[i] is None else of_parameters[i].add_(part)
             for name, value in losses.items():
                 total[name] = total[name] + value.detach() if name in total else value.detach()
-            del loss, losses, leaves
-    gradients += [stand_in.grad for stand_in in parameters.values()]
-    return with_gradients(total, factor, gradients, [*features, *parameters])
+            del loss, losses, leaves, wanted, found
+    return with_gradients(total, factor, [*gradients, *of_parameters], [*features, *parameters])
 
 
 def with_gradients(losses: Losses, factor: Tensor, gradients: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:
@@ -93,28 +99,6 @@ class _Computed(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad / ctx.factor)
         return None, None, None, *gradients
-
-
-@contextmanager
-def _stand_ins(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Parameter, nn.Parameter]]:
-    """Put a parameter of the same storage in the place of every trainable one, to collect gradients without its hooks.
-
-    DDP counts on one gradient a parameter and step, which it gets when the result is back-propagated.
-    """
-    places: list[tuple[nn.Module, str, nn.Parameter]] = []
-    stand_ins: dict[nn.Parameter, nn.Parameter] = {}
-    for part in nn.ModuleList(modules).modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None and parameter.requires_grad:
-                places.append((part, name, parameter))
-                stand_ins.setdefault(parameter, nn.Parameter(parameter.detach()))
-    for part, name, parameter in places:
-        part._parameters[name] = stand_ins[parameter]
-    try:
-        yield stand_ins
-    finally:
-        for part, name, parameter in places:
-            part._parameters[name] = parameter
 
 
 @contextmanager

@@ -114,16 +114,16 @@ class HeadCosts:
 
     def _cost(self, head: LocalHead, cut: int) -> HeadCost:
         model = self.runs.model
-        in_chunks = self.runs.dense is not None and head.dense_head is not None
-        losses = partial(self.runs.dense.of_local, head) if in_chunks else head.loss
+        dense = self.runs.dense
+        losses = head.loss if dense is None else partial(dense.local_losses, head)
         outputs = {id(batch): own[cut] for batch, own in zip(self.runs.batches, self._outputs, strict=True)}
 
         def run(batch: Batch, trace: Trace) -> None:
             x = outputs[id(batch)].detach().requires_grad_()
             head.zero_grad()
-            if in_chunks:
+            if dense is not None:
                 with torch.no_grad(), self.runs.precision():
-                    losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples, only_look=True)
+                    losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples, dry_run=True)
             trace.begin()
             with self.runs.precision():
                 loss, _ = model.parse_losses(losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples))

@@ -243,10 +243,11 @@ def _outputs_read(runs: SmallRuns) -> list[bool]:
 def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
     """The model's loss on outputs of the backbone that are given."""
     model = runs.model
-    loss = model.loss if runs.dense is None else runs.dense.of_task
-    given = replaced(model.backbone, 'forward', lambda *_, **__: features)
-    with given, replaced(model, 'loss', loss), runs.precision():
-        return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
+    with runs.precision():
+        if runs.dense is not None:
+            return model.parse_losses(runs.dense.neck_and_head([*features], batch.samples))[0]
+        with replaced(model.backbone, 'forward', lambda *_, **__: features):
+            return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
 
 
 def _task_cost(runs: SmallRuns) -> HeadCost:
@@ -259,8 +260,8 @@ def _task_cost(runs: SmallRuns) -> HeadCost:
             features = backbone(batch.inputs)
         _last_tensor(features).requires_grad_()
         if runs.dense is not None:
-            with replaced(backbone, 'forward', lambda *_, **__: features), runs.precision():
-                runs.dense.of_task(batch.inputs, batch.samples, only_look=True)
+            with runs.precision():
+                runs.dense.neck_and_head([*features], batch.samples, dry_run=True)
         trace.begin()
         _task_loss(runs, batch, features).backward()
         trace.mark('end')

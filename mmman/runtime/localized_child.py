@@ -165,7 +165,7 @@ def _adapted(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
     """What local heads made of the head that they were given."""
     reasons = []
     for head in backbone.local.values():
-        built = type(head.dense_head).__name__
+        built = type(getattr(head, 'dense_head', None)).__name__
         if 'bbox_head=' in local_head and (own := type_name(cfg.model.bbox_head)) != built:
             reasons.append(f'local head: {built} stands for {own}, whose loss another network takes part in')
         frozen = [name for name, p in head.named_parameters() if not p.requires_grad and not name.startswith('transfer.')]

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -149,10 +150,8 @@ def test_a_sum_of_the_focal_loss_is_that_of_the_cpu(dtype, rtol):
     results = []
     for device in ('cpu', 'cuda'):
         pred, target, weight = (tensor.detach().to(device) for tensor in test_focal_loss.inputs(dtype))
-        head = torch.nn.Module()
-        head.loss_cls = test_focal_loss.FocalLoss()
-        with summed_focal_loss(head):
-            results.append(test_focal_loss.loss_and_gradient(head.loss_cls, pred.requires_grad_(), target, weight, 12))
+        criterion = partial(summed_focal_loss, test_focal_loss.FocalLoss())
+        results.append(test_focal_loss.loss_and_gradient(criterion, pred.requires_grad_(), target, weight, 12))
     torch.testing.assert_close(*([tensor.cpu() for tensor in one] for one in results), rtol=rtol, atol=1e-6)
 
 

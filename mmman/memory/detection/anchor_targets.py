@@ -6,16 +6,13 @@ step of local learning has a dense head for each block. Here they are the same t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from mmman.errors import MisuseError
-from mmman.memory.chunks import replaced
 
 ELEMENTS = 2**20
 """Of a map of overlaps, (images, objects, anchors), that are computed at once; or one image's."""
@@ -25,24 +22,39 @@ Found = tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]
 (P,), and box targets, (P, 4); and how many they are, at least one an image, a scalar."""
 
 
-@contextmanager
-def targets_at_once(head: nn.Module) -> Iterator[None]:
-    """While this context is open, ``head`` computes anchors and targets for all images in one pass, where that is known.
+def find_targets(
+    head: nn.Module, sizes: list[tuple[int, int]], data_samples: list, device: torch.device | str
+) -> tuple[list[list[Tensor]], list[list[Tensor]], float]:
+    """Anchors and targets of a head that has them as mmdet's ``AnchorHead`` does.
 
-    It is for a head that computes its loss and targets as mmdet's ``AnchorHead`` does, with a ``MaxIoUAssigner``, a
-    ``PseudoSampler`` and a ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses. Others are left as they are, and so is a
-    head whose targets are given already (:func:`mmman.memory.detection.normalisers.batch_normalisers`).
+    They are found for all images in one pass for a head that computes them as ``AnchorHead`` does, with a ``MaxIoUAssigner``, a
+    ``PseudoSampler`` and a ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses; by the head itself for others.
+
+    Args:
+        head: The dense head.
+        sizes: Height and width of its feature maps, by level.
+        data_samples: Of the batch.
+        device: Of the targets.
+
+    Returns:
+        Anchors by image and level, (A, 4). Labels, (B, A), their weights, (B, A), box targets and their weights, (B, A, 4),
+        each by level. The number to divide losses by.
     """
-    if 'get_targets' in vars(head) or not _is_known(head):
-        yield
-        return
-    with replaced(head, 'get_anchors', partial(_anchors, head)), replaced(head, 'get_targets', partial(_targets, head)):
-        yield
+    from mmdet.models.utils import unpack_gt_instances
+
+    instances, ignored, metas = unpack_gt_instances(data_samples)
+    if is_known(head):
+        anchors, flags = _anchors(head, sizes, metas, device)
+        *targets, factor = _targets(head, anchors, flags, instances)
+    else:
+        anchors, flags = head.get_anchors(sizes, metas, device=device)
+        *targets, factor = head.get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
+    return anchors, targets, factor
 
 
 def check_known(head: nn.Module | None, model: nn.Module) -> None:
     """Raise :class:`MisuseError` where the targets of a dense head of ``model`` can't be computed ahead of its losses."""
-    if head is None or not _is_known(head):
+    if head is None or not is_known(head):
         raise MisuseError(
             f"cuda_graphs is for detectors that have dense heads with targets like RetinaNet's (MaxIoUAssigner, PseudoSampler, "
             f'DeltaXYWHBBoxCoder), and local heads alike, not for {type(model).__name__} with '
@@ -50,7 +62,8 @@ def check_known(head: nn.Module | None, model: nn.Module) -> None:
         )
 
 
-def _is_known(head: nn.Module) -> bool:
+def is_known(head: nn.Module) -> bool:
+    """Whether the targets of a dense head are found for all images in one pass."""
     from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
 
@@ -74,7 +87,7 @@ def _is_known(head: nn.Module) -> bool:
     )
 
 
-def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str = 'cuda') -> tuple:
+def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
     """As ``AnchorHead.get_anchors``; images padded to the same shape share their flags."""
     anchors = head.prior_generator.grid_priors(sizes, device=device)
     flags = {tuple(meta['pad_shape']): None for meta in metas}
@@ -83,7 +96,7 @@ def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], d
 
 
 def _targets(
-    head: nn.Module, anchors: list[list[Tensor]], flags: list[list[Tensor]], instances: list, metas: list[dict], **_: object
+    head: nn.Module, anchors: list[list[Tensor]], flags: list[list[Tensor]], instances: list
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
     """As ``AnchorHead.get_targets``."""
     levels = [len(level) for level in anchors[0]]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from mmengine.model import BaseModel
@@ -12,9 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from mmman.errors import MisuseError
-from mmman.memory.chunks import Losses, replaced, run_in_chunks
-from mmman.memory.detection.focal_loss import summed_focal_loss
-from mmman.memory.detection.normalisers import Sizes, batch_normalisers, check_chunks
+from mmman.memory.chunks import Losses, run_in_chunks
+from mmman.memory.detection.losses import BatchLoss, Sizes, batch_loss, check_chunks, dense_head_losses, map_sizes
 
 if TYPE_CHECKING:
     from mmman.local.local_head import LocalHead
@@ -37,76 +36,131 @@ class _Read(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class DenseLocalHead(Protocol):
+    """A local head whose loss is that of a dense head on feature maps made from the block's output.
+
+    Attributes:
+        dense_head: The dense head of mmdet.
+        transfer: The momentum transfer, which runs before and for the whole batch.
+        gt_size_range: The objects that :meth:`filter_gt` keeps: the least and the most square root of a box's area, in pixels.
+            None: all.
+    """
+
+    dense_head: nn.Module
+    transfer: nn.Module
+    gt_size_range: tuple[float, float] | None
+
+    def maps(self, y: Tensor, inputs: Tensor) -> Sequence[Tensor]:
+        """The dense head's feature maps, from what the transfer makes of the block's output."""
+
+    def filter_gt(self, data_samples: list) -> list:
+        """The data samples with the objects that this head learns to find."""
+
+    def children(self) -> Iterable[nn.Module]: ...
+
+
+MakeLoss = Callable[['DenseLocalHead | None', nn.Module, Sizes, list, Tensor], BatchLoss]
+"""Makes the loss of a batch, of a local head or None, its dense head, and what :class:`BatchLoss` takes."""
+
+
+def make_batch_loss(owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
+    """The loss of a batch with its targets."""
+    return batch_loss(head, sizes, data_samples if owner is None else owner.filter_gt(data_samples), like)
+
+
 class DenseLoss:
     """Computes the losses of single-stage detectors in chunks of a batch; gradients and values are those of the whole batch.
 
+    A :class:`mmman.local.session.StepStrategy`.
+
     Args:
         model: The detector.
-        size: Images a chunk of the model's own neck and head.
+        size: Images a chunk of the model's own neck and head. None: all of a batch at once.
         scaled: Multiplies a loss as the loss scaler does.
+        make_loss: Makes the loss of a batch.
 
     Raises:
         MisuseError: The model is no single-stage detector.
     """
 
-    def __init__(self, model: BaseModel, size: int, scaled: Callable[[Tensor], Tensor]) -> None:
-        owner = next((cls.__name__ for cls in type(model).__mro__ if 'loss' in vars(cls)), None)
-        if owner != 'SingleStageDetector':
-            raise MisuseError(
-                f'images_per_chunk is for models that compute their loss as SingleStageDetector does, not for '
-                f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
-            )
-        self.model, self.size, self._scaled = model, size, scaled
-        self._loss = model.loss
-        self._seen: dict[tuple, tuple[Sizes, list[bool]]] = {}
+    def __init__(
+        self,
+        model: BaseModel,
+        size: int | None,
+        scaled: Callable[[Tensor], Tensor],
+        make_loss: MakeLoss = make_batch_loss,
+    ) -> None:
+        for method in ('loss', 'extract_feat'):
+            owner = next((cls.__name__ for cls in type(model).__mro__ if method in vars(cls)), None)
+            if owner != 'SingleStageDetector':
+                raise MisuseError(
+                    f'images_per_chunk is for models that compute their loss as SingleStageDetector does, not for '
+                    f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
+                )
+        self.model, self.size, self._scaled, self._make_loss = model, size, scaled, make_loss
+        self._known: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
-    def of_task(self, inputs: Tensor, data_samples: list, only_look: bool = False) -> Losses:
-        """Stands for the model's ``loss``: the backbone at once, neck and head in chunks. Arguments and result as there.
+    def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:
+        """Stands for the model's ``loss``. Arguments and result as there."""
+        return self.neck_and_head([*self.model.backbone(inputs)], data_samples)
 
-        With ``only_look`` nothing comes of it but what is found out once for features of these shapes.
+    def neck_and_head(self, features: list[Tensor], data_samples: list, dry_run: bool = False) -> Losses:
+        """The model's losses from the outputs of its backbone, which this empties of what nothing reads.
+
+        Args:
+            features: Each (B, C, H, W).
+            data_samples: Of the batch.
+            dry_run: Only find out once what is needed of features of these shapes.
         """
         model = self.model
-        features = [*model.backbone(inputs)]
-        inputs = inputs.new_empty(()).expand(inputs.shape)  # whose pixels nothing reads any more
+        if self.size is None:
+            maps = self._neck(features)
+            features.clear()
+            return dense_head_losses(model.bbox_head, maps, lambda *own: self._make(None, model.bbox_head, data_samples, *own))
         modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
+        return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.size, dry_run)
 
-        def losses(leaves: list[Tensor], span: slice) -> dict:
-            with replaced(model.backbone, 'forward', lambda _: tuple(leaves)):
-                return self._loss(inputs[span], data_samples[span])
+    def _neck(self, features: list[Tensor]) -> Sequence[Tensor]:
+        return self.model.neck(tuple(features)) if self.model.with_neck else tuple(features)
 
-        return self._run(losses, features, modules, model.bbox_head, data_samples, self.size, only_look)
-
-    def of_local(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list, only_look: bool = False) -> Losses:
+    def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
         """Stands for ``head.loss``: all of it in chunks, each with as many positions as one of the model's own head.
 
-        Arguments and result as there; ``only_look`` as for :meth:`of_task`.
+        Arguments and result as there; ``dry_run`` as of :meth:`neck_and_head`.
         """
-        check_chunks(self.model.bbox_head, [])
-        check_chunks(head.dense_head, [])
-        size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(head.dense_head)))
+        dense = getattr(head, 'dense_head', None)
+        if dense is None:
+            return {} if dry_run else head.loss(y, inputs, data_samples)
+        size = len(data_samples)
+        if self.size is not None:
+            check_chunks(self.model.bbox_head, [])
+            check_chunks(dense, [])
+            size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(dense)))
         if size >= len(data_samples):
-            with summed_focal_loss(head.dense_head):
-                return {} if only_look else head.loss(y, inputs, data_samples)
+            if dry_run:
+                return {}
+            maps = head.maps(y, inputs)
+            return dense_head_losses(dense, maps, lambda *own: self._make(head, dense, data_samples, *own))
         modules = [part for part in head.children() if part is not head.transfer]
+        return self._run(head, lambda leaves: head.maps(leaves[0], inputs), [y], modules, dense, data_samples, size, dry_run)
 
-        def losses(leaves: list[Tensor], span: slice) -> dict:
-            return head.loss(leaves[0], inputs[span], data_samples[span])
-
-        return self._run(losses, [y], modules, head.dense_head, head.shown(data_samples), size, only_look)
+    def _make(self, owner: DenseLocalHead | None, head: nn.Module, data_samples: list, sizes: Sizes, like: Tensor) -> BatchLoss:
+        return self._make_loss(owner, head, sizes, data_samples, like)
 
     def _run(
         self,
-        losses: Callable[[list[Tensor], slice], dict],
+        owner: DenseLocalHead | None,
+        make_maps: Callable[[list[Tensor]], Sequence[Tensor]],
         features: list[Tensor],
         modules: list[nn.Module],
         head: nn.Module,
         data_samples: list,
         size: int,
-        only_look: bool,
+        dry_run: bool,
     ) -> Losses:
         check_chunks(head, modules)
-        sizes, is_read = self._look(losses, features, head)
-        if only_look:
+        sizes, is_read = self._probe(make_maps, features, head)
+        if dry_run:
             return {}
         # nothing else holds what neck and head don't read
         features[:] = [
@@ -115,30 +169,23 @@ class DenseLoss:
         ]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
-            show(span)
-            loss, log = self.model.parse_losses(losses(leaves, span))
+            loss, log = self.model.parse_losses(losses(head(make_maps(leaves)), span))
             share = len(leaves[0]) / len(data_samples)
             return loss, {n: v if 'loss' in n else v * share for n, v in log.items() if n != 'loss'}
 
-        with summed_focal_loss(head), batch_normalisers(head, sizes, data_samples, features[-1]) as show:
-            return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
+        losses = self._make(owner, head, data_samples, sizes, features[-1])
+        return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
 
-    def _look(
-        self, losses: Callable[[list[Tensor], slice], dict], features: list[Tensor], head: nn.Module
+    def _probe(
+        self, make_maps: Callable[[list[Tensor]], Sequence[Tensor]], features: list[Tensor], head: nn.Module
     ) -> tuple[Sizes, list[bool]]:
         """Of features of these shapes: the sizes of the head's maps, and which are read. One image tells, once."""
         key = (head, *(feature.shape[1:] for feature in features))
-        if key not in self._seen:
-            sizes: Sizes = []
-
-            def note_sizes(maps: Sequence[Tensor], _: list) -> dict:
-                sizes.extend((*level.shape[-2:],) for level in maps)
-                return {}
-
-            with torch.no_grad(), replaced(head, 'loss', note_sizes), _Read() as read:
-                losses([feature.detach()[:1] for feature in features], slice(0, 1))
-            self._seen[key] = sizes, [feature in read for feature in features]
-        return self._seen[key]
+        if key not in self._known:
+            with torch.no_grad(), _Read() as read:
+                sizes = map_sizes(make_maps([feature.detach()[:1] for feature in features]))
+            self._known[key] = sizes, [feature in read for feature in features]
+        return self._known[key]
 
 
 def _positions(head: nn.Module) -> float:

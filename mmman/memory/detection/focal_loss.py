@@ -61,35 +61,45 @@ def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def summed_focal_loss(head: nn.Module) -> Iterator[None]:
-    """While this context is open, a dense head's ``FocalLoss`` makes no map of losses: it is summed up as it is computed.
-
-    It is for class indices and a loss that is averaged by a given number; another is computed as ever.
-    """
-    from mmdet.models.losses import FocalLoss
-
-    loss = getattr(head, 'loss_cls', None)
-    if type(loss) is not FocalLoss or loss.activated:
-        yield
-        return
-    with replaced(loss, 'forward', partial(_summed, loss)):
-        yield
-
-
-def _summed(
-    loss: nn.Module,
-    pred: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    avg_factor: float | Tensor | None = None,
-    reduction_override: str | None = None,
+def summed_focal_loss(
+    loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor | None = None, avg_factor: float | Tensor | None = None
 ) -> Tensor:
+    """``loss(pred, target, weight, avg_factor=avg_factor)``; mmdet's focal loss is summed up as it is computed.
+
+    It makes no map of losses then. That is for class indices and a loss that is averaged by a given number; another loss, or
+    other arguments, are computed by ``loss`` itself.
+
+    Args:
+        loss: The class loss of a dense head.
+        pred: (N, C) logits.
+        target: (N,) int64; C and more is background.
+        weight: (N,).
+        avg_factor: What the sum is divided by.
+    """
     by_row = pred.dim() == target.dim() + 1 and (weight is None or weight.shape == target.shape)
-    if not by_row or avg_factor is None or (reduction_override or loss.reduction) != 'mean':
-        return type(loss).forward(loss, pred, target, weight, avg_factor, reduction_override)
+    if not _is_stock(loss) or not by_row or avg_factor is None or loss.reduction != 'mean':
+        return loss(pred, target, weight, avg_factor=avg_factor)
     total = _sum(pred, target, weight, loss.gamma, loss.alpha)
     return loss.loss_weight * (total / (avg_factor + torch.finfo(torch.float32).eps))
+
+
+def focal_loss_without_kernel(
+    loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor | None = None, avg_factor: float | Tensor | None = None
+) -> Tensor:
+    """The same without mmcv's kernel, which waits for the device, and with a map of losses. Arguments as above."""
+    if not _is_stock(loss) or pred.dim() == target.dim():
+        return loss(pred, target, weight, avg_factor=avg_factor)
+    from mmdet.models.losses.utils import weight_reduce_loss
+
+    value = _loss(pred, target, loss.gamma, loss.alpha)
+    weight = weight if weight is None or weight.shape == value.shape else weight.view(-1, 1)
+    return loss.loss_weight * weight_reduce_loss(value, weight, loss.reduction, avg_factor)
+
+
+def _is_stock(loss: nn.Module) -> bool:
+    from mmdet.models.losses import FocalLoss
+
+    return type(loss) is FocalLoss and not loss.activated
 
 
 # Operators of their own: what they allocate inside is as little seen, and counted, as a kernel's workspace.

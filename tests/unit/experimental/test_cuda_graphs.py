@@ -32,8 +32,8 @@ def recorder(monkeypatch):
     recorder = CPURecorder()
 
     def step_graphs(wrapper, model):
-        loss = model.loss if wrapper._dense is None else wrapper._dense.of_task
-        return StepGraphs(model, loss, wrapper._backbone.local, wrapper._back_propagate, wrapper._block_done, recorder)
+        blocks = wrapper._backbone.local
+        return StepGraphs(model, wrapper.images_per_chunk, blocks, wrapper._back_propagate, wrapper._block_done, recorder)
 
     monkeypatch.setattr(LocalLearningOptimWrapper, '_step_graphs', step_graphs)
     return recorder

@@ -66,10 +66,10 @@ def test_the_head_is_built_for_its_levels_alone(head):
         assert dense.stacked_convs == 2 and len(dense.cls_convs) == 2
         if head == 'FCOSHead':
             assert len(dense.regress_ranges) == len(dense.scales) == count
-            assert local.size_range is None
+            assert local.gt_size_range is None
         else:
             assert dense.prior_generator.num_levels == count
-            assert local.size_range is not None
+            assert local.gt_size_range is not None
     if head == 'FCOSHead':
         assert [local.bbox_head.regress_ranges[0] for local in backbone_with(head).local.values()] == [
             (-1, 64),
@@ -89,11 +89,11 @@ def test_a_head_sees_the_objects_of_its_sizes_and_leaves_the_samples_whole():
         samples[-1].gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(sides)))
     before = copy.deepcopy(samples)
     heads = backbone_with('RetinaHead').local.values()
-    seen = [[view.gt_instances.labels.tolist() for view in head.shown(samples)] for head in heads]
+    seen = [[view.gt_instances.labels.tolist() for view in head.filter_gt(samples)] for head in heads]
     assert seen == [[[0, 1], [], [0], [1]], [[1, 2], [], [], []], [[2, 3], [], [], [0]]]
     for sample, old in zip(samples, before, strict=True):
         assert torch.equal(sample.gt_instances.bboxes, old.gt_instances.bboxes)
-    ranges = [head.size_range for head in backbone_with('RetinaHead').local.values()]
+    ranges = [head.gt_size_range for head in backbone_with('RetinaHead').local.values()]
     assert ranges[0][0] == 0 and ranges[-1][1] == math.inf
 
 
@@ -125,7 +125,7 @@ def test_a_coarser_grid_keeps_the_sizes(head):
     for theirs, ours in zip(plain, coarse, strict=True):
         assert ours.level_strides == [2 * stride for stride in theirs.level_strides]
         assert [stride[0] for stride in ours.bbox_head.prior_generator.strides] == ours.level_strides
-        assert ours.size_range == theirs.size_range
+        assert ours.gt_size_range == theirs.gt_size_range
         if head == 'FCOSHead':
             assert ours.bbox_head.regress_ranges == theirs.bbox_head.regress_ranges
         else:
@@ -169,7 +169,7 @@ def test_a_default_generator_is_cut_to_the_levels():
     heads = trained(stock(vfnet, partition=['layer2.1', 'layer3.1']))
     for one in heads:
         assert [stride[0] for stride in one.bbox_head.atss_prior_generator.strides] == one.level_strides
-    assert heads[0].size_range == (0, pytest.approx(128 * 2**0.5))
+    assert heads[0].gt_size_range == (0, pytest.approx(128 * 2**0.5))
     with pytest.raises(MisuseError, match=r'^VFNetHead cannot be a local detection head: it fails .* of the strides \[8\]'):
         stock(vfnet, 4)
 
@@ -178,7 +178,7 @@ def test_a_default_generator_is_cut_to_the_levels():
 def test_points_have_no_sizes(downsample):
     for one in trained(stock('rtmdet/rtmdet_tiny_8xb32-300e_coco.py', 4, downsample=downsample)):
         assert [stride[0] for stride in one.bbox_head.prior_generator.strides] == one.level_strides
-        assert one.size_range is None
+        assert one.gt_size_range is None
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,20 @@
 """The focal loss with a kernel's memory: mmdet's own values and gradients, and what it keeps."""
 
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip('mmdet')
 
-from mmdet.models.losses import FocalLoss, L1Loss
+from mmdet.models.losses import FocalLoss
 from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
 
 from mmman.analysis import LiveBytes
 from mmman.analysis.training import StepMeter
 from mmman.analysis.trial import build_trial, random_batch
-from mmman.memory.detection.focal_loss import SLICE, fused_focal_loss, summed_focal_loss
+from mmman.memory.detection.focal_loss import SLICE, focal_loss_without_kernel, fused_focal_loss, summed_focal_loss
 
 ROWS, CLASSES = SLICE // 5 + 3, 7  # two slices, and a part of one
 
@@ -62,11 +64,11 @@ def test_a_sum_is_that_of_mmdet(options, weighted):
     head.loss_cls = FocalLoss(**options)
     args = pred, target, weight if weighted else None, torch.tensor(12)
     expected = loss_and_gradient(head.loss_cls, *args)
-    with summed_focal_loss(head):
-        given = loss_and_gradient(head.loss_cls, *args)
-        assert given[0].dim() == 0 and 'forward' in vars(head.loss_cls)
+    given = loss_and_gradient(partial(summed_focal_loss, head.loss_cls), *args)
+    assert given[0].dim() == 0
     torch.testing.assert_close(given, expected, rtol=1e-10, atol=1e-14)
-    assert 'forward' not in vars(head.loss_cls)
+    without = loss_and_gradient(partial(focal_loss_without_kernel, head.loss_cls), *args)
+    torch.testing.assert_close(without, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -76,8 +78,7 @@ def test_a_sum_in_half_precision_is_computed_in_single(dtype):
     head = torch.nn.Module()
     head.loss_cls = FocalLoss()
     expected = loss_and_gradient(head.loss_cls, pred.detach().float().requires_grad_(), target, weight, 12)
-    with summed_focal_loss(head):
-        loss, gradient = loss_and_gradient(head.loss_cls, pred, target, weight, 12)
+    loss, gradient = loss_and_gradient(partial(summed_focal_loss, head.loss_cls), pred, target, weight, 12)
     torch.testing.assert_close(loss, expected[0])
     torch.testing.assert_close(gradient, expected[1].to(dtype))
 
@@ -86,9 +87,9 @@ def test_a_sum_keeps_no_map_of_losses():
     pred, target, weight = inputs(torch.float32)
     head = torch.nn.Module()
     head.loss_cls = FocalLoss()
-    with summed_focal_loss(head), LiveBytes(pred, target, weight) as live:
+    with LiveBytes(pred, target, weight) as live:
         held = live.current
-        loss = head.loss_cls(pred, target, weight, 12)
+        loss = summed_focal_loss(head.loss_cls, pred, target, weight, 12)
         assert live.peak < held + 100
         loss.backward()
     assert live.peak < held + pred.nbytes + weight.nbytes + 100
@@ -97,31 +98,26 @@ def test_a_sum_keeps_no_map_of_losses():
 @pytest.mark.parametrize('kind', ['summed', 'by mean', 'one hot', 'by class'])
 def test_what_is_no_average_of_rows_stays_with_mmdet(kind):
     pred, target, weight = inputs()
-    head = torch.nn.Module()
-    head.loss_cls = FocalLoss()
-    options = {'weight': weight, 'avg_factor': 12.0}
+    loss, options = FocalLoss(), {'weight': weight, 'avg_factor': 12.0}
     if kind == 'summed':
-        options = {'weight': weight, 'reduction_override': 'sum'}
+        loss, options = FocalLoss(reduction='sum'), {'weight': weight}
     elif kind == 'by mean':
         options = {'weight': weight}
     elif kind == 'one hot':
         target = torch.nn.functional.one_hot(target, CLASSES + 1)[:, :CLASSES]
     else:
         options['weight'] = weight[:, None].expand(-1, CLASSES)
-    expected = head.loss_cls(pred, target, **options)
-    with summed_focal_loss(head):
-        assert torch.equal(head.loss_cls(pred, target, **options), expected)
+    assert torch.equal(summed_focal_loss(loss, pred, target, **options), loss(pred, target, **options))
 
 
-def test_other_losses_stay_as_they_are():
+def test_other_losses_are_computed_by_themselves():
     class Mine(FocalLoss):
-        pass
+        def forward(self, *args, **kwargs):
+            return args, kwargs
 
-    for loss in (FocalLoss(activated=True), Mine(), L1Loss(), None):
-        head = torch.nn.Module()
-        head.loss_cls = loss
-        with summed_focal_loss(head), summed_focal_loss(torch.nn.Module()):
-            assert loss is None or 'forward' not in vars(loss)
+    args = inputs()
+    for compute in (summed_focal_loss, focal_loss_without_kernel):
+        assert compute(Mine(), *args, 12) == (args, {'avg_factor': 12})
 
 
 def test_one_hot_targets_and_probabilities_stay_with_mmdet(monkeypatch):

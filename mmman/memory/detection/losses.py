@@ -1,0 +1,265 @@
+"""Losses of mmdet's dense heads for some images of a batch, normalised by the whole batch.
+
+One adapter a way of computing losses (``loss_by_feat``), written for mmdet 3.3. What they divide by doesn't depend on
+predictions, so it is known before any of the head's outputs: targets are found once for the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mmman.errors import MisuseError
+from mmman.memory.detection.anchor_targets import find_targets
+from mmman.memory.detection.focal_loss import summed_focal_loss
+
+Sizes = list[tuple[int, int]]
+Outputs = tuple[list[Tensor], ...]
+"""Of a dense head: scores, boxes, and for some heads centerness, each a list of maps (B, C, H, W) by level."""
+
+ALL = slice(None)
+MMDET = '3.3'
+
+
+class BatchLoss:
+    """The losses of a dense head for images of one batch.
+
+    Args:
+        head: The dense head.
+        sizes: Height and width of its feature maps, by level.
+        data_samples: All data samples of the batch.
+        like: A tensor that has the device and dtype of the head's outputs.
+    """
+
+    def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
+        raise NotImplementedError
+
+    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+        """The losses by name.
+
+        Args:
+            outputs: What the head gives for these images.
+            images: Which images of the batch they are.
+        """
+        raise NotImplementedError
+
+
+class AnchorLoss(BatchLoss):
+    """As ``AnchorHead.loss_by_feat``: RetinaNet's head and those built on it."""
+
+    def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
+        self.head = head
+        self.anchors, self.targets, self.avg_factor = find_targets(head, sizes, data_samples, like.device)
+
+    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+        targets = zip(*self.targets, strict=True)
+        levels = zip(*outputs, targets, strict=True)
+        losses = [
+            self.level_losses(i, scores, boxes, images, [target[images] for target in own])
+            for i, (scores, boxes, own) in enumerate(levels)
+        ]
+        return {name: list(values) for name, values in zip(('loss_cls', 'loss_bbox'), zip(*losses, strict=True), strict=True)}
+
+    def level_losses(
+        self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Class and box loss of one level, as ``AnchorHead.loss_by_feat_single`` computes them."""
+        anchors = torch.stack([own[level] for own in self.anchors[images]])
+        return self.head.loss_by_feat_single(scores, boxes, anchors, *targets, avg_factor=self.avg_factor)
+
+
+class SummedAnchorLoss(AnchorLoss):
+    """The same with a focal loss that is summed up as it is computed: no map of losses is kept."""
+
+    def level_losses(
+        self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        head = self.head
+        if head.reg_decoded_bbox or not _is_stock(head, 'loss_by_feat_single', 'AnchorHead'):
+            return super().level_losses(level, scores, boxes, images, targets)
+        labels, label_weights, box_targets, box_weights = targets
+        scores = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels)
+        class_loss = self.class_loss(scores, labels.reshape(-1), label_weights.reshape(-1))
+        width = box_targets.shape[-1]
+        box_targets, box_weights = box_targets.reshape(-1, width), box_weights.reshape(-1, width)
+        boxes = boxes.permute(0, 2, 3, 1).reshape(-1, head.bbox_coder.encode_size)
+        return class_loss, self.box_loss(boxes, box_targets, box_weights)
+
+    def class_loss(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        return summed_focal_loss(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
+
+    def box_loss(self, boxes: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        return self.head.loss_bbox(boxes, targets, weights, avg_factor=self.avg_factor)
+
+
+class ATSSLoss(BatchLoss):
+    """As ``ATSSHead.loss_by_feat``, with a focal loss that is summed up as it is computed."""
+
+    def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
+        from mmdet.models.utils import unpack_gt_instances
+        from mmdet.utils import reduce_mean
+
+        self.head = head
+        instances, ignored, metas = unpack_gt_instances(data_samples)
+        anchors, flags = head.get_anchors(sizes, metas, device=like.device)
+        *targets, count = head.get_targets(anchors, flags, instances, metas, batch_gt_instances_ignore=ignored)
+        self.anchors, self.labels, self.label_weights, self.boxes = targets[:4]
+        self.avg_factor = reduce_mean(torch.tensor(count, dtype=torch.float, device=like.device)).item()
+        levels = zip(self.anchors, self.labels, self.boxes, strict=True)
+        total = sum(self._centerness(*(part.flatten(0, 1) for part in level))[1].sum() for level in levels)
+        self.box_factor = reduce_mean(total).clamp_(min=1).item()
+
+    def _centerness(self, anchors: Tensor, labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Which anchors, (A, 4), are positive, and the centerness that these should have."""
+        positive = ((labels >= 0) & (labels < self.head.num_classes)).nonzero().squeeze(1)
+        if len(positive) == 0:
+            return positive, boxes.new_tensor(0.0)
+        return positive, self.head.centerness_target(anchors[positive], boxes[positive])
+
+    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+        targets = zip(self.anchors, self.labels, self.label_weights, self.boxes, strict=True)
+        losses = [
+            self._level(*maps, *(part[images].flatten(0, 1) for part in own))
+            for maps, own in zip(zip(*outputs, strict=True), targets, strict=True)
+        ]
+        classes, boxes, centerness = (list(values) for values in zip(*losses, strict=True))
+        boxes = [loss / self.box_factor for loss in boxes]
+        return {'loss_cls': classes, 'loss_bbox': boxes, 'loss_centerness': centerness}
+
+    def _level(
+        self,
+        scores: Tensor,
+        boxes: Tensor,
+        centerness: Tensor,
+        anchors: Tensor,
+        labels: Tensor,
+        label_weights: Tensor,
+        box_targets: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The losses of one level, the box loss not yet divided, as ``ATSSHead.loss_by_feat_single`` computes them."""
+        head = self.head
+        scores = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels).contiguous()
+        boxes = boxes.permute(0, 2, 3, 1).reshape(-1, 4)
+        centerness = centerness.permute(0, 2, 3, 1).reshape(-1)
+        class_loss = summed_focal_loss(head.loss_cls, scores, labels, label_weights, avg_factor=self.avg_factor)
+        positive, target = self._centerness(anchors, labels, box_targets)
+        if len(positive) == 0:
+            return class_loss, boxes.sum() * 0, centerness.sum() * 0
+        decoded = head.bbox_coder.decode(anchors[positive], boxes[positive])
+        box_loss = head.loss_bbox(decoded, box_targets[positive], weight=target, avg_factor=1.0)
+        return class_loss, box_loss, head.loss_centerness(centerness[positive], target, avg_factor=self.avg_factor)
+
+
+class FCOSLoss(BatchLoss):
+    """As ``FCOSHead.loss_by_feat``, with a focal loss that is summed up as it is computed."""
+
+    def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
+        from mmdet.models.utils import unpack_gt_instances
+        from mmdet.utils import reduce_mean
+
+        self.head = head
+        instances, _, _ = unpack_gt_instances(data_samples)
+        boxes = like.new_empty(0).float()  # the head has its boxes in single precision, also under autocast
+        self.points = head.prior_generator.grid_priors(sizes, dtype=boxes.dtype, device=like.device)
+        labels, boxes = head.get_targets(self.points, instances)
+        count = len(data_samples)
+        self.labels = [own.view(count, -1) for own in labels]
+        self.boxes = [own.view(count, -1, 4) for own in boxes]
+        labels, boxes = torch.cat(labels), torch.cat(boxes)
+        positive = self._positive(labels)
+        self.num_positive = max(reduce_mean(torch.tensor(len(positive), dtype=torch.float, device=like.device)), 1.0)
+        self.box_factor = max(reduce_mean(head.centerness_target(boxes[positive]).sum()), 1e-6)
+
+    def _positive(self, labels: Tensor) -> Tensor:
+        return ((labels >= 0) & (labels < self.head.num_classes)).nonzero().reshape(-1)
+
+    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+        head, (scores, boxes, centerness) = self.head, outputs
+        count = len(scores[0])
+        scores = torch.cat([own.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels) for own in scores])
+        boxes = torch.cat([own.permute(0, 2, 3, 1).reshape(-1, 4) for own in boxes])
+        centerness = torch.cat([own.permute(0, 2, 3, 1).reshape(-1) for own in centerness])
+        labels = torch.cat([own[images].reshape(-1) for own in self.labels])
+        targets = torch.cat([own[images].reshape(-1, 4) for own in self.boxes])
+        points = torch.cat([own.repeat(count, 1) for own in self.points])
+        losses = {'loss_cls': summed_focal_loss(head.loss_cls, scores, labels, avg_factor=self.num_positive)}
+        if getattr(head.loss_cls, 'custom_accuracy', False):
+            losses |= head.loss_cls.get_accuracy(scores, labels)
+        positive = self._positive(labels)
+        boxes, centerness, targets = boxes[positive], centerness[positive], targets[positive]
+        if len(positive) == 0:
+            return losses | {'loss_bbox': boxes.sum(), 'loss_centerness': centerness.sum()}
+        target = head.centerness_target(targets)
+        decoded, goal = (head.bbox_coder.decode(points[positive], own) for own in (boxes, targets))
+        return losses | {
+            'loss_bbox': head.loss_bbox(decoded, goal, weight=target, avg_factor=self.box_factor),
+            'loss_centerness': head.loss_centerness(centerness, target, avg_factor=self.num_positive),
+        }
+
+
+_ADAPTERS: dict[str, type[BatchLoss]] = {'AnchorHead': SummedAnchorLoss, 'ATSSHead': ATSSLoss, 'FCOSHead': FCOSLoss}
+"""By the class of mmdet that defines ``loss_by_feat``."""
+
+
+def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
+    """The losses of a dense head that :func:`check_chunks` accepts. Arguments as of :class:`BatchLoss`."""
+    return _adapter(head)(head, sizes, data_samples, like)
+
+
+def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Raise :class:`MisuseError` where losses of a dense head can't be computed for a few images at a time.
+
+    Args:
+        head: The dense head.
+        modules: All modules that would run on a few images.
+    """
+    if _adapter(head) is None:
+        raise MisuseError(
+            f'{type(head).__name__} cannot run on a few images at a time: what it divides its losses by is not known for the '
+            f'whole batch in advance. Known are heads that compute their loss as one of {", ".join(sorted(_ADAPTERS))} does; '
+            'set optim_wrapper.images_per_chunk=None'
+        )
+    norms = (part for module in modules for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    if any(norm.training for norm in norms):
+        raise MisuseError(
+            f'{type(head).__name__}, or the neck before it, has BatchNorm in training mode, which mixes the images of a batch: '
+            'set optim_wrapper.images_per_chunk=None, or use GroupNorm'
+        )
+
+
+def dense_head_losses(
+    head: nn.Module, maps: Sequence[Tensor], make: Callable[[Sizes, Tensor], BatchLoss]
+) -> dict[str, Tensor | list[Tensor]]:
+    """The losses of a whole batch at once; targets are found after the head has run, as mmdet does."""
+    outputs = head(maps)
+    return make(map_sizes(maps), outputs[0][0])(outputs)
+
+
+def map_sizes(maps: Sequence[Tensor]) -> Sizes:
+    """Height and width of feature maps."""
+    return [(*level.shape[-2:],) for level in maps]
+
+
+def _adapter(head: nn.Module) -> type[BatchLoss] | None:
+    owner = next((cls for cls in type(head).__mro__ if 'loss_by_feat' in vars(cls)), type(head))
+    if not owner.__module__.startswith('mmdet.models.dense_heads.') or owner.__name__ not in _ADAPTERS:
+        return None
+    import mmdet
+
+    if not mmdet.__version__.startswith(f'{MMDET}.'):
+        raise MisuseError(
+            f'images_per_chunk computes losses as mmdet {MMDET} does, and mmdet {mmdet.__version__} is installed: set '
+            'optim_wrapper.images_per_chunk=None'
+        )
+    changed = [name for name in ('loss', 'loss_by_feat_single') if not _is_stock(head, name, owner.__name__)]
+    if owner.__name__ != 'AnchorHead' and changed:
+        return None
+    return _ADAPTERS[owner.__name__]
+
+
+def _is_stock(head: nn.Module, name: str, owner: str) -> bool:
+    """Whether a head has a method from the mmdet class ``owner``, or from a base class of that."""
+    stock = next(cls for cls in type(head).__mro__ if cls.__name__ == owner)
+    return getattr(type(head), name, None) is getattr(stock, name, None)
