@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mmengine.logging import print_log
 from torch import nn
 
 from mmman.errors import LocalLearningError, MisuseError, PartitionError
 from mmman.local.blocks import LocalBlocks
-from mmman.local.local_head import Boundary
+from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.part_options import check_parts
 from mmman.local.transfer import MomentumTransfer
-from mmman.memory.recompute import ends_told, keep_, recompute_unit_, units_to_recompute
+from mmman.memory.recompute import Ends, ends_told, keep_, recompute_unit_, units_to_recompute
 from mmman.options import Count, Positive, checked
-from mmman.partition import chain_of, measure, plan_blocks, trainable_units
+from mmman.partition import Chain, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
 from mmman.registry import MODELS
 
 
@@ -33,7 +34,8 @@ def localize_(
 
     What the backbone freezes in its ``train()`` is frozen first, so that blocks are counted without it.
     All additions are under ``backbone.local``; class, forward and state-dict keys stay. Outside a training step driven by
-    :class:`mmman.LocalLearningOptimWrapper` the backbone computes what it computed before, bit by bit.
+    :class:`mmman.LocalLearningOptimWrapper` the backbone computes what it computed before, bit by bit. Everything is planned
+    before it is built, and the backbone is changed last: an error leaves no local head, hook or recomputed unit behind.
 
     Args:
         backbone: A backbone whose family is known (:func:`mmman.register_chain`).
@@ -62,38 +64,71 @@ def localize_(
     if hasattr(backbone, 'local'):
         raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
     chain = chain_of(backbone)
+    plan = _plan(backbone, chain, num_blocks, partition)
+    weights = _loss_weights(plan, local_head, loss_weight)
+    recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
+    measured = measure(backbone, chain)
+    ends = _find_ends(backbone, measured, recomputed)
+    try:
+        for unit, selective in recomputed.items():  # before copies are made of them, which are recomputed too
+            recompute_unit_(backbone, unit, ends, selective)
+        _attach(backbone, chain, plan, _build_heads(backbone, chain, plan, measured, local_head, transfer or {}, weights))
+    except BaseException:
+        _detach(backbone)
+        raise
+    print_log(f'{type(backbone).__name__} in {len(plan.blocks)} blocks: {plan}', logger='current')
+    return backbone
+
+
+def _plan(backbone: nn.Module, chain: Chain, num_blocks: int | None, partition: str | Sequence[str] | dict) -> Plan:
+    """The blocks. Raises :class:`PartitionError` where a block's loss would train nothing."""
     plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
     if (frozen := plan.frozen_block(backbone)) is not None:
         raise PartitionError(
             f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: cut so that '
             'every block trains, or freeze from the start of the backbone on'
         )
+    if len(plan.blocks) > 1 and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.taps):
+        raise PartitionError(
+            f'the last block ({plan}) makes none of the outputs of {type(backbone).__name__}, so no loss would train it: cut '
+            'earlier, or drop the stages behind the last of out_indices (num_stages)'
+        )
+    return plan
+
+
+def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequence[float]) -> list[float]:
+    """The weight of every local loss."""
     count = len(plan.blocks) - 1
     if count and local_head is None:
         raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
     if len(weights) != count:
         raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
+    return weights
 
-    if count and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.taps):
-        raise PartitionError(
-            f'the last block ({plan}) makes none of the outputs of {type(backbone).__name__}, so no loss would train it: cut '
-            'earlier, or drop the stages behind the last of out_indices (num_stages)'
-        )
 
-    recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
-    keys = set(backbone.state_dict())
-    measured = measure(backbone, chain)
+def _find_ends(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> Ends:
+    """The ReLUs that make the outputs of recomputed modules, found by a forward pass."""
+    if not recomputed:
+        return {}
+    with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
+        measured.run(backbone)
+    return ends
+
+
+def _build_heads(
+    backbone: nn.Module,
+    chain: Chain,
+    plan: Plan,
+    measured: Measured,
+    local_head: dict | None,
+    transfer: Mapping[str, Any],
+    weights: Sequence[float],
+) -> list[LocalHead]:
+    """The local heads of the first K-1 blocks, with copies of the units that follow."""
     features = measured.features
-    ends = {}
-    if recomputed:
-        with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
-            measured.run(backbone)
-    for unit, selective in recomputed.items():  # the copies that local heads make of them are, too
-        recompute_unit_(backbone, unit, ends, selective)
     modules = [unit.of(backbone) for unit in chain.units]
-    options = dict(transfer or {})
-    has_unit = options.get('ema', True) or options.get('bias', 'unit') == 'unit'
+    has_unit = transfer.get('ema', True) or transfer.get('bias', 'unit') == 'unit'
     cuts = [chain.units.index(block[-1]) for block in plan.blocks[:-1]]
     seen = [features[cut + has_unit] for cut in cuts]
     heads = []
@@ -115,7 +150,7 @@ def localize_(
             local_head,
             default_args={
                 'boundary': boundary,
-                'transfer': MomentumTransfer(modules[cut + 1], features[cut + 1], **options),
+                'transfer': MomentumTransfer(modules[cut + 1], features[cut + 1], **transfer),
                 'loss_weight': weight,
             },
         )
@@ -125,19 +160,35 @@ def localize_(
                 "channel: choose 'depthwise' or 'unit'"
             )
         heads.append(head)
+    return heads
 
-    # The copies are made: from here on units may carry hooks.
+
+def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
+    """Add the local heads and the hooks that call them. Copies of units are made by now: units may carry hooks."""
+    keys = set(backbone.state_dict())
     backbone.local = LocalBlocks(chain, plan, heads)
-    for cut, head in zip(cuts, heads, strict=True):
-        backbone.get_submodule(chain.units[cut].output).register_forward_hook(head.at_boundary)
+    for block, head in zip(plan.blocks[:-1], heads, strict=True):
+        backbone.get_submodule(block[-1].output).register_forward_hook(head.at_boundary)
     for path in backbone.local.inner_norms:
         backbone.get_submodule(path).register_forward_pre_hook(backbone.local.detach_norm_input)
     backbone.register_forward_hook(backbone.local.detach_taps)
     moved = keys.symmetric_difference(key for key in backbone.state_dict() if not key.startswith('local.'))
     if moved:
         raise LocalLearningError(f'localising changed keys of the stock state dict: {sorted(moved)}')
-    print_log(f'{type(backbone).__name__} in {len(plan.blocks)} blocks: {plan}', logger='current')
-    return backbone
+
+
+def _detach(backbone: nn.Module) -> None:
+    """Remove what localising added: local heads, hooks, and forwards of recomputed units."""
+    local = getattr(backbone, 'local', None)
+    ours = {id(local), *(id(head) for head in local.values())} if isinstance(local, LocalBlocks) else set()
+    for module in backbone.modules():
+        keep_(module)
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if id(getattr(hook, '__self__', None)) in ours:
+                    del hooks[key]
+    if ours:
+        del backbone.local
 
 
 def delocalize_(backbone: nn.Module) -> nn.Module:
@@ -149,15 +200,7 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
     Raises:
         MisuseError: It is not localised.
     """
-    local = getattr(backbone, 'local', None)
-    if not isinstance(local, LocalBlocks):
+    if not isinstance(getattr(backbone, 'local', None), LocalBlocks):
         raise MisuseError(f'{type(backbone).__name__} is not localised')
-    ours = {id(local), *(id(head) for head in local.values())}
-    for module in backbone.modules():
-        keep_(module)
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if id(getattr(hook, '__self__', None)) in ours:
-                    del hooks[key]
-    del backbone.local
+    _detach(backbone)
     return backbone

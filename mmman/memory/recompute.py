@@ -17,7 +17,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from mmman.errors import MisuseError, PartitionError
 from mmman.memory.chunks import replaced
-from mmman.memory.stem import StemInChunks, precision_of, stem_paths
+from mmman.memory.stem import StemInChunks, StemTail, precision_of, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
@@ -106,7 +106,7 @@ def ends_told(modules: Iterable[nn.Module]) -> Iterator[Ends]:
 def recompute_unit_(backbone: nn.Module, unit: Unit, ends: Ends, selective: bool = False) -> None:
     """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem in chunks of the batch."""
     if unit.name == STEM:
-        backbone.get_submodule(unit.modules[0]).forward = StemInChunks(backbone, stem_paths(backbone, unit))
+        StemInChunks(backbone, stem_paths(backbone, unit)).install_()
         return
     for path in unit.modules:
         module = backbone.get_submodule(path)
@@ -120,7 +120,7 @@ def recompute_(module: nn.Module, selective: bool = False, end: tuple[str, int] 
 
 def keep_(module: nn.Module) -> None:
     """Undo what was done to the forward of ``module``, if anything was."""
-    if isinstance(vars(module).get('forward'), (Recomputed, StemInChunks)):
+    if isinstance(vars(module).get('forward'), (Recomputed, StemInChunks, StemTail)):
         del module.forward
 
 

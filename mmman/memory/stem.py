@@ -26,29 +26,44 @@ CHUNKS = 8
 
 
 class StemInChunks:
-    """The ``forward`` of a backbone's first convolution, which runs the whole stem; norm, ReLU and pooling then pass that on.
+    """The ``forward`` of a backbone's first convolution: runs the whole stem, whose other modules pass the result on.
 
-    The backbone's own forward calls the four one after the other. They are looked up at every call, because conversions
-    (SyncBN) replace modules. Outside training, and with gradients disabled, the forward is the plain one.
+    The backbone's own forward calls convolution, norm, ReLU and pooling one after the other. This looks them up in every call,
+    because conversions (SyncBN) replace modules. Outside training, and with gradients disabled, it runs the convolution alone.
 
     Args:
         backbone: The backbone.
         paths: Its convolution, norm, and what follows up to the stem's output.
+
+    Attributes:
+        output: The stem's output, from the end of this call until the stem's last module has passed it on.
     """
 
     def __init__(self, backbone: nn.Module, paths: tuple[str, ...]) -> None:
         self.backbone, self.paths = backbone, paths
+        self.output: Tensor | None = None
+
+    def install_(self) -> None:
+        """Make this the forward of the convolution, and let the stem's other modules pass its output on."""
+        conv, *others = (self.backbone.get_submodule(path) for path in self.paths)
+        conv.forward = self
+        for module in others:
+            if not isinstance(vars(module).get('forward'), StemTail):
+                module.forward = StemTail(self, module)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), 'output': None}
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.output = None
         conv, norm, *rest = (self.backbone.get_submodule(path) for path in self.paths)
         if not (self.backbone.training and torch.is_grad_enabled()):
             return type(conv).forward(conv, x)
         if isinstance(norm, nn.SyncBatchNorm) and norm.training and get_world_size() > 1:
             raise MisuseError("a stem with SyncBN cannot run in chunks in several processes: leave 'stem' out of recompute")
-        out = run_stem(x, conv, norm, partial(_without_hooks, rest))
-        for module in (norm, *rest):
-            module.forward = partial(_pass_once, module)
-        return out
+        self.install_()  # a conversion may have replaced modules
+        self.output = run_stem(x, conv, norm, partial(_without_hooks, rest))
+        return self.output
 
 
 def _without_hooks(modules: list[nn.Module], x: Tensor) -> Tensor:
@@ -57,9 +72,25 @@ def _without_hooks(modules: list[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def _pass_once(module: nn.Module, x: Tensor) -> Tensor:
-    del module.forward
-    return x
+class StemTail:
+    """The ``forward`` of a stem's norm, ReLU or pooling: passes the stem's output on, and runs the module on any other input.
+
+    So an error between the convolution and this module leaves nothing behind that a later forward pass could meet.
+
+    Args:
+        stem: What runs the stem.
+        module: The module.
+    """
+
+    def __init__(self, stem: StemInChunks, module: nn.Module) -> None:
+        self.stem, self.module = stem, module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is not self.stem.output:
+            return type(self.module).forward(self.module, x)
+        if self.module is self.stem.backbone.get_submodule(self.stem.paths[-1]):
+            self.stem.output = None
+        return x
 
 
 def stem_paths(backbone: nn.Module, stem: Unit) -> tuple[str, ...] | None:

@@ -11,7 +11,8 @@ from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
-from tests.toy import toy_batches, toy_config
+from mmman import localize_
+from tests.toy import ToyLocalHead, ToyNet, toy_batches, toy_config
 from tests.unit.local.test_session import gradients, step, sync, toy, wrapper
 
 
@@ -133,3 +134,33 @@ def test_checkpointed_units_of_a_stock_backbone():
         got.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     for name, grad in got[0].items():
         torch.testing.assert_close(got[1][name], grad, rtol=1e-10, atol=1e-14)
+
+
+class Failing(ToyLocalHead):
+    def __init__(self, boundary, *args, **kwargs):
+        super().__init__(boundary, *args, **kwargs)
+        if boundary.block == 2:
+            raise RuntimeError('the second head')
+
+
+@pytest.mark.parametrize('when', ['a head is built', 'hooks are registered'])
+def test_an_error_leaves_the_backbone_as_it_was(when, monkeypatch):
+    backbone, stock = ToyNet(), ToyNet()
+    stock.load_state_dict(backbone.state_dict())
+    head = Failing if when == 'a head is built' else ToyLocalHead
+    if when == 'hooks are registered':
+        monkeypatch.setattr(backbone, 'register_forward_hook', fail)
+    with pytest.raises(RuntimeError, match='the second head'):
+        localize_(backbone, 4, {'type': head}, partition='uniform', recompute=True)
+    monkeypatch.undo()
+    assert backbone.state_dict().keys() == stock.state_dict().keys()
+    for module in backbone.modules():
+        assert not (module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module))
+    x = torch.rand(2, 3, 16, 16)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(backbone(x), stock(x), strict=True))
+    localize_(backbone, 4, {'type': ToyLocalHead}, partition='uniform', recompute=True)
+    assert len(backbone.local) == 3
+
+
+def fail(*_):
+    raise RuntimeError('the second head')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mmman.analysis import LiveBytes
-from mmman.memory.stem import run_stem
+from mmman.memory.stem import StemInChunks, run_stem
 
 
 def post(z):
@@ -75,3 +75,32 @@ def test_memory_is_that_of_an_eighth(images):
     pooled = 8 * plane // 4
     assert peaks[0] > 8 * 3 * plane
     assert peaks[1] < 2 * pooled + 8 * plane
+
+
+def test_an_error_inside_the_stem_leaves_nothing_behind():
+    """Neither norm nor pooling is left out of the next forward pass, whoever runs it."""
+    pytest.importorskip('mmdet')
+    from mmdet.models.backbones import ResNet
+
+    def build():
+        torch.manual_seed(0)
+        return ResNet(18, base_channels=8, frozen_stages=-1, norm_eval=False).double()
+
+    plain, chunked, x = build(), build(), torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    plain.train(), chunked.train()
+    StemInChunks(chunked, ('conv1', 'bn1', 'relu', 'maxpool')).install_()
+
+    def fail(*_):
+        handle.remove()
+        raise RuntimeError('between convolution and norm')
+
+    handle = chunked.bn1.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match='between convolution and norm'):
+        chunked(x)
+    chunked.bn1.load_state_dict(plain.bn1.state_dict())  # running statistics are updated with the convolution
+    with torch.no_grad():  # the plain forward
+        for ours, theirs in zip(chunked(x), plain(x), strict=True):
+            assert torch.equal(ours, theirs)
+    for ours, theirs in zip(chunked(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    copy.deepcopy(chunked)
