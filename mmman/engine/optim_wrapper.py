@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmman.engine.block_groups import BlockGroups
 from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
+from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
-from mmman.errors import MisuseError, NonFiniteLossError
+from mmman.errors import MisuseError
 from mmman.experimental.cuda_graphs import CUDARecorder, StepGraphs
 from mmman.local.blocks import localized_backbone
 from mmman.local.scopes import trained_parameters
@@ -30,10 +29,6 @@ from mmman.registry import OPTIM_WRAPPERS
 
 if TYPE_CHECKING:
     from mmman.parallel import BlockReducer, LocalDistributedDataParallel
-
-
-NON_FINITE_STEPS = 20
-"""Under a loss scaler, a local loss that isn't finite for so many steps in a row ends the run."""
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -112,15 +107,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._model: nn.Module | None = None
         self._backbone: nn.Module | None = None
         self._parallel: LocalDistributedDataParallel | None = None
-        self._block_of: dict[nn.Parameter, int] = {}
-        self._groups_of: dict[
-            int, dict[int, list[nn.Parameter]]
-        ] = {}  # of a block: the optimizer's groups, and what is in them
+        self._blocks: BlockGroups | None = None
         self._dense: DenseLoss | None = None
         self._graphs: StepGraphs | None = None
         self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
         self._local_log: dict[str, Tensor] = {}
-        self._non_finite_steps = 0  # in a row, under a loss scaler
+        self._loss_log = LocalLossLog(is_scaled=self.loss_scaler is not None)
 
     @property
     def graph_bytes(self) -> int:
@@ -139,8 +131,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             check_model(model, self.update)
             self._model, self._backbone = module, localized_backbone(module)
             *blocks, _ = trained_parameters(module)
-            self._block_of = {p: j for j, block in enumerate(blocks, start=1) for p in block.values()}
-            self._groups_of = {j: self._groups(block.values()) for j, block in enumerate(blocks, start=1)}
+            self._blocks = BlockGroups(self.optimizer, [block.values() for block in blocks])
             self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
             self._graphs = None
         if self.cuda_graphs and self._graphs is None:
@@ -240,7 +231,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._inner_count += 1
         if self._parallel is not None:
             self._parallel.wait()
-        self._report_local_losses()
+        local_log, self._local_log = self._local_log, {}
+        self._loss_log.report(local_log, self.message_hub)
         if self._due is not None:
             self._step_block(self._due)
             self._due = None
@@ -253,19 +245,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         reducer = self._reducer(block)
         if reducer is not None:
             reducer.wait()
-        optimizer, steps = self.optimizer, self.steps
-        groups, params = optimizer.param_groups, [group['params'] for group in optimizer.param_groups]
-        optimizer.param_groups = [groups[i] for i in self._groups_of[block]]
-        for i, own in self._groups_of[block].items():
-            groups[i]['params'] = own
-        try:
+        steps = self.steps
+        with self._blocks.restrict(block):
             self.step()
             self.zero_grad()
-        finally:
-            optimizer.param_groups = groups
-            for group, whole in zip(groups, params, strict=True):
-                group['params'] = whole
-            self.steps = steps  # the iteration's step is the one that follows the task loss
+        self.steps = steps  # the iteration's step is the one that follows the task loss
 
     def _step_graphs(self, model: nn.Module) -> StepGraphs:
         device = next(model.parameters()).device.type
@@ -277,37 +261,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         blocks = self._backbone.local
         return StepGraphs(model, self.images_per_chunk, blocks, self._back_propagate, self._block_done, CUDARecorder())
 
-    def _groups(self, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Parameter]]:
-        ids = {id(p) for p in parameters}
-        own = {i: [p for p in group['params'] if id(p) in ids] for i, group in enumerate(self.optimizer.param_groups)}
-        return {i: params for i, params in own.items() if params}
-
-    def _report_local_losses(self) -> None:
-        if not self._local_log:
-            return
-        values = torch.stack([value.float() for value in self._local_log.values()]).tolist()
-        log = dict(zip(self._local_log, values, strict=True))
-        self._local_log = {}
-        bad = [f'{name} = {value}' for name, value in log.items() if not math.isfinite(value)]
-        if bad:
-            message = f'a local loss is not finite: {", ".join(bad)} (local/<block>/<loss>)'
-            self._non_finite_steps += 1
-            if self.loss_scaler is None or self._non_finite_steps == NON_FINITE_STEPS:
-                steps = '' if self.loss_scaler is None else f', {NON_FINITE_STEPS} steps in a row'
-                raise NonFiniteLossError(
-                    f"{message}{steps}; lower the learning rate, set clip_grad, or lower that block's loss_weight"
-                )
-            print_log(f'{message}; the loss scaler skips this step', logger='current', level=logging.WARNING)
-        else:
-            self._non_finite_steps = 0
-        for name, value in log.items():
-            self.message_hub.update_scalar(f'train/{name}', value)
-
     def _clip_grad(self) -> None:
-        by_block = self.clip_scope == 'block' and self.grad_name == 'grad_norm'
+        by_block = self.clip_scope == 'block' and self.grad_name == 'grad_norm' and self._blocks is not None
         scopes: dict[str, list[nn.Parameter]] = {}
         for parameter in (p for group in self.optimizer.param_groups for p in group['params'] if p.grad is not None):
-            block = self._block_of.get(parameter) if by_block else None
+            block = self._blocks.block_of.get(parameter) if by_block else None
             scopes.setdefault('' if block is None else f'local/{block}/', []).append(parameter)
         for prefix, scope in scopes.items():
             norm = self.clip_func(scope, **self.clip_grad_kwargs)
