@@ -94,7 +94,7 @@ class WatchdogHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """See what the model waits for."""
-        if self._watchdog is None or hasattr(runner.model, 'neighbours'):
+        if self._watchdog is None or hasattr(runner.model, 'comm'):
             return
         if is_model_wrapper(runner.model):
             self._handles = [
