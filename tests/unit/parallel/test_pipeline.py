@@ -34,7 +34,7 @@ def test_stage_ranks_of_a_mesh():
     ('launcher', 'variables', 'message'),
     [
         ('none', {}, r'tools/dist_train.sh CONFIG 4'),
-        ('pytorch', {}, "'RANK' is not set; start the program by that launcher"),
+        ('pytorch', {}, "'RANK' is not set; start the program with that launcher"),
         ('pytorch', environment(0, 3, 0), '3 processes cannot hold replicas of 4 stages'),
     ],
 )
@@ -153,7 +153,7 @@ def failure_of(watchdog, seconds=5):
 def test_a_silent_process_is_noticed():
     first, _ = watched(2, timeout=0.4)
     first.start()
-    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): no sign of life for 0.4 s'):
+    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): no heartbeat for 0.4 s'):
         failure_of(first)
     first._stop.set()
 
