@@ -36,7 +36,7 @@ class PipelineOptions:
 
     Attributes:
         staleness: S, how many batches a stage may be ahead of the next one.
-        timeout: Seconds after which a process that shows no sign of life ends the job.
+        timeout: Seconds without a heartbeat after which a process is considered lost and the job ends.
     """
 
     staleness: Annotated[int, Range(0)] = 2

@@ -105,7 +105,7 @@ class EMABiasHook(Hook):
         self._seen_steps = runner.optim_wrapper.steps
         if _is_stage(runner.model):
             for head in backbone.local.trained():
-                runner.model.neighbours.follow = partial(self._follow, head)
+                runner.model.comm.follow = partial(self._follow, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Move the copies where the optimizer stepped."""
@@ -176,7 +176,7 @@ def _initialise_heads(runner: Runner) -> None:
 
 def _is_stage(model: nn.Module) -> bool:
     """Whether this process trains one stage of a pipeline, whose copies move by what the next stage sends."""
-    return hasattr(model, 'neighbours')
+    return hasattr(model, 'comm')
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

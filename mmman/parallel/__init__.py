@@ -1,4 +1,4 @@
-"""Several processes: data parallel training with exact gradients, and one block a process."""
+"""Distributed training: data parallel with exact gradients, and pipeline parallel with one block per process."""
 
 from mmman.parallel.ddp import BlockReducer, LocalDistributedDataParallel
 from mmman.parallel.pipeline import PipelineRunner

@@ -1,4 +1,4 @@
-"""Data parallel training of blocks: a block's gradients are reduced while the next block computes."""
+"""Data parallel training of blocks. The gradient reduction of a block overlaps with the computation of the next block."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -16,19 +16,19 @@ from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS
 
 REFUSED = {
-    'static_graph': 'every block has a backward pass of its own, which a static graph does not reduce',
+    'static_graph': 'every block has its own backward pass, which a static graph does not reduce',
     'mixed_precision': "set optim_wrapper.dtype='bfloat16' or 'float16' instead",
-    'delay_all_reduce_named_params': 'leave it out',
+    'delay_all_reduce_named_params': 'remove it',
 }
-IGNORED = '_ddp_params_and_buffers_to_ignore'  # where DDP looks, on the module
+IGNORED = '_ddp_params_and_buffers_to_ignore'  # module attribute in which DDP looks for names to ignore
 SHARED = ('process_group', 'device_mesh', 'bucket_cap_mb', 'find_unused_parameters')
 
 
 class BlockReducer:
-    """Averages the gradients of one block over processes, without waiting for the result where its backward pass ends.
+    """Averages the gradients of one block over processes. The end of the block's backward pass does not wait for the result.
 
-    Torch's DDP reducer does the work, on a module that holds the block's parameters and computes nothing: its hooks sit where
-    gradients accumulate, so it needn't have run the forward pass. Gradients are views of its buckets.
+    It uses DDP's reducer on a module that holds the block's parameters and computes nothing. The reducer's hooks are on the
+    gradient accumulators, so that it need not have run the block's forward pass. Gradients are views of the reducer's buckets.
 
     Example:
         >>> reducer.prepare(loss).backward()  # launches the reduction, bucket by bucket
@@ -36,14 +36,14 @@ class BlockReducer:
         >>> reducer.wait()  # every gradient is the mean over processes
 
     Args:
-        parameters: The block's trainable parameters, or pairs of a name and a parameter; names serve error messages. They are
-            set to those of the group's first process.
-        process_group: The processes that share the block; None is all of them.
-        **options: More of :class:`torch.nn.parallel.DistributedDataParallel`'s, e.g. ``bucket_cap_mb``,
+        parameters: The block's trainable parameters, or pairs of a name and a parameter. Names are used in error messages. The
+            parameters are broadcast from the first process of the group.
+        process_group: The processes that share the block. None means all processes.
+        **options: Further options of :class:`torch.nn.parallel.DistributedDataParallel`, e.g. ``bucket_cap_mb``,
             ``find_unused_parameters``.
 
     Attributes:
-        on_wait: Called where :meth:`wait` begins.
+        on_wait: Callback at the start of :meth:`wait`. None by default.
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class BlockReducer:
         self._ddp.register_comm_hook(self._buckets, _launch)
 
     def prepare(self, loss: Tensor) -> Tensor:
-        """Expect the backward pass of ``loss``.
+        """Prepare the reduction for the backward pass of ``loss``.
 
         Args:
-            loss: The block's loss, a scalar, with the block's graph behind it.
+            loss: The block's loss, a scalar that is attached to the block's autograd graph.
 
         Returns:
-            The loss to call ``backward`` of.
+            The loss to call ``backward`` on.
 
         Raises:
-            RuntimeError: The pass before left gradients unreduced; :meth:`wait` says which.
+            RuntimeError: The previous backward pass left gradients unreduced. :meth:`wait` names their parameters.
         """
         return self._ddp(loss)
 
     def wait(self) -> None:
-        """Finish the reduction: on a GPU, the current stream waits for it and the host doesn't.
+        """Wait for the reduction to finish. On a GPU the current stream waits for it, and the host does not.
 
         Raises:
-            MisuseError: Parameters got no gradient, so that their bucket was never reduced.
+            MisuseError: Parameters received no gradient, so that their bucket was not reduced.
         """
         if self.on_wait is not None:
             self.on_wait()
@@ -91,15 +91,15 @@ class BlockReducer:
         self._buckets.wait()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Context of an accumulation: backward passes prepared in it keep their gradients to themselves."""
+        """Context for gradient accumulation. Backward passes that are prepared in it are not reduced."""
         return self._ddp.no_sync()
 
     def register_comm_hook(self, state: object, hook: Callable[[object, dist.GradBucket], Future]) -> None:
-        """Reduce by a communication hook of DDP's.
+        """Reduce gradients with a DDP communication hook.
 
         Args:
-            state: What the hook gets as first argument.
-            hook: Launches the reduction of a bucket; its future holds the reduced bucket.
+            state: First argument of the hook.
+            hook: Launches the reduction of a bucket. Returns a future of the reduced bucket.
         """
         self._buckets.state, self._buckets.hook = state, hook
 
@@ -107,24 +107,25 @@ class BlockReducer:
 @MODEL_WRAPPERS.register_module()
 @checked('model_wrapper_cfg', given=('module',))
 class LocalDistributedDataParallel(MMDistributedDataParallel):
-    """Distributed data parallel training of a localised model; on one block it is ``MMDistributedDataParallel``.
+    """Distributed data parallel training of a localised model. With one block it is ``MMDistributedDataParallel``.
 
-    Each of the first K-1 blocks with its local head has a :class:`BlockReducer`, which :class:`LocalLearningOptimWrapper`
-    prepares before the block's backward pass and waits for before it clips and steps. The rest (last block, neck, head) and all
-    buffers and frozen parameters are this wrapper's own.
+    Each of the first K-1 blocks, with its local head, has a :class:`BlockReducer`. :class:`LocalLearningOptimWrapper` prepares
+    the reducer before the block's backward pass and waits for it before it clips gradients and steps. This wrapper itself
+    handles the last block, neck and head, and all buffers and frozen parameters.
 
     Args:
-        module: The model, localised.
+        module: The localised model.
         detect_anomalous_params: See :class:`mmengine.model.MMDistributedDataParallel`.
-        gradient_as_bucket_view: For the parameters that the task loss trains; gradients of the other blocks always are views.
-        **kwargs: Those of :class:`torch.nn.parallel.DistributedDataParallel`. ``process_group``, ``device_mesh``,
-            ``bucket_cap_mb`` and ``find_unused_parameters`` hold for every block. ``device_ids`` are ignored on a CPU.
+        gradient_as_bucket_view: Applies to the parameters that the task loss trains. Gradients of the other blocks are always
+            views.
+        **kwargs: Arguments of :class:`torch.nn.parallel.DistributedDataParallel`. ``process_group``, ``device_mesh``,
+            ``bucket_cap_mb`` and ``find_unused_parameters`` apply to every block. ``device_ids`` is ignored on a CPU.
 
     Attributes:
         block_reducers: The reducers of blocks 1 to K-1, by the block's number.
 
     Raises:
-        MisuseError: An option that has no meaning here; a parameter that two blocks share.
+        MisuseError: An option is not supported, or two blocks share a parameter.
     """
 
     def __init__(
@@ -149,10 +150,10 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
         self._own_parameters = own
 
     def wait(self) -> None:
-        """Finish the reduction of every block.
+        """Wait for the reductions of all blocks to finish.
 
         Raises:
-            MisuseError: Parameters got no gradient, so that their bucket was never reduced.
+            MisuseError: Parameters received no gradient, so that their bucket was not reduced.
         """
         for reducer in self.block_reducers.values():
             reducer.wait()
@@ -160,7 +161,7 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Context of an accumulation: forward and backward passes in it keep their gradients to themselves."""
+        """Context for gradient accumulation. The gradients of forward and backward passes in it are not reduced."""
         with ExitStack() as stack:
             stack.enter_context(super().no_sync())
             for reducer in self.block_reducers.values():
@@ -168,20 +169,21 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
             yield
 
     def register_comm_hook(self, state: object, hook: Callable[[object, dist.GradBucket], Future]) -> None:
-        """Reduce all gradients by a communication hook of DDP's.
+        """Reduce the gradients of all blocks with a DDP communication hook.
 
         Args:
-            state: What the hook gets as first argument: None, a process group, or, as a state may keep something for every
-                bucket (PowerSGD does) and buckets are counted in each block, a function without arguments that makes a new one.
-            hook: Launches the reduction of a bucket; its future holds the reduced bucket.
+            state: First argument of the hook: None, a process group, or a function without arguments that returns a new state.
+                Each block needs its own state, because a state may store values per bucket index (as PowerSGD does) and each
+                block counts its buckets from 0.
+            hook: Launches the reduction of a bucket. Returns a future of the reduced bucket.
 
         Raises:
-            MisuseError: A state that all blocks would share.
+            MisuseError: All blocks would share the state.
         """
         if state is not None and not isinstance(state, dist.ProcessGroup) and not callable(state):
             raise MisuseError(
                 f'all blocks would share one {type(state).__name__}, which counts buckets from 0 in each of them: '
-                f'give a function that makes one, e.g. register_comm_hook(lambda: {type(state).__name__}(...), hook)'
+                f'pass a function that makes one, e.g. register_comm_hook(lambda: {type(state).__name__}(...), hook)'
             )
         make = state if callable(state) else lambda: state
         super().register_comm_hook(make(), hook)
@@ -190,7 +192,15 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
 
 
 def check_reduced(ddp: DistributedDataParallel, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise :class:`MisuseError` where a backward pass didn't reach all of ``parameters``, which ``ddp`` reduces."""
+    """Check that the backward pass reached all parameters of a reducer.
+
+    Args:
+        ddp: The DDP module that reduces the parameters.
+        parameters: The parameters by name.
+
+    Raises:
+        MisuseError: A parameter received no gradient.
+    """
     try:
         ddp._check_reducer_finalized()
     except RuntimeError as error:
@@ -203,7 +213,7 @@ def check_reduced(ddp: DistributedDataParallel, parameters: dict[str, nn.Paramet
 
 
 class _Carrier(nn.Module):
-    """Holds the parameters of a reducer; what goes in comes out."""
+    """Holds the parameters of a reducer. Its forward pass is the identity."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
@@ -214,10 +224,10 @@ class _Carrier(nn.Module):
 
 
 class _Buckets:
-    """The buckets of a reducer whose reduction was launched and not waited for.
+    """The buckets of a reducer whose reduction has been launched but not waited for.
 
     Args:
-        process_group: The processes to take the mean over.
+        process_group: The processes over which gradients are averaged.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -227,16 +237,17 @@ class _Buckets:
         self.launched: list[tuple[Tensor, dist.Work | Future]] = []
 
     def launch(self, bucket: dist.GradBucket) -> Tensor:
-        """Launch the reduction of a bucket; return the buffer that will hold the result once it was waited for."""
+        """Launch the reduction of a bucket. Returns the buffer that holds the result after :meth:`wait`."""
         buffer = bucket.buffer()
         if self.hook is not None:
             self.launched.append((buffer, self.hook(self.state, bucket)))
-        else:  # without callbacks in Python, which gloo's threads would have to take the interpreter for
+        else:  # without Python callbacks, for which gloo's threads would need the GIL
             buffer.div_(self.process_group.size())
             self.launched.append((buffer, dist.all_reduce(buffer, group=self.process_group, async_op=True)))
         return buffer
 
     def wait(self) -> None:
+        """Wait for all launched reductions, and copy results that are not in their buffer into it."""
         for buffer, reduction in self.launched:
             result = reduction.wait()
             if isinstance(result, Tensor) and result.data_ptr() != buffer.data_ptr():
@@ -245,9 +256,9 @@ class _Buckets:
 
 
 def _launch(buckets: _Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Communication hook that launches the reduction and calls it done, so that DDP doesn't wait where the backward ends.
+    """Communication hook that launches the reduction and returns a completed future, so that DDP does not wait for it.
 
-    DDP then takes the bucket for the result. It neither reads nor copies it, because gradients are views of it.
+    DDP takes the bucket as the result. It neither reads nor copies the bucket, because gradients are views of it.
     """
     buffer = buckets.launch(bucket)
     done = Future(devices=None if buffer.device.type == 'cpu' else [buffer.device])
@@ -257,7 +268,7 @@ def _launch(buckets: _Buckets, bucket: dist.GradBucket) -> Future[Tensor]:
 
 @contextmanager
 def _hidden_from_ddp(module: nn.Module, parameters: set[nn.Parameter]) -> Iterator[None]:
-    """DDP of ``module`` that is made in this context leaves ``parameters`` alone, beside what it was told before."""
+    """Make a DDP wrapper of ``module`` that is created in this context ignore ``parameters`` too, and restore the list."""
     before = getattr(module, IGNORED, [])
     names = [name for name, parameter in module.named_parameters(remove_duplicate=False) if parameter in parameters]
     with replaced(module, IGNORED, [*before, *names]):

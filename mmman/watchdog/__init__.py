@@ -1,1 +1,1 @@
-"""Heartbeat-based failure detection: every process of a run learns which one failed, and ends."""
+"""Heartbeat-based failure detection: if a process fails, all others report which one it was, and exit."""

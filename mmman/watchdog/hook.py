@@ -1,4 +1,4 @@
-"""Lets the watchdog know where a run is, and starts it under train scripts that don't."""
+"""Hook that reports a run's position to the watchdog, and starts a watchdog if the train script does not."""
 
 from __future__ import annotations
 
@@ -21,37 +21,40 @@ from mmman.watchdog.monitor import Watchdog
 from mmman.watchdog.rendezvous import connect
 
 DEFAULT_TIMEOUT_S = 180.0
-"""Seconds; the launcher may take half a minute more to end a process that is suspended."""
+"""Default timeout in seconds. The launcher may need another 30 s to kill a suspended process."""
 SHARE_OF_TIMEOUT = 0.8
-"""The watchdog's share of the time that the config gives a collective: it speaks before the collective fails by itself."""
+"""The watchdog's timeout as a fraction of the collectives' timeout, so that it reports before a collective times out."""
 WARM_UP = 2
-"""Iterations of a process that may take any time: they may compile."""
+"""Number of first iterations of a process without a time limit, because they may compile."""
 
 _LOADING, _FORWARD, _BACKWARD, _REDUCTION, _CHECKPOINT, _EVALUATION, _END = range(7)
 _runs = count()
 
 
 def timeout_of(cfg: dict) -> float:
-    """The watchdog's timeout in seconds, for a config whose ``env_cfg.dist_cfg.timeout`` is that of a collective.
+    """The watchdog's timeout in seconds, from ``env_cfg.dist_cfg.timeout`` of a config, the timeout of collectives.
 
     Raises:
-        MisuseError: The config's timeout is no positive number.
+        MisuseError: The config's timeout is not a positive finite number.
     """
     timeout = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
     if timeout is None:
         return DEFAULT_TIMEOUT_S
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise MisuseError(f'env_cfg.dist_cfg.timeout={timeout!r}: give a positive number of seconds, or leave it out')
+        raise MisuseError(f'env_cfg.dist_cfg.timeout={timeout!r}: set a positive number of seconds, or remove it')
     return SHARE_OF_TIMEOUT * timeout
 
 
 def start_watchdog(rank: int, world_size: int, timeout: float) -> Watchdog:
-    """Start watching the processes of a data parallel run.
+    """Start a watchdog of the processes of a data parallel run.
 
     Args:
-        rank: This process.
-        world_size: How many there are.
+        rank: Rank of this process.
+        world_size: Number of processes.
         timeout: See :class:`Watchdog`.
+
+    Returns:
+        The running watchdog.
     """
     store = PrefixStore(f'mmman/watchdog/{next(_runs)}', connect(rank, world_size))
     watchdog = Watchdog(rank, world_size, store, timeout)
@@ -62,39 +65,39 @@ def start_watchdog(rank: int, world_size: int, timeout: float) -> Watchdog:
 
 @HOOKS.register_module()
 class WatchdogHook(Hook):
-    """Notes where a data parallel run is, for the messages of the :class:`Watchdog`, and tells it what may take any time.
+    """Records the position of a data parallel run for the :class:`Watchdog`, and which positions have no time limit.
 
-    ``tools/train.py`` and ``tools/test.py`` register it with a watchdog that watches from the program's start to its end.
-    Without one, as :class:`EMABiasHook` registers it under other train scripts, it starts a watchdog before the run.
+    ``tools/train.py`` and ``tools/test.py`` register the hook with a watchdog that runs from the program's start to its end.
+    Without a watchdog, as :class:`EMABiasHook` registers the hook under other train scripts, it starts one before the run.
 
     Args:
-        watchdog: One that runs.
+        watchdog: A running watchdog. None to start one.
     """
 
-    priority = 'LOWEST'  # what follows its methods is the loop
+    priority = 'LOWEST'  # run after all other hooks, so that the loop follows
 
     def __init__(self, watchdog: Watchdog | None = None) -> None:
         self._watchdog = watchdog
         self._is_own = False
         self._handles: list = []
-        self._iterations = 0  # of this process
+        self._iterations = 0  # completed by this process
 
     def before_run(self, runner: Runner) -> None:
-        """Start a watchdog where none runs and several processes do, if they can reach a common store."""
+        """Start a watchdog if there is none, there are several processes, and ``MASTER_ADDR`` gives them a common store."""
         if self._watchdog is None and 'MASTER_ADDR' in os.environ and dist.is_initialized() and dist.get_world_size() > 1:
             self._watchdog = start_watchdog(dist.get_rank(), dist.get_world_size(), timeout_of(runner.cfg))
             self._is_own = True
             atexit.register(self._report_exit)
 
     def after_run(self, runner: Runner) -> None:
-        """End what :meth:`before_run` has started."""
+        """Stop the watchdog that :meth:`before_run` started."""
         if self._is_own:
             dist.barrier()
             self._leave()
 
     def before_train(self, runner: Runner) -> None:
-        """See what the model waits for."""
-        if self._watchdog is None or hasattr(runner.model, 'neighbours'):
+        """Register callbacks for the steps of an iteration: forward pass, backward pass and gradient reductions."""
+        if self._watchdog is None or hasattr(runner.model, 'comm'):
             return
         if is_model_wrapper(runner.model):
             self._handles = [
@@ -141,8 +144,8 @@ class WatchdogHook(Hook):
         self._move('the end of the run', runner.iter, _END)
 
     def _load(self, runner: Runner, iteration: int) -> None:
-        timed = self._iterations > 0  # before the first one, workers start and read their data
-        self._move(f'the loading of the data of iteration {iteration + 1}', iteration, _LOADING, timed=timed)
+        timed = self._iterations > 0  # no limit before the first iteration, when workers start
+        self._move(f'the data loading of iteration {iteration + 1}', iteration, _LOADING, timed=timed)
 
     def _step(self, text: str, runner: Runner, *order: int) -> None:
         timed = self._iterations >= WARM_UP
@@ -157,11 +160,11 @@ class WatchdogHook(Hook):
             self._watchdog.progress.move(text, order, timed)
 
     def _report_exit(self) -> None:
-        """The program ends in the middle of the run: by an error, most likely."""
+        """Report the exit of the program during the run, which most likely has an error as its cause."""
         if self._watchdog is not None:
-            peer_error = self._watchdog.fail(getattr(sys, 'last_value', None) or SystemExit('it has exited'))
+            peer_error = self._watchdog.fail(getattr(sys, 'last_value', None) or SystemExit('exited during the run'))
             if peer_error is not None:
-                print(peer_error, file=sys.stderr, flush=True)  # after the traceback of the connection's error
+                print(peer_error, file=sys.stderr, flush=True)  # follows the traceback of the connection error
 
     def _leave(self) -> None:
         atexit.unregister(self._report_exit)

@@ -1,4 +1,4 @@
-"""What a process knows of the others of its job by their heartbeats, and which of them is lost or stuck."""
+"""Finds lost and stuck processes of a job from their heartbeats."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 LOST_S = 5.0
-"""Seconds without a heartbeat after which a process is lost, where something else shows that one is: a connection broke, or the
-launcher ends the job."""
+"""Seconds without a heartbeat after which a process is lost, if there is other evidence that a process is lost: a connection
+broke, or the launcher ends the job."""
 
 
 @dataclass
@@ -17,12 +17,12 @@ class Beat:
     """A heartbeat.
 
     Attributes:
-        count: Grows from beat to beat.
+        count: Number of the heartbeat, increasing.
         moves, text, order, timed: See :class:`mmman.watchdog.progress.Position`.
         code, waits: See :class:`mmman.watchdog.progress.Code`.
-        left: The process has ended in order.
-        told: It has printed why the job ends.
-        terminated: The launcher has asked it to end (SIGTERM).
+        left: Whether the process has finished without an error.
+        printed: Whether the process has printed why the job ends.
+        terminated: Whether the process has received SIGTERM from the launcher.
     """
 
     count: int = 0
@@ -33,14 +33,16 @@ class Beat:
     code: str = ''
     waits: bool = False
     left: bool = False
-    told: bool = False
+    printed: bool = False
     terminated: bool = False
 
     def encode(self) -> str:
+        """Serialise to JSON."""
         return json.dumps(asdict(self))
 
     @classmethod
     def decode(cls, text: bytes) -> Beat:
+        """Inverse of :meth:`encode`."""
         values = json.loads(text)
         return cls(**{**values, 'order': tuple(values['order'])})
 
@@ -48,27 +50,27 @@ class Beat:
 @dataclass
 class _Peer:
     beat: Beat
-    heard: float  # when its count changed last
-    moved: float  # when its position changed last
-    waiting: float  # since when it waits in the same collective
+    heard: float  # time of the last change of count
+    moved: float  # time of the last change of position
+    waiting: float  # time since which it waits in the same collective
 
 
 class Peers:
-    """All processes of a job, as one of them sees them.
+    """The state of all processes of a job, as seen by one of them.
 
     Args:
-        world_size: How many there are.
+        world_size: Number of processes.
         timeout: Seconds without a heartbeat after which a process is lost, and without progress after which it is stuck.
-        now: The time, in seconds of any clock.
-        name: What a rank is called in messages.
+        now: Current time in seconds, by any clock that all calls share.
+        name: Returns the name of a rank for messages.
     """
 
     def __init__(self, world_size: int, timeout: float, now: float, name: Callable[[int], str]) -> None:
         self._timeout, self._name = timeout, name
         self._peers = {rank: _Peer(Beat(), now, now, now) for rank in range(world_size)}
 
-    def hear(self, rank: int, beat: Beat, now: float) -> None:
-        """Take in the latest beat of a rank, which may be the one that is known."""
+    def update(self, rank: int, beat: Beat, now: float) -> None:
+        """Update a rank with its latest heartbeat, which may have been seen before."""
         peer = self._peers[rank]
         if beat.count != peer.beat.count:
             peer.heard = now
@@ -78,37 +80,50 @@ class Peers:
             peer.waiting = now
         peer.beat = beat
 
-    def restart(self, now: float) -> None:
-        """Forget how long the others have been silent: this process has not listened for a while."""
+    def reset_clocks(self, now: float) -> None:
+        """Restart the timeouts of all ranks. Called if this process has not read heartbeats for a while."""
         for peer in self._peers.values():
             peer.heard = peer.moved = peer.waiting = now
 
-    def all_others(self, rank: int, mark: str, silent_since: float = -math.inf) -> bool:
-        """Whether every other rank has set a mark (``'told'`` or ``'terminated'``), has left, or has been silent since."""
-        others = [peer for other, peer in self._peers.items() if other != rank]
-        return all(peer.beat.left or getattr(peer.beat, mark) or peer.heard < silent_since for peer in others)
-
-    def find_lost(self, now: float, hurry: bool = False) -> str | None:
-        """Describe the rank that has been silent for too long, if any.
+    def all_others(self, rank: int, flag: str, silent_since: float = -math.inf) -> bool:
+        """Whether each rank except ``rank`` has set a flag, has left, or has been silent for too long.
 
         Args:
-            now: The time.
-            hurry: It is known that a rank is lost: :data:`LOST_S` seconds are too long, and so is to have left.
+            rank: The rank to leave out.
+            flag: Name of the flag: ``'printed'``, ``'terminated'`` or ``'left'``.
+            silent_since: A rank whose last heartbeat is older than this time counts as well.
         """
-        limit = min(LOST_S, self._timeout) if hurry else self._timeout
+        others = [peer for other, peer in self._peers.items() if other != rank]
+        return all(peer.beat.left or getattr(peer.beat, flag) or peer.heard < silent_since for peer in others)
+
+    def find_lost(self, now: float, urgent: bool = False) -> str | None:
+        """Describe the rank that has sent no heartbeat for too long, if any.
+
+        Args:
+            now: Current time.
+            urgent: Whether there is other evidence that a rank is lost. Then :data:`LOST_S` seconds are too long, and a rank
+                that has left counts as lost.
+
+        Returns:
+            The description, or None if no rank is lost.
+        """
+        limit = min(LOST_S, self._timeout) if urgent else self._timeout
         silent = {rank: now - peer.heard for rank, peer in self._peers.items() if not peer.beat.left}
         rank = max(silent, key=silent.get, default=None)
         if rank is not None and silent[rank] > limit:
-            return self.describe(rank, f'no sign of life for {limit:g} s')
+            return self.describe(rank, f'no heartbeat for {limit:g} s')
         left = [rank for rank, peer in self._peers.items() if peer.beat.left]
-        if hurry and left:
-            return self.describe(left[0], 'it has left the job before the others')
+        if urgent and left:
+            return self.describe(left[0], 'left the job before the other processes')
         return None
 
     def find_stuck(self, now: float) -> str | None:
-        """Describe the rank that the others wait for, where none has made progress for too long.
+        """Describe the rank that the others wait for, if no rank has made progress for too long.
 
-        A rank in a place that may take any time (evaluation, a checkpoint, ...) counts only while it waits in a collective.
+        A rank at a position of unbounded duration (evaluation, a checkpoint, ...) counts only while it waits in a collective.
+
+        Returns:
+            The description, or None if a rank may still make progress.
         """
         peers = {rank: peer for rank, peer in self._peers.items() if not peer.beat.left}
         for peer in peers.values():
@@ -120,28 +135,28 @@ class Peers:
         if len(behind) == len(peers):
             behind = [rank for rank in behind if not peers[rank].beat.waits] or behind
         if len(behind) == len(peers):
-            places = '; '.join(f'{self._name(rank)} is in {self._place(rank)}' for rank in behind[:4])
-            return f'no process has made progress for {self._timeout:g} s: {places}' if behind else None
+            positions = '; '.join(f'{self._name(rank)} is in {self._position(rank)}' for rank in behind[:4])
+            return f'no process has made progress for {self._timeout:g} s: {positions}' if behind else None
         return self.describe(behind[0], f'no progress for {self._timeout:g} s', behind)
 
     def describe(self, rank: int, what: str, behind: Sequence[int] = ()) -> str:
-        """Say what is wrong with a rank, where it was seen last, and where others wait for it: what it has not reached.
+        """Describe a failed rank: what happened, its last known position, and the position of the rank that waits for it.
 
         Args:
-            rank: The rank.
-            what: What is wrong with it.
-            behind: Ranks that don't wait for it either.
+            rank: The failed rank.
+            what: What happened to it.
+            behind: Further ranks that do not wait for it.
         """
-        place = f', last seen in {self._place(rank)}' if self._place(rank) else ''
+        position = f', last seen in {self._position(rank)}' if self._position(rank) else ''
         beats = {
             other: peer.beat
             for other, peer in self._peers.items()
-            if other != rank and other not in behind and not peer.beat.left and self._place(other)
+            if other != rank and other not in behind and not peer.beat.left and self._position(other)
         }
         first = max(beats, key=lambda other: (beats[other].order, beats[other].waits), default=None)
-        waiting = '' if first is None else f'; {self._name(first)} waits for it in {self._place(first)}'
-        return f'{self._name(rank)}: {what}{place}{waiting}'
+        waiting = '' if first is None else f'; {self._name(first)} waits for it in {self._position(first)}'
+        return f'{self._name(rank)}: {what}{position}{waiting}'
 
-    def _place(self, rank: int) -> str:
+    def _position(self, rank: int) -> str:
         beat = self._peers[rank].beat
         return f'{beat.text} ({beat.code})' if beat.text and beat.code else beat.text or beat.code

@@ -1,4 +1,4 @@
-"""Where a process is in its run: what the training thread notes, and what its Python stack shows."""
+"""Progress of a process: the position that the training thread records, and the code that its Python stack shows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _STANDARD_LIBRARY = sysconfig.get_paths()['stdlib'] + os.sep
 
 
 class Position(NamedTuple):
-    """A place in a run.
+    """A position in a run.
 
     Attributes:
-        moves: How often the training thread has moved; two positions with the same number are the same.
-        text: The place in words, for example ``'the forward pass of iteration 7'``.
-        order: Iteration and step in it: a process whose order is smaller is behind.
-        timed: Whether the place is left within the watchdog's timeout. False for what may take any time: set-up, evaluation,
-            checkpoints, the first iterations.
+        moves: Number of position changes so far. Positions of a process with equal numbers are the same.
+        text: Description of the position, for example ``'the forward pass of iteration 7'``.
+        order: Iteration, and step within the iteration. A process with a smaller order is behind.
+        timed: Whether the position must change within the watchdog's timeout. False for positions of unbounded duration:
+            set-up, evaluation, checkpoints, the first iterations.
     """
 
     moves: int
@@ -33,21 +33,21 @@ class Position(NamedTuple):
 
 
 class Progress:
-    """The position of this process. The training thread moves it, by one assignment; the watchdog's threads read it."""
+    """The current position of this process. The training thread sets it by one assignment; the watchdog's threads read it."""
 
     def __init__(self) -> None:
         self.position = Position(0, '', (0,), False)
 
     def move(self, text: str, order: tuple[int, ...], timed: bool = False) -> None:
-        """Note where the training thread is now; the arguments are those of :class:`Position`."""
+        """Record the position of the training thread. For the arguments see :class:`Position`."""
         self.position = Position(self.position.moves + 1, text, order, timed)
 
 
 class Code(NamedTuple):
-    """The innermost code of a thread that is neither torch's nor Python's own.
+    """The innermost stack frame of a thread that is neither in torch nor in Python's standard library.
 
     Attributes:
-        text: File, line and function, and the collective that it calls, if any.
+        text: File, line and function, and the collective that the function calls, if any.
         waits: Whether the thread is in a function of ``torch.distributed``.
     """
 
@@ -56,7 +56,11 @@ class Code(NamedTuple):
 
 
 def code_of_thread(ident: int) -> Code:
-    """What a thread of this process is executing, by its Python stack; empty while it waits for the watchdog."""
+    """The code that a thread of this process executes, read from its Python stack. Empty while it waits for the watchdog.
+
+    Args:
+        ident: Identifier of the thread (:func:`threading.get_ident`).
+    """
     frame = sys._current_frames().get(ident)
     collective = ''
     while frame is not None:

@@ -1,4 +1,4 @@
-"""How a process learns its rank from its launcher, and reaches the store that all processes of a job share."""
+"""Reads a process's rank from its launcher's environment, and connects to the store that all processes of a job share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.distributed import Store
 
 from mmman.errors import MisuseError
 
-# Where a launcher tells a process its rank, the number of processes, and its rank on this machine.
+# Environment variables of each launcher: rank, number of processes, and rank on this machine.
 RANK_VARIABLES = {
     'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
     'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
@@ -21,11 +21,14 @@ RANK_VARIABLES = {
 
 
 def find_rank(launcher: str, environment: MutableMapping[str, str] = os.environ) -> tuple[int, int]:
-    """Read this process's rank and the number of processes; set ``MASTER_ADDR`` and ``MASTER_PORT`` where they are missing.
+    """Read this process's rank and the number of processes. Sets ``MASTER_ADDR`` and ``MASTER_PORT`` if they are missing.
 
     Args:
         launcher: ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
-        environment: Where the launcher's variables are.
+        environment: The environment variables.
+
+    Returns:
+        The rank and the number of processes.
 
     Raises:
         MisuseError: The launcher's variables are missing.
@@ -36,19 +39,19 @@ def find_rank(launcher: str, environment: MutableMapping[str, str] = os.environ)
         if address is None:
             address = _first_host(environment['SLURM_NODELIST']) if launcher == 'slurm' else environment['MASTER_ADDR']
     except KeyError as error:
-        raise MisuseError(f'--launcher {launcher}: {error} is not set; start the program by that launcher') from None
+        raise MisuseError(f'--launcher {launcher}: {error} is not set; start the program with that launcher') from None
     environment['MASTER_ADDR'] = address
     environment.setdefault('MASTER_PORT', '29500')
     return rank, world_size
 
 
 def connect(rank: int, world_size: int) -> Store:
-    """A new connection to the store at ``MASTER_ADDR``, which the launcher or the process of rank 0 keeps."""
+    """Open a new connection to the store at ``MASTER_ADDR``, which the launcher or rank 0 hosts. Waits up to 30 minutes."""
     store, _, _ = next(dist.rendezvous('env://', rank, world_size, timeout=timedelta(minutes=30)))
     return store
 
 
 def _first_host(nodes: str) -> str:
-    """The first machine of a Slurm job, of a list that may be abbreviated (``node[3-7]``)."""
+    """The first host of a Slurm node list, which may be abbreviated (``node[3-7]``)."""
     command = ['scontrol', 'show', 'hostnames', nodes]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]

@@ -51,7 +51,7 @@ def assert_named(job, victim, words, seconds=60):
 
 @pytest.mark.parametrize(
     ('victim', 'ranks', 'is_local', 'words'),
-    [(0, 2, True, 'no answer for 8 s from the store that it keeps'), (1, 3, False, 'no sign of life for 8 s')],
+    [(0, 2, True, 'no answer for 8 s from the store that it hosts'), (1, 3, False, 'no heartbeat for 8 s')],
 )
 def test_a_suspended_rank_is_named(victim, ranks, is_local, words, start, tmp_path):
     job = start(dist_config(tmp_path, is_local=is_local), ranks)
@@ -65,8 +65,8 @@ def test_a_suspended_rank_is_named(victim, ranks, is_local, words, start, tmp_pa
 @pytest.mark.parametrize(
     ('fault', 'train', 'words', 'code'),
     [
-        ('exit', tools_train, 'it exits with code 3, in the loading of the data of iteration 11', 3),
-        ('loop', stock_train, 'no progress for 8 s, last seen in the loading of the data of iteration 11', None),
+        ('exit', tools_train, 'exited with code 3, in the data loading of iteration 11', 3),
+        ('loop', stock_train, 'no progress for 8 s, last seen in the data loading of iteration 11', None),
     ],
 )
 def test_a_rank_that_exits_or_loops_is_named(fault, train, words, code, start, tmp_path):
@@ -96,5 +96,5 @@ def test_the_launchers_report_names_a_killed_rank(tmp_path):
         launcher.terminate()  # it ends its processes
         launcher.wait()
     log = (tmp_path / 'log').read_text()
-    assert re.search(r'^rank 1: the run ends because of rank 0: no sign of life for 5 s', log, re.MULTILINE), log[-3000:]
+    assert re.search(r'^rank 1: the run ends because of rank 0: no heartbeat for 5 s', log, re.MULTILINE), log[-3000:]
     assert re.search(r'rank +: 0 ', log.partition('Root Cause')[2]), log[-3000:]

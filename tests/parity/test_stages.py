@@ -8,8 +8,8 @@ import torch
 from mmengine.optim import build_optim_wrapper
 
 from mmman.parallel.pipeline.channel import _Pickler, _Unpickler
-from mmman.parallel.pipeline.place import Place
 from mmman.parallel.pipeline.stage import PipelineStage
+from mmman.parallel.pipeline.stage_rank import StageRank
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmseg')
@@ -42,11 +42,11 @@ def wrapper_of(model, iters, **options):
 
 def stage_of(model, stage, iters, **options):
     module = copy.deepcopy(model)
-    place = Place(stage, len(model.backbone.local.plan.blocks), 0, 1)
-    wrapped = PipelineStage(module, place, staleness=iters)
+    stage_rank = StageRank(stage, len(model.backbone.local.plan.blocks), 0, 1)
+    wrapped = PipelineStage(module, stage_rank, staleness=iters)
     wrapper = wrapper_of(module, iters, **options)
     wrapped.start_(wrapper.optimizer, 'cpu', 0)
-    wrapped.neighbours._to_next = Mailbox()
+    wrapped.comm._to_next = Mailbox()
     return wrapped, wrapper
 
 
@@ -61,12 +61,12 @@ def compare(model, batches, **options):
         message = copy.deepcopy(batch)
         for stage, wrapper in stages:
             losses = stage.train_step(message, wrapper)
-            message = getattr(stage.neighbours._to_next, 'message', None)
+            message = getattr(stage.comm._to_next, 'message', None)
     assert losses, 'the last stage has the task loss'
     weights, optimizer = {}, {}
     for stage, wrapper in stages:
-        weights |= stage.part.weights()
-        optimizer |= stage.part.optimizer_state(wrapper.optimizer)
+        weights |= stage.shard.weights()
+        optimizer |= stage.shard.optimizer_state(wrapper.optimizer)
     theirs = model.state_dict()
     assert weights.keys() == theirs.keys()
     for name, value in theirs.items():

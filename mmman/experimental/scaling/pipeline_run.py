@@ -32,13 +32,13 @@ class StepTimes(Hook):
 
     def before_train(self, runner: PipelineRunner) -> None:
         stage = runner.model
-        begin = stage.neighbours.await_leave
+        begin = stage.comm.wait_credit
 
-        def await_leave(iteration: int) -> None:
+        def wait_credit(iteration: int) -> None:
             begin(iteration)
             self._began = time.perf_counter()
 
-        stage.neighbours.await_leave = await_leave
+        stage.comm.wait_credit = wait_credit
 
     def after_train_iter(self, *args, **kwargs) -> None:
         self.ends.append(time.perf_counter())

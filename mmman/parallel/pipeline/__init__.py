@@ -1,4 +1,4 @@
-"""One block a process (PPLL)."""
+"""Pipeline parallel training with one block per process (PPLL)."""
 
 from mmman.parallel.pipeline.runner import PipelineRunner
 

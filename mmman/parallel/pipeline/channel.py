@@ -1,4 +1,4 @@
-"""Messages between neighbouring stages: Python objects, their tensors sent as they are."""
+"""Point-to-point channels between adjacent stages. They carry Python objects and send tensors without pickling their data."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmman.parallel.pipeline.place import PATIENT
+from mmman.parallel.pipeline.stage_rank import NO_TIMEOUT
 
 POLL_S = 0.2
+"""Seconds between two calls of ``check`` while :meth:`Receiver.recv` waits."""
 END = None
+"""The last message of a channel."""
 
 
-class Outbox:
-    """The sending end of a channel. Sends run while the caller goes on; with too many under way it waits.
+class Sender:
+    """The sending end of a channel. Sends are asynchronous; :meth:`send` blocks while ``limit`` messages are in flight.
 
     Args:
-        groups: Process groups by the type of device whose tensors they carry; ``'cpu'`` at least.
-        peer: Rank of the receiver in them.
-        limit: How many messages may be under way.
+        groups: Process groups by the device type of the tensors that they carry. ``'cpu'`` is required.
+        peer: Rank of the receiver in these groups.
+        limit: Maximum number of messages in flight.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup], peer: int, limit: int) -> None:
         self._groups, self._peer, self._limit = groups, peer, limit
-        self._underway: deque[list[tuple[dist.Work, Tensor]]] = deque()
+        self._in_flight: deque[list[tuple[dist.Work, Tensor]]] = deque()
 
     def send(self, message: Any) -> None:
-        """Send a picklable object. Its tensors must not change until the receiver has them.
+        """Send a picklable object. Its tensors must not be modified until the receiver has them.
 
         Raises:
-            ConnectionError: The receiver is gone.
+            ConnectionError: The connection to the receiver is lost.
         """
-        while len(self._underway) >= self._limit:
+        while len(self._in_flight) >= self._limit:
             self._wait_for_oldest()
         file = io.BytesIO()
         pickler = _Pickler(file)
@@ -49,43 +51,43 @@ class Outbox:
         works = []
         for tensor in (torch.tensor([len(body)]), body, *pickler.tensors):
             if tensor.numel():
-                with _connection():
+                with _connection_errors():
                     works.append((self._groups[tensor.device.type].send([_flat(tensor)], self._peer, 0), tensor))
-        self._underway.append(works)
+        self._in_flight.append(works)
 
     def close(self) -> None:
-        """Send what is under way, and that nothing follows."""
+        """Send the end-of-channel message and wait until all messages are sent."""
         self.send(END)
-        while self._underway:
+        while self._in_flight:
             self._wait_for_oldest()
 
     def _wait_for_oldest(self) -> None:
-        for work, _ in self._underway.popleft():
-            with _connection():
-                work.wait(PATIENT)
+        for work, _ in self._in_flight.popleft():
+            with _connection_errors():
+                work.wait(NO_TIMEOUT)
 
 
-class Inbox:
-    """The receiving end of a channel: a thread takes messages in while the caller computes, ``limit`` ahead at most.
+class Receiver:
+    """The receiving end of a channel. A thread receives messages in the background and queues up to ``limit`` of them.
 
     Args:
-        groups, limit: As of :class:`Outbox`.
+        groups, limit: See :class:`Sender`.
         peer: Rank of the sender in the groups.
-        check: Called while waiting; raises what has gone wrong elsewhere.
+        check: Called repeatedly while :meth:`recv` waits. It raises an error if another process has failed.
     """
 
     def __init__(self, groups: Mapping[str, dist.ProcessGroup], peer: int, limit: int, check: Callable[[], None]) -> None:
         self._groups, self._peer, self._check = groups, peer, check
         self._queue: Queue = Queue(max(limit, 1))
         self._device = torch.cuda.current_device() if 'cuda' in groups else None
-        self._thread = threading.Thread(target=self._listen, name=f'inbox from stage {peer}', daemon=True)
+        self._thread = threading.Thread(target=self._listen, name=f'receiver from stage {peer}', daemon=True)
         self._thread.start()
 
-    def receive(self) -> Any:
-        """The next message, waited for.
+    def recv(self) -> Any:
+        """Wait for the next message and return it.
 
         Raises:
-            ConnectionError: The sender is gone.
+            ConnectionError: The connection to the sender is lost.
         """
         while True:
             try:
@@ -97,12 +99,12 @@ class Inbox:
                 raise message
             if event is not None:
                 event.wait()
-                for tensor in tensors:  # made on the listener's stream, used on this one
+                for tensor in tensors:  # allocated on the receiver thread's stream, used on the current one
                     tensor.record_stream(torch.cuda.current_stream())
             return message
 
     def join(self) -> None:
-        """Wait for the sender's end of the channel to be closed."""
+        """Wait until the sender has closed the channel."""
         self._thread.join()
 
     def _listen(self) -> None:
@@ -111,10 +113,10 @@ class Inbox:
             while True:
                 event, tensors = None, []
                 try:
-                    message = self._take(tensors)
+                    message = self._recv_message(tensors)
                     if tensors:
                         event = torch.cuda.current_stream().record_event()
-                except Exception as error:  # raised where the message is waited for
+                except Exception as error:  # recv() raises it in the caller's thread
                     message = error
                 if message is END:
                     return
@@ -122,33 +124,33 @@ class Inbox:
                 if isinstance(message, Exception):
                     return
 
-    def _take(self, on_gpu: list[Tensor]) -> Any:
-        def receive(*meta) -> Tensor:
-            tensor = self._tensor(*meta)
+    def _recv_message(self, on_gpu: list[Tensor]) -> Any:
+        def recv_tensor(*meta) -> Tensor:
+            tensor = self._recv_tensor(*meta)
             if tensor.is_cuda:
                 on_gpu.append(tensor)
             return tensor
 
-        length = self._tensor((1,), (1,), torch.int64, 'cpu')
-        body = self._tensor((int(length),), (1,), torch.uint8, 'cpu')
-        return _Unpickler(io.BytesIO(body.numpy().tobytes()), receive).load()
+        length = self._recv_tensor((1,), (1,), torch.int64, 'cpu')
+        body = self._recv_tensor((int(length),), (1,), torch.uint8, 'cpu')
+        return _Unpickler(io.BytesIO(body.numpy().tobytes()), recv_tensor).load()
 
-    def _tensor(self, shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Tensor:
+    def _recv_tensor(self, shape: tuple, stride: tuple, dtype: torch.dtype, device: str) -> Tensor:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
         if tensor.numel():
-            with _connection():
-                self._groups[device].recv([_flat(tensor)], self._peer, 0).wait(PATIENT)
+            with _connection_errors():
+                self._groups[device].recv([_flat(tensor)], self._peer, 0).wait(NO_TIMEOUT)
         return tensor
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's memory as a vector, so that its strides stay what they are."""
+    """View the memory of a dense tensor as a vector. Sending this view preserves the memory layout."""
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
 @contextmanager
-def _connection() -> Iterator[None]:
-    """Process groups raise bare RuntimeErrors where a peer is gone."""
+def _connection_errors() -> Iterator[None]:
+    """Convert the RuntimeError that a process group raises on a lost connection to a ConnectionError."""
     try:
         yield
     except RuntimeError as error:
@@ -156,7 +158,7 @@ def _connection() -> Iterator[None]:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves dense tensors out of the pickle, each once, however often it occurs."""
+    """Pickles an object without its dense tensors and collects them. A tensor that occurs several times is collected once."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=5)
@@ -168,7 +170,7 @@ class _Pickler(pickle.Pickler):
             return None
         if id(obj) not in self._seen:
             tensor = obj.detach()
-            if torch.empty_like(tensor).stride() != tensor.stride():  # it has gaps or overlaps
+            if torch.empty_like(tensor).stride() != tensor.stride():  # its memory has gaps or overlaps
                 tensor = tensor.contiguous()
             self._seen[id(obj)] = (len(self.tensors), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device.type)
             self.tensors.append(tensor)
@@ -176,16 +178,16 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts the tensors back."""
+    """Unpickles an object and receives its tensors."""
 
-    def __init__(self, file: io.BytesIO, receive: Callable[[tuple, tuple, torch.dtype, str], Tensor]) -> None:
+    def __init__(self, file: io.BytesIO, recv_tensor: Callable[[tuple, tuple, torch.dtype, str], Tensor]) -> None:
         super().__init__(file)
-        self._receive = receive
+        self._recv_tensor = recv_tensor
         self._tensors: dict[int, Tensor] = {}
 
     def persistent_load(self, pid: tuple) -> Tensor:
-        # The pickle names tensors in the order in which they were sent.
+        # The pickle refers to tensors in the order in which they were sent.
         index, *meta = pid
         if index not in self._tensors:
-            self._tensors[index] = self._receive(*meta)
+            self._tensors[index] = self._recv_tensor(*meta)
         return self._tensors[index]

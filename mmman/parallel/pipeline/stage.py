@@ -1,4 +1,4 @@
-"""One stage of a pipeline: a model wrapper that trains one block on batch after batch."""
+"""One stage of a pipeline: a model wrapper that trains one block of the model."""
 
 from __future__ import annotations
 
@@ -16,78 +16,88 @@ from torch.utils._pytree import tree_map_only
 from mmman.local.blocks import localized_backbone
 from mmman.local.scopes import trained_parameters
 from mmman.parallel.ddp import BlockReducer
-from mmman.parallel.pipeline.neighbours import Batch, Neighbours
-from mmman.parallel.pipeline.parts import Part
-from mmman.parallel.pipeline.place import Place
+from mmman.parallel.pipeline.comm import Batch, StageComm
+from mmman.parallel.pipeline.shard import StageShard
+from mmman.parallel.pipeline.stage_rank import StageRank
 from mmman.registry import MODEL_WRAPPERS
 
 
-class BlockDone(Exception):  # noqa: N818  no error
-    """Ends a forward pass at the end of a stage's block."""
+class BlockDone(Exception):  # noqa: N818  control flow, not an error
+    """Raised to end a forward pass after the last unit of a stage's block."""
 
 
 @MODEL_WRAPPERS.register_module()
 class PipelineStage(nn.Module):
-    """A stage's model: the stock model, of which one block computes.
+    """A stage's model: the stock model, of which only one block is computed.
 
-    The stock forward pass runs as ever. Units of earlier stages compute nothing but shapes (they are on the meta device); the
-    output of the last of them, and of every tap, is replaced by what came from the stage before. At the end of this stage's
-    block the pass ends; on the last stage it goes on through neck and head.
+    The stock forward pass runs as usual. Units of earlier stages are on the meta device and compute shapes only. The output of
+    the last of these units, and of every tap, is replaced by the tensor received from the previous stage. The pass ends after
+    this stage's block; on the last stage it continues through neck and head.
 
     Args:
         module: The localised model.
-        place: Which stage this is.
-        staleness: S. This stage starts batch b when the next one has finished batch b-1-S, and its momentum copies then follow
-            exactly what the next block's first unit was at that time. 0: as in an ordinary run, and no two neighbours ever
-            compute at once.
+        stage_rank: Position of this stage.
+        staleness: S. This stage starts batch b when the next one has finished batch b-1-S. Its momentum copies then follow
+            the state of the next block's first unit at exactly that time. With 0 they are as in an ordinary run, and two
+            adjacent stages never compute at the same time.
 
     Attributes:
-        block_reducers: For the optim wrapper: what reduces this block's gradients over the replicas, by the block's number.
-        neighbours: The stages before and after.
+        block_reducers: The reducer of this block's gradients over the replicas, by the block's number, for the optim wrapper.
+            Empty if there is one replica, or on the last stage.
+        comm: Communication with the previous and the next stage.
+        shard: The tensors that this stage holds.
+        iteration: Iteration of the next batch.
     """
 
-    def __init__(self, module: nn.Module, place: Place, staleness: int) -> None:
+    def __init__(self, module: nn.Module, stage_rank: StageRank, staleness: int) -> None:
         super().__init__()
         self.module = module
-        self.place = place
-        self.neighbours = Neighbours(place, staleness)
-        self.part = Part(module, place.stage)
+        self.stage_rank = stage_rank
+        self.comm = StageComm(stage_rank, staleness)
+        self.shard = StageShard(module, stage_rank.stage)
         self.backbone = localized_backbone(module)
         local = self.backbone.local
-        local.only = place.stage
+        local.only = stage_rank.stage
         self.iteration = 0
         self.block_reducers: dict[int, BlockReducer] = {}
         self._task_reducer: BlockReducer | None = None
         self._groups: list[dict] | None = None
         self._batch: Batch | None = None
         self._outgoing: Batch | None = None
-        self._sends_images = any(head.uses_images for head in [*local.values()][place.stage + 1 :])
-        self._copied = place.stage > 0 and [*local.values()][place.stage - 1].transfer.momentum is not None
+        self._sends_images = any(head.uses_images for head in [*local.values()][stage_rank.stage + 1 :])
+        self._is_copied = stage_rank.stage > 0 and [*local.values()][stage_rank.stage - 1].transfer.momentum is not None
 
     def start_(self, optimizer: torch.optim.Optimizer, device: torch.device | str, iteration: int) -> None:
-        """Drop what other stages hold and get ready for batch ``iteration``. Called once, when training starts."""
-        self.part.split_(optimizer, device)
-        self.iteration = self.neighbours.finished = iteration
-        blocks, stage = self.backbone.local.plan.blocks, self.place.stage
-        if self.place.replicas > 1:
+        """Move the tensors of other stages to the meta device and register the hooks. Called once, when training starts.
+
+        Args:
+            optimizer: The optimizer of the whole model.
+            device: The stage's device.
+            iteration: Iteration of the first batch.
+        """
+        self.shard.split_(optimizer, device)
+        self.iteration = self.comm.finished = iteration
+        blocks, stage = self.backbone.local.plan.blocks, self.stage_rank.stage
+        if self.stage_rank.replicas > 1:
             reducer = BlockReducer(trained_parameters(self.module)[stage].items())
-            if self.place.is_last:
+            if self.stage_rank.is_last:
                 self._task_reducer = reducer
             else:
                 self.block_reducers[stage + 1] = reducer
-        if not self.place.is_first:
+        if not self.stage_rank.is_first:
             self.backbone.register_forward_pre_hook(self._meta_input)
             entry = blocks[stage - 1][-1].output
-            taps = [unit.output for unit in self._tapped(range(stage))] if self.place.is_last else []
+            taps = [unit.output for unit in self._tapped(range(stage))] if self.stage_rank.is_last else []
             for path in dict.fromkeys([*taps, entry]):
-                self.backbone.get_submodule(path).register_forward_hook(partial(self._received, path, path == entry))
+                self.backbone.get_submodule(path).register_forward_hook(partial(self._replace_output, path, path == entry))
             earlier = [unit for block in (self.backbone.local.plan.frozen, *blocks[:stage]) for unit in block]
             self._shapes_only_([path for unit in earlier for path in unit.modules])
-        if not self.place.is_last:
-            self._shapes_only_(self.backbone.local.inner_norms)  # the last stage's, on outputs from inside this block
+        if not self.stage_rank.is_last:
+            # The last stage applies these norms. Their inputs are outputs of units inside this block.
+            self._shapes_only_(self.backbone.local.inner_norms)
             for unit in self._tapped([stage]):
-                self.backbone.get_submodule(unit.output).register_forward_hook(partial(self._tap, unit.output))
-            self.backbone.get_submodule(blocks[stage][-1].output).register_forward_hook(self._leave)
+                self.backbone.get_submodule(unit.output).register_forward_hook(partial(self._capture_tap, unit.output))
+            self.backbone.get_submodule(blocks[stage][-1].output).register_forward_hook(self._end_block)
 
     # -- one batch ---------------------------------------------------------------------------------------------------------
 
@@ -95,13 +105,13 @@ class PipelineStage(nn.Module):
         """Train this stage's block on a batch.
 
         Args:
-            data: On the first stage what the data loader gives, else the :class:`Batch` of the stage before.
+            data: A batch of the data loader on the first stage, otherwise the :class:`Batch` of the previous stage.
             optim_wrapper: A :class:`mmman.LocalLearningOptimWrapper`.
 
         Returns:
-            The model's losses on the last stage; nothing on others, whose losses are logged as local losses.
+            The model's losses on the last stage. Other stages return an empty dict; their losses are logged as local losses.
         """
-        self.neighbours.await_leave(self.iteration)
+        self.comm.wait_credit(self.iteration)
         batch = self._begin(data, optim_wrapper)
         losses = None
         with optim_wrapper.optim_context(self), suppress(BlockDone):
@@ -123,7 +133,7 @@ class PipelineStage(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Context of an accumulation: gradients stay with their replica."""
+        """Context for gradient accumulation, in which gradients are not reduced over the replicas."""
         with ExitStack() as stack:
             for reducer in self._reducers():
                 stack.enter_context(reducer.no_sync())
@@ -142,8 +152,9 @@ class PipelineStage(nn.Module):
         return self.module.test_step(data)
 
     def _begin(self, data: Any, optim_wrapper: OptimWrapper) -> Batch:
+        """Make this stage's batch and prepare the one to send. Later stages take over the hyper-parameters of the first."""
         groups = None
-        if self.place.is_first:
+        if self.stage_rank.is_first:
             data = self.module.data_preprocessor(data, True)
             inputs = data['inputs']
             groups = [{k: v for k, v in group.items() if k != 'params'} for group in optim_wrapper.optimizer.param_groups]
@@ -159,7 +170,7 @@ class PipelineStage(nn.Module):
     # -- hooks of the backbone ---------------------------------------------------------------------------------------------
 
     def _tapped(self, stages) -> list:
-        """The units of these stages whose output the model's neck or head takes."""
+        """The units of these stages whose outputs the model's neck or head uses."""
         local = self.backbone.local
         names = {unit.name for stage in stages for unit in local.plan.blocks[stage]}
         names |= {unit.name for unit in local.plan.frozen} if 0 in stages else set()
@@ -173,48 +184,56 @@ class PipelineStage(nn.Module):
             module = self.backbone.get_submodule(path)
             module.forward = partial(_shapes_only, module.forward, {})
 
-    def _received(self, path: str, is_entry: bool, unit: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def _replace_output(self, path: str, is_entry: bool, unit: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         if self._batch is None:
             return None
         return self._batch.feature if is_entry else self._batch.taps[path]
 
-    def _tap(self, path: str, unit: nn.Module, args: tuple, output: Tensor) -> None:
+    def _capture_tap(self, path: str, unit: nn.Module, args: tuple, output: Tensor) -> None:
         if torch.is_grad_enabled():
             self._outgoing.taps[path] = output.detach()
 
-    def _leave(self, unit: nn.Module, args: tuple, output: Tensor) -> None:
+    def _end_block(self, unit: nn.Module, args: tuple, output: Tensor) -> None:
         if not torch.is_grad_enabled():
             return
-        path = self.backbone.local.plan.blocks[self.place.stage][-1].output
+        path = self.backbone.local.plan.blocks[self.stage_rank.stage][-1].output
         self._outgoing.feature = self._outgoing.taps.get(path, output.detach())
-        self.neighbours.send(self._outgoing)
+        self.comm.send(self._outgoing)
         self._outgoing = None
         raise BlockDone
 
-    # -- what the runner and the loop ask for ------------------------------------------------------------------------------
+    # -- called by the runner and the loop ---------------------------------------------------------------------------------
 
     def reply(self, steps: int, stepped: bool) -> None:
-        """Tell the stage before that a batch is done.
+        """Send the result of the latest batch to the previous stage.
 
         Args:
-            steps: How often this stage's optimizer has stepped so far.
-            stepped: Whether it has for this batch.
+            steps: Number of steps that this stage's optimizer has taken.
+            stepped: Whether the optimizer has stepped for this batch.
         """
         unit = None
-        if self._copied and stepped:
-            first = self.backbone.local.plan.blocks[self.place.stage][0].of(self.backbone)
+        if self._is_copied and stepped:
+            first = self.backbone.local.plan.blocks[self.stage_rank.stage][0].of(self.backbone)
             unit = {name: value.clone() for name, value in first.state_dict().items() if value.is_floating_point()}
-        self.neighbours.reply(self.iteration - 1, steps, unit)
+        self.comm.reply(self.iteration - 1, steps, unit)
 
     def gather_(self, content: str, last: bool = False) -> list[dict]:
-        """Complete the first stage's model by what the others hold; ``part.empty_`` undoes it. Returns their contents."""
-        contents = [*self.neighbours.request(content, last).values()]
-        self.part.fill_({name: value for part in contents for name, value in part['weights'].items()})
+        """Fill the first stage's model in with the tensors of the other stages. ``shard.empty_`` undoes this.
+
+        Args:
+            content: ``'weights'``, or ``'checkpoint'`` (weights and optimizer state).
+            last: Whether the run ends, so that no batch follows.
+
+        Returns:
+            The contents of the later stages.
+        """
+        contents = [*self.comm.request(content, last).values()]
+        self.shard.fill_({name: value for content in contents for name, value in content['weights'].items()})
         return contents
 
 
 def _shapes_only(forward, known: dict, *args, **kwargs) -> Any:
-    """Stands for the forward pass of a unit of another stage, which only makes shapes: the same ones for the same ones."""
+    """Replaces the forward pass of a unit of another stage: returns meta tensors, cached in ``known`` by the input shapes."""
     key = str(tree_map_only(Tensor, lambda x: tuple(x.shape), (args, kwargs)))
     if key not in known:
         args, kwargs = tree_map_only(Tensor, lambda x: x.to('meta'), (args, kwargs))

@@ -1,4 +1,4 @@
-"""The parts of the pipeline one by one: places, channels, the watchdog, and what is refused."""
+"""The parts of the pipeline one by one: stage ranks, channels, the watchdog, and what is refused."""
 
 import os
 import time
@@ -11,30 +11,30 @@ import torch.distributed as dist
 from mmengine.registry import MODELS
 
 from mmman.errors import MisuseError, PeerError
-from mmman.parallel.pipeline.channel import Inbox, Outbox
-from mmman.parallel.pipeline.parts import Part
-from mmman.parallel.pipeline.place import Place, rendezvous
+from mmman.parallel.pipeline.channel import Receiver, Sender
 from mmman.parallel.pipeline.runner import PipelineRunner
+from mmman.parallel.pipeline.shard import StageShard
+from mmman.parallel.pipeline.stage_rank import StageRank, rendezvous
 from mmman.watchdog import monitor as watchdog_module
 from mmman.watchdog.monitor import Watchdog
 from tests.parity.pipeline_runs import environment, free_port, toy_run
 from tests.toy import toy_config
 
 
-def test_places_of_a_mesh():
-    places = [Place.of_rank(rank, 6, 3) for rank in range(6)]
-    assert [(place.stage, place.replica) for place in places] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
-    assert [place.rank for place in places] == list(range(6))
-    assert str(places[4]) == 'stage 1 of replica 1 (rank 4)'
+def test_stage_ranks_of_a_mesh():
+    mesh = [StageRank.from_rank(rank, 6, 3) for rank in range(6)]
+    assert [(stage_rank.stage, stage_rank.replica) for stage_rank in mesh] == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1)]
+    assert [stage_rank.rank for stage_rank in mesh] == list(range(6))
+    assert str(mesh[4]) == 'stage 1 of replica 1 (rank 4)'
     with pytest.raises(MisuseError, match='start 4 processes, or a multiple'):
-        Place.of_rank(0, 6, 4)
+        StageRank.from_rank(0, 6, 4)
 
 
 @pytest.mark.parametrize(
     ('launcher', 'variables', 'message'),
     [
         ('none', {}, r'tools/dist_train.sh CONFIG 4'),
-        ('pytorch', {}, "'RANK' is not set; start the program by that launcher"),
+        ('pytorch', {}, "'RANK' is not set; start the program with that launcher"),
         ('pytorch', environment(0, 3, 0), '3 processes cannot hold replicas of 4 stages'),
     ],
 )
@@ -53,22 +53,22 @@ def test_slurm_names_the_first_machine(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv('MASTER_ADDR', '')  # so that it is taken back after the test
     monkeypatch.delenv('MASTER_ADDR')
-    place, _ = rendezvous('slurm', 1)
-    assert (place.rank, os.environ['MASTER_ADDR']) == (0, '127.0.0.1')
+    stage_rank, _ = rendezvous('slurm', 1)
+    assert (stage_rank.rank, os.environ['MASTER_ADDR']) == (0, '127.0.0.1')
 
 
-def test_a_part_is_completed_and_emptied():
+def test_a_shard_is_filled_and_emptied():
     whole = MODELS.build(toy_config(num_blocks=2))
     state = {name: value.clone() for name, value in whole.state_dict().items()}
-    part = Part(whole, 1)
-    part.split_(torch.optim.SGD(whole.parameters(), lr=0.1), 'cpu')
+    shard = StageShard(whole, 1)
+    shard.split_(torch.optim.SGD(whole.parameters(), lr=0.1), 'cpu')
     held = {name for name, value in whole.state_dict().items() if not value.is_meta}
-    assert held == part.weights().keys() != state.keys()
+    assert held == shard.weights().keys() != state.keys()
     with pytest.raises(MisuseError, match='no stage holds backbone'):
-        part.fill_({})
-    part.fill_(state)
+        shard.fill_({})
+    shard.fill_(state)
     assert all(torch.equal(value, state[name]) for name, value in whole.state_dict().items())
-    part.empty_()
+    shard.empty_()
     assert {name for name, value in whole.state_dict().items() if not value.is_meta} == held
 
 
@@ -91,21 +91,21 @@ class Loopback:
 @pytest.fixture
 def ends():
     group = Loopback()
-    outbox, inbox = Outbox({'cpu': group}, 1, limit=2), Inbox({'cpu': group}, 0, limit=2, check=lambda: None)
-    yield outbox, inbox
-    outbox.close()
-    inbox.join()
+    sender, receiver = Sender({'cpu': group}, 1, limit=2), Receiver({'cpu': group}, 0, limit=2, check=lambda: None)
+    yield sender, receiver
+    sender.close()
+    receiver.join()
 
 
 def test_messages_arrive_as_they_were_sent(ends):
-    outbox, inbox = ends
+    sender, receiver = ends
     tokens = torch.randn(20, 50, 7).transpose(1, 2)  # dense, but not in C order
     channels_last = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
     message = {
         'tokens': tokens,
         'again': [tokens],
         'channels_last': channels_last,
-        'part': torch.arange(10)[::3],
+        'strided': torch.arange(10)[::3],
         'none': torch.zeros(0, 4),
         'flags': torch.tensor([True, False]),
         'half': torch.randn(3).to(torch.bfloat16),
@@ -113,9 +113,9 @@ def test_messages_arrive_as_they_were_sent(ends):
         'shape only': torch.empty(2, 3, device='meta'),
         'text': 'abc',
     }
-    outbox.send(message)
-    received = inbox.receive()
-    assert outbox._groups['cpu'].bytes < tokens.nbytes + channels_last.nbytes + 2000  # a tensor that occurs twice is sent once
+    sender.send(message)
+    received = receiver.recv()
+    assert sender._groups['cpu'].bytes < tokens.nbytes + channels_last.nbytes + 2000  # a tensor that occurs twice is sent once
     assert received['shape only'].is_meta
     assert received['tokens'] is received['again'][0]
     for name, value in message.items():
@@ -128,18 +128,18 @@ def test_messages_arrive_as_they_were_sent(ends):
 
 
 def test_messages_keep_their_order(ends):
-    outbox, inbox = ends
+    sender, receiver = ends
     for i in range(6):
-        outbox.send((i, torch.full((1000,), i)))
+        sender.send((i, torch.full((1000,), i)))
     for i in range(6):
-        number, tensor = inbox.receive()
+        number, tensor = receiver.recv()
         assert number == i
         assert tensor.unique().item() == i
 
 
 def watched(ranks, timeout):
     store = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
-    name = [str(Place.of_rank(rank, ranks, ranks)) for rank in range(ranks)].__getitem__
+    name = [str(StageRank.from_rank(rank, ranks, ranks)) for rank in range(ranks)].__getitem__
     return [Watchdog(rank, ranks, store, timeout, name) for rank in range(ranks)]
 
 
@@ -153,7 +153,7 @@ def failure_of(watchdog, seconds=5):
 def test_a_silent_process_is_noticed():
     first, _ = watched(2, timeout=0.4)
     first.start()
-    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): no sign of life for 0.4 s'):
+    with pytest.raises(PeerError, match=r'stage 1 \(rank 1\): no heartbeat for 0.4 s'):
         failure_of(first)
     first._stop.set()
 

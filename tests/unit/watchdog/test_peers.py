@@ -23,11 +23,11 @@ def heard(*beats, seconds=0.0, beating=True, peers=None):
     for now in range(int(seconds) + 1):
         for rank, values in enumerate(beats):
             if now == 0 or beating is True or rank in beating:
-                peers.hear(rank, beat(now + 1, **values), float(now))
+                peers.update(rank, beat(now + 1, **values), float(now))
     return peers
 
 
-def test_a_silent_rank_is_lost_after_the_timeout_or_soon_in_a_hurry():
+def test_a_silent_rank_is_lost_after_the_timeout_or_sooner_if_urgent():
     peers = heard(
         {'step': 2, 'code': 'all_reduce, called at a.py:3 in f', 'waits': True},
         {'iteration': 7},
@@ -37,22 +37,22 @@ def test_a_silent_rank_is_lost_after_the_timeout_or_soon_in_a_hurry():
     )
     assert peers.find_lost(60.0) is None
     assert peers.find_lost(61.0) == (
-        'rank 1: no sign of life for 60 s, last seen in step 1 of iteration 7; '
+        'rank 1: no heartbeat for 60 s, last seen in step 1 of iteration 7; '
         'rank 0 waits for it in step 2 of iteration 8 (all_reduce, called at a.py:3 in f)'
     )
-    assert heard({}, {}, seconds=6, beating=[0]).find_lost(LOST_S, hurry=True) is None
-    assert 'rank 1: no sign of life for 5 s' in heard({}, {}, seconds=6, beating=[0]).find_lost(LOST_S + 1, hurry=True)
+    assert heard({}, {}, seconds=6, beating=[0]).find_lost(LOST_S, urgent=True) is None
+    assert 'rank 1: no heartbeat for 5 s' in heard({}, {}, seconds=6, beating=[0]).find_lost(LOST_S + 1, urgent=True)
 
 
 def test_a_rank_that_left_is_lost_only_where_one_is():
     peers = heard({}, {'left': True}, seconds=100, beating=[0])
     assert peers.find_lost(100.0) is None
-    assert peers.find_lost(100.0, hurry=True).startswith('rank 1: it has left the job before the others')
+    assert peers.find_lost(100.0, urgent=True).startswith('rank 1: left the job before the other processes')
 
 
 def test_who_has_not_listened_for_a_while_blames_nobody():
     peers = heard({}, {}, seconds=100, beating=[0])
-    peers.restart(100.0)
+    peers.reset_clocks(100.0)
     assert peers.find_lost(100.0 + TIMEOUT) is None
     assert 'rank 1' in peers.find_lost(101.0 + TIMEOUT)
 
@@ -86,14 +86,14 @@ def test_the_rank_that_others_wait_for_is_stuck(beats, stuck):
 
 def test_progress_of_any_rank_counts():
     peers = heard({'timed': True}, {'timed': True, 'step': 0}, seconds=TIMEOUT)
-    peers.hear(0, beat(100, step=2, timed=True), TIMEOUT)
+    peers.update(0, beat(100, step=2, timed=True), TIMEOUT)
     assert peers.find_stuck(TIMEOUT + 10) is None
     assert peers.find_stuck(2 * TIMEOUT + 1).startswith('rank 1: no progress for 60 s, last seen in step 0')
 
 
 def test_marks_of_all_others():
-    peers = heard({}, {'told': True}, {'left': True})
-    assert peers.all_others(0, 'told') and not peers.all_others(1, 'told')
+    peers = heard({}, {'printed': True}, {'left': True})
+    assert peers.all_others(0, 'printed') and not peers.all_others(1, 'printed')
     assert not peers.all_others(0, 'left')
     assert peers.all_others(0, 'left', silent_since=0.5)
 

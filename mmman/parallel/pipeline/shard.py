@@ -1,7 +1,7 @@
-"""Which process holds what of a model: a stage is the whole model with every tensor of other stages on the meta device.
+"""The shard of a model that a stage holds: the whole model, with every tensor of other stages on the meta device.
 
-So names, order and the optimizer's numbering are those of an ordinary run, a foreign tensor takes no memory, and what stages
-hold of one thing (weights, optimizer state) adds up to an ordinary checkpoint by name or number.
+Parameter names, their order and the optimizer's numbering are those of an ordinary run. A tensor of another stage takes no
+memory. The weights and optimizer states of all stages merge into an ordinary checkpoint by name or number.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from mmman.errors import MisuseError
 from mmman.local.scopes import blocks_of_tensors
 
 SHARED = 'data_preprocessor.'
-"""Held by every stage: a few numbers that heads restore images with."""
+"""Prefix of tensors that every stage holds: the few values with which heads undo the normalisation of images."""
 
 
-class Part:
-    """A stage's part of a model.
+class StageShard:
+    """A stage's shard of a model.
 
     Args:
-        model: The localised model, whole, in host memory; from :meth:`split_` on, what other stages hold is on the meta device.
-        stage: The stage, from 0.
+        model: The complete localised model, in host memory. :meth:`split_` moves the tensors of other stages to the
+            meta device.
+        stage: Index of the stage, from 0.
+
+    Attributes:
+        own, foreign: Names of the tensors that this stage holds, and of all others.
     """
 
     def __init__(self, model: nn.Module, stage: int) -> None:
@@ -33,59 +37,63 @@ class Part:
         blocks = blocks_of_tensors(model)
         self.own = {name for name, block in blocks.items() if block == stage or name.startswith(SHARED)}
         self.foreign = blocks.keys() - self.own
-        self._absent: dict[str, Tensor] = {}
+        self._meta: dict[str, Tensor] = {}
 
     def split_(self, optimizer: Optimizer, device: torch.device | str) -> None:
-        """Move what this stage holds to ``device`` and drop all else; the optimizer keeps its numbering."""
-        for name, (module, key) in self._places():
+        """Move this stage's tensors to ``device`` and all others to the meta device. The optimizer keeps its numbering.
+
+        ``optimizer`` is the optimizer of the whole model. The state of foreign parameters is dropped from it.
+        """
+        for name, (module, key) in self._named_tensors():
             tensor = getattr(module, key)
             if name in self.own:
                 tensor.data = tensor.data.to(device)
             else:
-                absent = torch.empty_like(tensor, device='meta', requires_grad=False)
+                meta = torch.empty_like(tensor, device='meta', requires_grad=False)
                 if isinstance(tensor, nn.Parameter):
                     tensor.grad = None
                     optimizer.state.pop(tensor, None)
-                    absent = nn.Parameter(absent, requires_grad=False)
-                torch.utils.swap_tensors(tensor, absent)
+                    meta = nn.Parameter(meta, requires_grad=False)
+                torch.utils.swap_tensors(tensor, meta)
         self.model.data_preprocessor.to(device)
-        optimizer.load_state_dict(optimizer.state_dict())  # brings the state to the parameters' device
+        optimizer.load_state_dict(optimizer.state_dict())  # moves the state to the device of the parameters
 
     def weights(self) -> dict[str, Tensor]:
-        """What this stage holds of the model's state dict, on the CPU."""
+        """This stage's entries of the model's state dict, on the CPU."""
         return {name: value.detach().cpu() for name, value in self.model.state_dict().items() if name in self.own}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[int, dict]:
-        """The optimizer's state of this stage's parameters, on the CPU, numbered as in an ordinary run."""
+        """The optimizer state of this stage's parameters, on the CPU, numbered as in an ordinary run."""
         return apply_to(optimizer.state_dict()['state'], lambda x: isinstance(x, Tensor), Tensor.cpu)
 
     def fill_(self, weights: dict[str, Tensor]) -> None:
-        """Complete the model by what other stages hold, for evaluation or a checkpoint; :meth:`empty_` undoes it.
+        """Fill in the tensors of other stages from ``weights``, for evaluation or a checkpoint. :meth:`empty_` undoes this.
 
         Raises:
-            MisuseError: A tensor of the model is in no stage's part.
+            MisuseError: No stage holds a tensor of the model.
         """
         state = self.model.state_dict()
         missing = sorted(name for name in self.foreign if name in state and name not in weights)
         if missing:
             raise MisuseError(f'no stage holds {missing[0]} and {len(missing) - 1} more: stages run different configs')
-        for name, (module, key) in self._places():
+        for name, (module, key) in self._named_tensors():
             if name in self.foreign and name in weights:
-                self._absent[name] = getattr(module, key)
+                self._meta[name] = getattr(module, key)
                 value = weights[name].to(self._device())
                 is_parameter = key in module._parameters
                 setattr(module, key, nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
     def empty_(self) -> None:
-        """Drop again what :meth:`fill_` brought."""
-        for name, (module, key) in self._places():
-            if name in self._absent:
-                setattr(module, key, self._absent.pop(name))
+        """Remove the tensors that :meth:`fill_` filled in."""
+        for name, (module, key) in self._named_tensors():
+            if name in self._meta:
+                setattr(module, key, self._meta.pop(name))
 
     def _device(self) -> torch.device:
         return next(p.device for name, p in self.model.named_parameters() if name in self.own)
 
-    def _places(self) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+    def _named_tensors(self) -> Iterator[tuple[str, tuple[nn.Module, str]]]:
+        """The name of every parameter and buffer, with its module and its attribute name in the module."""
         for path, module in self.model.named_modules():
             for key in [*module._parameters, *module._buffers]:
                 if getattr(module, key) is not None:
