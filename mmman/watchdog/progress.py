@@ -11,7 +11,7 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _COLLECTIVES = os.path.join(_TORCH, 'distributed') + os.sep
-_WATCHDOG = os.path.join(os.path.dirname(__file__), 'watchdog.py')
+_MONITOR = os.path.join(os.path.dirname(__file__), 'monitor.py')
 _STANDARD_LIBRARY = sysconfig.get_paths()['stdlib'] + os.sep
 
 
@@ -65,7 +65,7 @@ def code_of_thread(ident: int) -> Code:
     collective = ''
     while frame is not None:
         code = frame.f_code
-        if code.co_filename == _WATCHDOG:
+        if code.co_filename == _MONITOR:
             return Code('', False)
         if code.co_filename.startswith(_COLLECTIVES):
             collective = code.co_name

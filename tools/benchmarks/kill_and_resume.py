@@ -325,10 +325,9 @@ def first_difference(ours: object, theirs: object, path: str = '') -> str | None
 
 
 def table(tallies: dict[str, Tally]) -> str:
-    rows = [
-        'mode | kills | of one rank alone | others ended as by a launcher | during a write | resumes | of these mid-epoch | started anew | bitwise equal',
-        ' | '.join(['---'] * 9),
-    ]
+    columns = ('mode', 'kills', 'of one rank alone', 'others ended as by a launcher', 'during a write', 'resumes')
+    columns += ('of these mid-epoch', 'started anew', 'bitwise equal')
+    rows = [' | '.join(columns), ' | '.join(['---'] * len(columns))]
     for mode, tally in tallies.items():
         rows.append(
             f'{mode} | {tally.kills} | {tally.one_rank} | {tally.unnoticed} | {tally.during_write} | {tally.resumes} | '
