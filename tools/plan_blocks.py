@@ -27,10 +27,10 @@ from rich.table import Table
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.paper_cost import CHANNEL, UNIT, choose_blocks
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
 from mmman.memory.detection.focal_loss import fused_focal_loss
 from mmman.partition import chain_of, plan_blocks
@@ -67,7 +67,7 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
         planned = fewest_flops(step, args.target_memory, args.blocks)
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
-    count = len(planned.again)
+    count = len(planned.modes)
     others = {name: MemoryPlan(cuts, step.choices[-1:] * count) for name, cuts in _library_cuts(profile, count).items()}
     plans = {'planned': planned, **others}
     choices = [Choice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
@@ -76,7 +76,7 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
 
 def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:
     """What ``partition='stage'`` and ``'uniform'`` cut, where the last block makes an output."""
-    model, _ = build_trial(copy.deepcopy(profile.config), *profile.shape[2:])
+    model, _ = build_dummy_model(copy.deepcopy(profile.config), *profile.shape[2:])
     chain = chain_of(model.backbone)
     trainable = [unit.is_trainable(model.backbone) for unit in chain.units]
     found = {}
@@ -133,7 +133,7 @@ def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
     ratio, layers = round(planned.peak.total / whole.peak.total, 3), len(profile.names)
     lines = []
     try:
-        cost = predict_cost(build_trial(cfg, *profile.shape[2:])[0], profile.shape)
+        cost = predict_cost(build_dummy_model(cfg, *profile.shape[2:])[0], profile.shape)
         for name, one in (('Eq. 13 and 17', cost.formulas), ('the same summed over the units', cost.summed)):
             lines.append(f"paper's cost model, {name}: FLOPs {one.flops - 1:+.1%}, activations {one.activations - 1:+.1%}")
         fit = choose_blocks(
@@ -150,7 +150,7 @@ def measured_peak(profile: Profile, plan: MemoryPlan) -> int:
     cfg = localized(profile, plan)
     batch, _, height, width = profile.shape
     sizes_only = None if cfg.default_scope == 'mmdet' else SizesOnly()
-    model, optim_wrapper = build_trial(cfg, height, width, sizes_only)
+    model, optim_wrapper = build_dummy_model(cfg, height, width, sizes_only)
     data = random_batch(model, cfg.default_scope, batch, height, width)
     with sizes_only or nullcontext():
         return StepMeter(model, optim_wrapper, data).memory().peak

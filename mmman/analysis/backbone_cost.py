@@ -19,7 +19,7 @@ from mmman.local.blocks import localized_backbone
 
 
 @dataclass(frozen=True)
-class UnitCost:
+class UnitCounts:
     """What a unit costs.
 
     Attributes:
@@ -45,7 +45,7 @@ class Ratios:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class CostPrediction:
     """What the cost model says of a backbone. None of it is a measurement of training.
 
     Attributes:
@@ -55,13 +55,13 @@ class Prediction:
         summed: The sums behind these equations, with every unit as it is and the blocks as they are cut.
     """
 
-    blocks: tuple[tuple[UnitCost, ...], ...]
+    blocks: tuple[tuple[UnitCounts, ...], ...]
     bias: Bias
     formulas: Ratios
     summed: Ratios
 
 
-def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> Prediction:
+def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> CostPrediction:
     """Apply the cost model to the backbone of ``model``. Nothing is computed: the units run on meta tensors.
 
     Args:
@@ -79,12 +79,12 @@ def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> Predicti
         if head.transfer.momentum is None:
             raise CostError('the cost model is of a transfer with a momentum copy: set ema=True in transfer')
         bias = _bias(head.transfer)
-    costs = {cost.name: cost for cost in unit_costs(backbone, shape)}
+    costs = {cost.name: cost for cost in unit_counts(backbone, shape)}
     blocks = tuple(tuple(costs[unit.name] for unit in block) for block in plan.blocks)
-    return Prediction(blocks, bias, formula_ratios(blocks, bias), summed_ratios(blocks, bias))
+    return CostPrediction(blocks, bias, formula_ratios(blocks, bias), summed_ratios(blocks, bias))
 
 
-def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[UnitCost]:
+def unit_counts(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[UnitCounts]:
     """The cost of every unit of a localised backbone, in the order in which they run.
 
     A tensor that several units keep counts for the first. What runs between two units, such as the norm of an output, counts
@@ -118,12 +118,12 @@ def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[Un
     with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
         bare(images)
     return [
-        UnitCost(unit.name, sum(p.numel() for p in unit.parameters(bare)), flops - flops_before, kept_bytes - kept_before)
+        UnitCounts(unit.name, sum(p.numel() for p in unit.parameters(bare)), flops - flops_before, kept_bytes - kept_before)
         for unit, ((flops_before, kept_before), (flops, kept_bytes)) in zip(units, pairwise(totals), strict=True)
     ]
 
 
-def formula_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
+def formula_ratios(blocks: Sequence[Sequence[UnitCounts]], bias: Bias) -> Ratios:
     """Eq. 8 over the parameters there are, Eq. 13 and Eq. 17: of the activations and FLOPs of the units they know nothing."""
     sizes = [unit.parameters for block in blocks for unit in block]
     layers, num_blocks = len(sizes), len(blocks)
@@ -134,7 +134,7 @@ def formula_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
     )
 
 
-def summed_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
+def summed_ratios(blocks: Sequence[Sequence[UnitCounts]], bias: Bias) -> Ratios:
     """What these equations say before all units are taken for equal: a head costs what the unit that it copies does, and β.
 
     The activation ratio is that of the largest block with its head, of all blocks.

@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
 from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
 from mmman.heads.dry_run import IMAGES, describe_error, detection_samples
 from mmman.local.session import Session
@@ -36,7 +36,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     Raises:
         LocalLearningError: The localised model fails where the stock model doesn't, or its local heads do.
     """
-    child, stock = _plain(child), _plain(stock)
+    child, stock = _for_cpu(child), _for_cpu(stock)
     scope = _scope(child)
     sides = tuple(dict.fromkeys((*SIDES.get(scope, (128,)), *_own_sides(child.model.backbone.backbone))))
     try:
@@ -52,7 +52,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     except Exception:
         why = f'the whole model was not run, because its stock form fails on random data as well ({describe_error(failure)})'
         try:
-            return _first_that_runs(sides, lambda side: _local_step(child, scope, side)), why
+            return _first_that_runs(sides, lambda side: _backbone_step(child, scope, side)), why
         except LocalLearningError:
             raise
         except Exception as error:
@@ -60,7 +60,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
 
 
-def _plain(cfg: Config) -> Config:
+def _for_cpu(cfg: Config) -> Config:
     """A copy of the config in full precision, as a CPU takes it, for small images, without a teacher's weights to download."""
     cfg = copy.deepcopy(cfg)
     for name in ('dtype', 'loss_scale'):
@@ -103,7 +103,7 @@ def _first_that_runs(sides: tuple[int, ...], step: Callable[[int], list[str]]) -
 
 
 def _step(cfg: Config, scope: str, side: int) -> list[str]:
-    model, optim_wrapper = build_trial(copy.deepcopy(cfg), side, side)
+    model, optim_wrapper = build_dummy_model(copy.deepcopy(cfg), side, side)
     optim_wrapper.initialize_count_status(model, 0, 1)
     data = model.data_preprocessor(_batch(model, scope, side), training=True)
     with optim_wrapper.optim_context(model):
@@ -131,7 +131,7 @@ class _BackboneAlone(BaseModel):
         return self.backbone(inputs)
 
 
-def _local_step(cfg: Config, scope: str, side: int) -> list[str]:
+def _backbone_step(cfg: Config, scope: str, side: int) -> list[str]:
     init_default_scope(cfg.default_scope)
     model = _BackboneAlone(revert_sync_batchnorm(MODELS.build(model_config(cfg, side, side).backbone))).train()
     local = model.backbone.local

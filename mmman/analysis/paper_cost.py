@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 """A bound on K this close to a whole number is that number."""
 
 
-def _check_blocks(layers: int, num_blocks: int) -> None:
+def _check_num_blocks(layers: int, num_blocks: int) -> None:
     if not isinstance(layers, int) or layers < 1:
         raise CostError(f'layers={layers!r}: a whole number from 1 is needed')
     if not isinstance(num_blocks, int) or not 1 <= num_blocks <= layers:
@@ -29,7 +29,7 @@ def _check_blocks(layers: int, num_blocks: int) -> None:
 
 
 def _check_sizes(sizes: Sequence[float], num_blocks: int) -> None:
-    _check_blocks(len(sizes), num_blocks)
+    _check_num_blocks(len(sizes), num_blocks)
     for size in sizes:
         if not 0 < size < math.inf:
             raise CostError(f'a layer of {size!r} parameters: every layer needs a finite number above 0')
@@ -95,7 +95,7 @@ def parameter_ratio_bounds(layers: int, num_blocks: int, imbalance: float, bias:
     Args:
         imbalance: R (the paper: rho), the parameters of the largest layer over those of the smallest, from 1.
     """
-    _check_blocks(layers, num_blocks)
+    _check_num_blocks(layers, num_blocks)
     if not 1 <= imbalance < math.inf:
         raise CostError(f'imbalance={imbalance!r}: the largest layer over the smallest is a finite number from 1')
     per_layer = (1 + bias.parameters) * (num_blocks - 1) / layers
@@ -117,14 +117,14 @@ def local_flops(layers: int, num_blocks: int, layer_flops: float, bias: Bias = U
     Args:
         layer_flops: F, FLOPs of a layer's forward pass, and of its backward pass as well.
     """
-    _check_blocks(layers, num_blocks)
+    _check_num_blocks(layers, num_blocks)
     _check_from_0('layer_flops', layer_flops)
     return (2 * layers + (num_blocks - 1) * (2 + bias.flops)) * layer_flops
 
 
 def flops_ratio(layers: int, num_blocks: int, bias: Bias = UNIT) -> float:
     """Eq. 13: FLOPs ratio, 1 + (K-1)/L · (1 + β_F/2). From 1 at K = 1 to nearly 2 + β_F/2 at K = L."""
-    _check_blocks(layers, num_blocks)
+    _check_num_blocks(layers, num_blocks)
     return 1 + (num_blocks - 1) / layers * (1 + bias.flops / 2)
 
 
@@ -134,7 +134,7 @@ def max_blocks(layers: int, overhead: float, bias: Bias = UNIT) -> int:
     Args:
         overhead: ε, finite, from 0; 0.1 allows 10 % more FLOPs.
     """
-    _check_blocks(layers, 1)
+    _check_num_blocks(layers, 1)
     _check_from_0('overhead', overhead)
     return min(layers, math.floor(1 + overhead * layers / (1 + bias.flops / 2) + ROUNDING))
 
@@ -167,7 +167,7 @@ def activation_ratio(layers: int, num_blocks: int, bias: Bias = UNIT) -> float:
 
     It is above 1 where a head weighs more than cutting saves, e.g. L = K = 2.
     """
-    _check_blocks(layers, num_blocks)
+    _check_num_blocks(layers, num_blocks)
     return 1.0 if num_blocks == 1 else 1 / num_blocks + (1 + bias.activations) / layers
 
 
@@ -180,7 +180,7 @@ def min_blocks(layers: int, ratio: float, bias: Bias = UNIT) -> int:
     Raises:
         CostError: It would take more than L blocks. The paper asks for r > (1+β_A)/L alone, which allows K above L.
     """
-    _check_blocks(layers, 1)
+    _check_num_blocks(layers, 1)
     if not 0 < ratio < 1:
         raise CostError(f'ratio={ratio!r}: the share of the activations to keep is above 0 and below 1')
     room = ratio - (1 + bias.activations) / layers

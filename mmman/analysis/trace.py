@@ -88,7 +88,7 @@ class Extrapolation:
     def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
         self._traces, self._pixels = (small, large), pixels
         sizes = np.array(large.sizes, dtype=float)
-        for i, j in _pairs(small.allocated_by, large.allocated_by):
+        for i, j in _matching_pairs(small.allocated_by, large.allocated_by):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
@@ -123,7 +123,7 @@ class Extrapolation:
         return round(self._sizes[self._traces[1].named[name]])
 
 
-def _pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
+def _matching_pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
     """Indices of the elements of two sequences that are alike, in order. Where they differ, they soon go on alike."""
     i = j = 0
     while i < len(first) and j < len(second):

@@ -15,8 +15,8 @@ from mmengine.runner.amp import autocast
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from mmman.analysis.attribute_memory import attribute_memory, block_outputs
 from mmman.analysis.memory import LiveBytes, LiveParts
-from mmman.analysis.parts import block_outputs, parts_told
 from mmman.local.blocks import LocalBlocks
 from mmman.memory.chunks import replaced
 from mmman.memory.detection.dense_loss import DenseLoss
@@ -82,7 +82,7 @@ class StepMeter:
         with (
             replaced(self.optim_wrapper, 'cuda_graphs', False),
             LiveParts(held, part='input') as live,
-            parts_told(live, self.model, self.optim_wrapper, self.outputs),
+            attribute_memory(live, self.model, self.optim_wrapper, self.outputs),
         ):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}

@@ -49,10 +49,10 @@ def measure(backbone: nn.Module, chain: Chain) -> Measured:
         UnsupportedBackboneError: It accepts none of them, or its units aren't what its forward pass runs.
     """
     reason, narrow = None, None
-    for channels in _channels(backbone, chain):
-        for size in _sizes(chain):
+    for channels in _image_channels(backbone, chain):
+        for size in _image_sizes(chain):
             try:
-                found = _measure(backbone, chain, channels, size)
+                found = _measure_on(backbone, chain, channels, size)
             except LocalLearningError:
                 raise
             except Exception as error:  # a backbone may raise anything on an image that it can't take
@@ -85,7 +85,7 @@ def run_once(backbone: nn.Module, channels: int, size: tuple[int, int]) -> objec
             module.training = mode
 
 
-def _measure(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, int]) -> Measured:
+def _measure_on(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, int]) -> Measured:
     shapes: list[torch.Size] = []
     order: list[str] = []
 
@@ -135,7 +135,7 @@ def _ratio(before: float, after: float) -> float:
     return min(powers or fitting or [nearest], key=lambda r: abs(r - before / after))
 
 
-def _channels(backbone: nn.Module, chain: Chain) -> Iterator[int]:
+def _image_channels(backbone: nn.Module, chain: Chain) -> Iterator[int]:
     if chain.in_channels is not None:
         yield chain.in_channels
         return
@@ -144,6 +144,6 @@ def _channels(backbone: nn.Module, chain: Chain) -> Iterator[int]:
     yield from dict.fromkeys(channels for channels in (first, *USUAL_CHANNELS, (first or 0) // 4) if channels)
 
 
-def _sizes(chain: Chain) -> Iterator[tuple[int, int]]:
+def _image_sizes(chain: Chain) -> Iterator[tuple[int, int]]:
     yield chain.input_size
     yield from ((side, side) for side in LARGER_SIDES if side > max(chain.input_size))

@@ -83,7 +83,7 @@ def plan_blocks(
             'train in blocks: lower frozen_stages of the stock backbone'
         )
     if not isinstance(partition, str):
-        blocks = _named(units, names, list(partition))
+        blocks = _cut_at_names(units, names, list(partition))
         if num_blocks not in (None, len(blocks)):
             raise PartitionError(f'partition names {len(partition)} cuts, so {len(blocks)} blocks, but num_blocks={num_blocks}')
         return Plan(frozen, blocks)
@@ -103,7 +103,7 @@ def plan_blocks(
     )
 
 
-def _named(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:
+def _cut_at_names(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:
     for cut in cuts:
         if cut not in names[:-1]:
             raise PartitionError(f'no cut is possible after {cut!r}; the units to cut after are: {", ".join(names[:-1])}')

@@ -19,12 +19,12 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import multiprocessing
 
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.engine import LocalLearningOptimWrapper
-from mmman.experimental.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, end_to_end, optimizer_like
+from mmman.experimental.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, optimizer_like, single_block_copy
 from mmman.experimental.scaling.network import Link, Network
 from mmman.experimental.scaling.pipeline_run import pipeline_seconds
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.experimental.scaling.simulate import BUCKET, simulate_end_to_end, simulate_local, simulate_pipeline
 from mmman.local import delocalize_
 from mmman.parallel.ddp import LocalDistributedDataParallel
@@ -45,27 +45,27 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MachineTimes:
     """What two processes of this machine did, each with one thread.
 
     Attributes:
-        alone: Profile of one process while the other one sleeps.
-        beside: Profile of one process while the other one measures its own.
+        alone: StageProfile of one process while the other one sleeps.
+        beside: StageProfile of one process while the other one measures its own.
         point_to_point: The link as two messages back and forth see it.
         ring: The link as an all-reduce of one of DDP's buckets sees it.
         iterations: Median seconds an iteration, by what ran.
         stages: Mean seconds an iteration in which each stage of the pipeline computed, in that very run.
     """
 
-    alone: Profile
-    beside: Profile
+    alone: StageProfile
+    beside: StageProfile
     point_to_point: Link
     ring: Link
     iterations: dict[str, float]
     stages: list[float] | None = None
 
 
-def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: int) -> tuple[Measured, list[Comparison]]:
+def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: int) -> tuple[MachineTimes, list[Comparison]]:
     """Train a localised config in one and in two gloo processes on this CPU, and compare with the simulator.
 
     Args:
@@ -80,9 +80,9 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
     if len(found['beside']['blocks']) == PROCESSES:
         seconds, found['stages'] = pipeline_seconds(cfg, PROCESSES, batch, height, width, 4 * iterations)
         found['iterations']['pipeline'] = seconds
-    measured = Measured(
-        alone=Profile.from_dict(found['alone']),
-        beside=Profile.from_dict(found['beside']),
+    measured = MachineTimes(
+        alone=StageProfile.from_dict(found['alone']),
+        beside=StageProfile.from_dict(found['beside']),
         point_to_point=Link(**found['point_to_point']),
         ring=Link(**found['ring']),
         iterations=found['iterations'],
@@ -91,7 +91,7 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
     return measured, compare(measured)
 
 
-def compare(measured: Measured) -> list[Comparison]:
+def compare(measured: MachineTimes) -> list[Comparison]:
     """The simulator's iterations beside the measured ones; of a pipeline where there are as many blocks as processes."""
     ring, took = Network(measured.ring), measured.iterations
     alone, beside = measured.alone, measured.beside
@@ -115,7 +115,7 @@ def compare(measured: Measured) -> list[Comparison]:
     return rows
 
 
-def _lasting(block: Block, seconds: float) -> Block:
+def _lasting(block: BlockCost, seconds: float) -> BlockCost:
     """A block whose parts take ``seconds`` in all, in the same proportions."""
     parts = ('forward', 'head', 'backward', 'update')
     return replace(block, **{name: getattr(block, name) * seconds / block.seconds for name in parts})
@@ -126,7 +126,7 @@ def _process(rank: int, folder: str, cfg: Config, batch: int, height: int, width
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=PROCESSES)
     links = {'point_to_point': asdict(_point_to_point(rank)), 'ring': asdict(_ring())}
-    model, optim_wrapper = build_trial(cfg, height, width)
+    model, optim_wrapper = build_dummy_model(cfg, height, width)
     data = random_batch(model, cfg.default_scope, batch, height, width, seed=rank)
     found = {}
     if rank == 0:
@@ -151,7 +151,7 @@ def _process(rank: int, folder: str, cfg: Config, batch: int, height: int, width
 
 def _end_to_end_step(meter: ProfileMeter, wrap: Callable = lambda model: model) -> Callable[[], None]:
     """A training step of the meter's model in one block, on a copy, by the library's own optim wrapper."""
-    model, optim_wrapper = end_to_end(meter.model, meter.optim_wrapper)
+    model, optim_wrapper = single_block_copy(meter.model, meter.optim_wrapper)
     delocalize_(model.backbone)
     wrapped, optim_wrapper = wrap(model), OptimWrapper(optim_wrapper.optimizer)
     return lambda: wrapped.train_step(meter.data, optim_wrapper)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.engine import LocalLearningOptimWrapper
 from mmman.errors import ScalingError
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.local import delocalize_, localize_
 from mmman.local.blocks import LocalBlocks
 from mmman.partition import chain_of
@@ -60,7 +60,7 @@ class ProfileMeter:
             raise ScalingError('to measure blocks the model needs some: a mmman.LocalBackbone with num_blocks of at least 2')
         self.data, self.clock = data, clock
         self.model, self.optim_wrapper = model, optim_wrapper
-        self.whole, self.whole_wrapper = end_to_end(model, optim_wrapper)
+        self.whole, self.whole_wrapper = single_block_copy(model, optim_wrapper)
         self._outputs = [block[-1].output for block in local.plan.blocks[:-1]]
         self._laps: list[tuple[list[float], list[float]]] = []
 
@@ -69,23 +69,23 @@ class ProfileMeter:
         local = local_lap(self.model, self.optim_wrapper, self.data, self.clock)
         self._laps.append((local, whole_lap(self.whole, self.whole_wrapper, self.data, self._outputs, self.clock)))
 
-    def profile(self, warmup: int = WARMUP) -> Profile:
+    def profile(self, warmup: int = WARMUP) -> StageProfile:
         """What all laps but the first ``warmup`` say."""
-        local, whole = (_medians(laps) for laps in zip(*self._laps[warmup:], strict=True))
-        sizes = _sizes(self.model, self.data)
+        local, whole = (_lap_medians(laps) for laps in zip(*self._laps[warmup:], strict=True))
+        sizes = _block_sizes(self.model, self.data)
         own = [{'gradients': size['gradients'], 'head_gradients': 0} for size in sizes]
         own[-1]['head_gradients'] = sizes[-1]['head_gradients']
         samples = self.data['data_samples']
-        return Profile(
+        return StageProfile(
             batch=len(samples),
             blocks=_blocks(local, sizes),
             end_to_end=_blocks(whole, own),
             images=self.model.data_preprocessor(self.data, True)['inputs'].nbytes,
-            labels=sum(tensor.nbytes for sample in samples for tensor in _tensors(sample)),
+            labels=sum(tensor.nbytes for sample in samples for tensor in _sample_tensors(sample)),
         )
 
 
-def end_to_end(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tuple[BaseModel, OptimWrapper]:
+def single_block_copy(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tuple[BaseModel, OptimWrapper]:
     """A copy of a localised model in one block, with an optimizer of the same class and defaults."""
     whole = copy.deepcopy(model)
     localize_(delocalize_(whole.backbone), num_blocks=1)
@@ -162,23 +162,23 @@ def _laps(marks: list[float], expected: int) -> list[float]:
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
-def _medians(laps: Iterable[list[float]]) -> list[float]:
+def _lap_medians(laps: Iterable[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*laps, strict=True)]
 
 
-def _blocks(laps: list[float], sizes: list[dict]) -> tuple[Block, ...]:
+def _blocks(laps: list[float], sizes: list[dict]) -> tuple[BlockCost, ...]:
     """Blocks from 3K + 1 laps; the update is shared out by the bytes of gradients."""
     *parts, update = laps
     total = sum(size['gradients'] + size['head_gradients'] for size in sizes)
     return tuple(
-        Block(*parts[3 * j : 3 * j + 3], update=update * (size['gradients'] + size['head_gradients']) / total, **size)
+        BlockCost(*parts[3 * j : 3 * j + 3], update=update * (size['gradients'] + size['head_gradients']) / total, **size)
         for j, size in enumerate(sizes)
     )
 
 
 @torch.no_grad()
-def _sizes(model: BaseModel, data: dict) -> list[dict]:
-    """Bytes of every block, by the names of :class:`Block`."""
+def _block_sizes(model: BaseModel, data: dict) -> list[dict]:
+    """Bytes of every block, by the names of :class:`BlockCost`."""
     backbone, local = model.backbone, model.backbone.local
     chain = chain_of(backbone)
     made: dict[str, int] = {}
@@ -218,9 +218,9 @@ def _trained(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.nbytes for p in parameters if p.requires_grad)
 
 
-def _tensors(sample: object) -> list[Tensor]:
+def _sample_tensors(sample: object) -> list[Tensor]:
     if hasattr(sample, 'all_items'):
-        return [tensor for _, value in sample.all_items() for tensor in _tensors(value)]
+        return [tensor for _, value in sample.all_items() for tensor in _sample_tensors(value)]
     return [leaf for leaf in tree_flatten(sample)[0] if isinstance(leaf, Tensor)]
 
 

@@ -16,7 +16,7 @@ from mmengine.hooks import Hook
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
 from mmman.parallel.pipeline import PipelineRunner
 
 WARMUP = 6
@@ -72,7 +72,7 @@ def _stage(
     torch.set_num_threads(1)
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     os.environ.update(zip(names, map(str, (rank, stages, rank, '127.0.0.1', port)), strict=True))
-    model, _ = build_trial(cfg, height, width)  # which knows how many classes there are
+    model, _ = build_dummy_model(cfg, height, width)  # which knows how many classes there are
     data = random_batch(model, cfg.default_scope, batch, height, width)
     times = StepTimes()
     count = WARMUP + iterations

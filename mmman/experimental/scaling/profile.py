@@ -12,7 +12,7 @@ from mmman.errors import ScalingError
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockCost:
     """One block of a training step. Times are seconds, sizes bytes, all for one GPU's batch.
 
     Attributes:
@@ -46,7 +46,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Profile:
+class StageProfile:
     """A model, once trained locally and once end to end.
 
     Attributes:
@@ -59,8 +59,8 @@ class Profile:
     """
 
     batch: int
-    blocks: tuple[Block, ...]
-    end_to_end: tuple[Block, ...]
+    blocks: tuple[BlockCost, ...]
+    end_to_end: tuple[BlockCost, ...]
     images: float = 0.0
     labels: float = 0.0
     loading: float = 0.0
@@ -81,7 +81,7 @@ class Profile:
         images = self.images if any(block.needs_images for block in self.blocks[j + 1 :]) else 0
         return self.blocks[j].features + relayed + self.labels + images
 
-    def with_totals(self, local: float, end_to_end: float) -> Profile:
+    def with_totals(self, local: float, end_to_end: float) -> StageProfile:
         """The same proportions, with these seconds for all blocks together."""
         return replace(self, blocks=_slower(self.blocks, local), end_to_end=_slower(self.end_to_end, end_to_end))
 
@@ -90,7 +90,7 @@ class Profile:
         Path(path).write_text(json.dumps(asdict(self), indent=2) + '\n')
 
     @classmethod
-    def load(cls, path: str | Path) -> Profile:
+    def load(cls, path: str | Path) -> StageProfile:
         """Read what :meth:`save` wrote, or what was written by hand in that form.
 
         Raises:
@@ -106,13 +106,13 @@ class Profile:
             raise ScalingError(f'{path} is no profile: {error}; it needs batch, blocks and end_to_end') from None
 
     @classmethod
-    def from_dict(cls, data: dict) -> Profile:
+    def from_dict(cls, data: dict) -> StageProfile:
         """The inverse of ``dataclasses.asdict``."""
-        lists = {name: tuple(Block(**values) for values in data[name]) for name in ('blocks', 'end_to_end')}
+        lists = {name: tuple(BlockCost(**values) for values in data[name]) for name in ('blocks', 'end_to_end')}
         return cls(**{**data, **lists})
 
 
-def _slower(blocks: Sequence[Block], total: float) -> tuple[Block, ...]:
+def _slower(blocks: Sequence[BlockCost], total: float) -> tuple[BlockCost, ...]:
     """Blocks that take ``total`` seconds together."""
     factor = total / sum(block.seconds for block in blocks)
     times = ('forward', 'head', 'backward', 'update')

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mmman.errors import ScalingError
 from mmman.experimental.scaling.network import Link, Network
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 
 MIB = 2**20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB
@@ -72,7 +72,7 @@ def reduce_all(ready: Sequence[tuple[float, float]], link: Link, ranks: int) -> 
     return end, busy
 
 
-def simulate_end_to_end(profile: Profile, gpus: int, network: Network) -> Outcome:
+def simulate_end_to_end(profile: StageProfile, gpus: int, network: Network) -> Outcome:
     """End-to-end training under DDP: buckets are reduced during the backward pass, and waited for before the step."""
     blocks = profile.end_to_end
     now = sum(block.forward + block.head for block in blocks)
@@ -83,7 +83,7 @@ def simulate_end_to_end(profile: Profile, gpus: int, network: Network) -> Outcom
     return _data_parallel('E2E, DDP', profile, blocks, now, buckets(produced), gpus, network)
 
 
-def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: bool) -> Outcome:
+def simulate_local(profile: StageProfile, gpus: int, network: Network, blockwise: bool) -> Outcome:
     """Local learning under data parallelism.
 
     Args:
@@ -113,8 +113,8 @@ def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: boo
 
 def _data_parallel(
     system: str,
-    profile: Profile,
-    blocks: Sequence[Block],
+    profile: StageProfile,
+    blocks: Sequence[BlockCost],
     computed: float,
     ready: Sequence[tuple[float, float]],
     gpus: int,
@@ -129,7 +129,9 @@ def _data_parallel(
     return Outcome(system, gpus, iteration, gpus * profile.batch / iteration, bubble, busy / iteration)
 
 
-def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: int = 2, iterations: int = 1000) -> Outcome:
+def simulate_pipeline(
+    profile: StageProfile, gpus: int, network: Network, staleness: int = 2, iterations: int = 1000
+) -> Outcome:
     """A pipeline of one block a stage, in ``gpus / K`` replicas, filled once and drained after ``iterations`` batches.
 
     Stage j starts a batch when it is done with the batch before, has the message of stage j-1, and has the parameters that

@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mmman.experimental.scaling.network import Network
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.experimental.scaling.simulate import simulate_end_to_end, simulate_pipeline
 
 
 @dataclass(frozen=True)
-class Row:
+class Table8Row:
     """One model of the table. Times are seconds an epoch.
 
     Attributes:
@@ -38,14 +38,14 @@ class Row:
     local: float
     local_ddp: float
     pipeline: float
-    blocks: tuple[Block, ...]
-    whole: tuple[Block, ...]
+    blocks: tuple[BlockCost, ...]
+    whole: tuple[BlockCost, ...]
 
-    def profile(self, equal: bool) -> Profile:
+    def profile(self, equal: bool) -> StageProfile:
         """A GPU's batch that takes the paper's one-GPU times, shared out equally or as the FLOPs are."""
         batch = self.batch // len(self.blocks)
         blocks = [replace(b, features=b.features * batch, taps=b.taps * batch) for b in self.blocks]
-        counted = Profile(batch, tuple(blocks), self.whole, images=4 * 3 * self.pixels * batch)
+        counted = StageProfile(batch, tuple(blocks), self.whole, images=4 * 3 * self.pixels * batch)
         local, whole = (seconds * batch / self.images for seconds in (self.local, self.end_to_end))
         if equal:
             counted = replace(counted, blocks=tuple(_equal(block) for block in counted.blocks))
@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class RowPrediction:
     """Seconds an epoch as the simulator has them.
 
     Attributes:
@@ -64,14 +64,14 @@ class Prediction:
         flops_ratio: FLOPs of MAN++ over those of E2E.
     """
 
-    row: Row
+    row: Table8Row
     ddp: float
     equal: float
     by_flops: float
     flops_ratio: float
 
 
-def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
+def predict(row: Table8Row, network: Network, staleness: int = 1) -> RowPrediction:
     """Predict a row from its two one-GPU times."""
     count = len(row.blocks)
     iterations = max(1, row.images // (row.batch // count))
@@ -80,7 +80,7 @@ def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
         outcome = simulate_pipeline(row.profile(equal), count, network, staleness, iterations)
         return row.images / outcome.images_per_second
 
-    return Prediction(
+    return RowPrediction(
         row=row,
         ddp=row.images / simulate_end_to_end(row.profile(True), count, network).images_per_second,
         equal=pipeline(True),
@@ -89,7 +89,7 @@ def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
     )
 
 
-def _equal(block: Block) -> Block:
+def _equal(block: BlockCost) -> BlockCost:
     """The same block at a cost of 1, in its own proportions."""
     total = block.seconds
     return replace(block, forward=block.forward / total, head=block.head / total, backward=block.backward / total)
@@ -105,10 +105,10 @@ def _block(
     taps: float = 0.0,
     first_unit: float = 0.0,
     needs_images: bool = False,
-) -> Block:
+) -> BlockCost:
     """A block in GFLOPs and MB."""
     mega = 1e6
-    return Block(
+    return BlockCost(
         forward=forward,
         head=head,
         backward=backward,
@@ -122,7 +122,7 @@ def _block(
 
 
 ROWS = (
-    Row(
+    Table8Row(
         'ImageNet',
         'ResNet-101',
         images=1281167,
@@ -146,7 +146,7 @@ ROWS = (
             _block(4.239, 0.004096, 8.486, 86.67, 8.196),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ResNet-152',
         images=1281167,
@@ -170,7 +170,7 @@ ROWS = (
             _block(5.986, 0.004096, 11.98, 104.5, 8.196),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ViT-Tiny/16',
         images=1281167,
@@ -194,7 +194,7 @@ ROWS = (
             _block(0.5229, 0.000384, 1.047, 5.338, 0.772),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ViT-Base/16',
         images=1281167,
@@ -218,7 +218,7 @@ ROWS = (
             _block(8.366, 0.001536, 16.74, 85.05, 3.076),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R34',
         images=117266,
@@ -242,7 +242,7 @@ ROWS = (
             _block(15.94, 184.2, 400.2, 52.46, 40.93),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R101',
         images=117266,
@@ -266,7 +266,7 @@ ROWS = (
             _block(20.08, 188.6, 417.4, 59.86, 57.84),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R152',
         images=117266,
@@ -290,7 +290,7 @@ ROWS = (
             _block(20.08, 188.6, 417.4, 59.86, 57.84),
         ),
     ),
-    Row(
+    Table8Row(
         'Cityscapes',
         'DeepLabV3-R50',
         images=2975,
@@ -310,7 +310,7 @@ ROWS = (
             _block(337, 802.4, 2279, 73.27, 178.3),
         ),
     ),
-    Row(
+    Table8Row(
         'Cityscapes',
         'DeepLabV3-R101',
         images=2975,

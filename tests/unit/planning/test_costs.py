@@ -14,8 +14,7 @@ from mmman.planning.search import fewest_flops, smallest_peak
 def random_step(seed: int) -> StepCost:
     """Up to eight units of random costs, with two to four strides, and heads that depend on the other cuts' strides.
 
-    Every other one updates immediately, of these and the others every other one runs the task in chunks, and so on: a choice of
-    blocks to compute again.
+    The bits of the seed switch immediate updates, chunks of the task, and a choice of recompute modes.
     """
     draw = random.Random(seed)
     count = draw.randint(3, 5 if seed & 4 else 8)
@@ -45,13 +44,13 @@ def random_step(seed: int) -> StepCost:
     if seed & 4:
         full = tuple(replace(unit, kept=unit.output, backward=unit.backward + size(), flops=unit.flops + 10) for unit in units)
         half = tuple(replace(unit, kept=(unit.kept + unit.output) // 2, flops=unit.flops + 3) for unit in units)
-        modes['again'] = (half, full)
+        modes['recomputed'] = (half, full)
     return StepCost(size(50), units, task, head, strides, flops, first=first, update=size(), **modes)
 
 
 def all_plans(step: StepCost) -> list[MemoryPlan]:
     cuts = [cuts for k in range(len(step.candidates) + 1) for cuts in combinations(step.candidates, k)]
-    return [MemoryPlan(some, again) for some in cuts for again in product(step.choices, repeat=len(some) + 1)]
+    return [MemoryPlan(some, modes) for some in cuts for modes in product(step.choices, repeat=len(some) + 1)]
 
 
 @pytest.mark.parametrize('seed', range(60))
@@ -64,7 +63,7 @@ def test_smallest_peak_is_that_of_brute_force(seed):
         assert len(found.cuts) == blocks - 1
         peak = min(peak for plan, peak in peaks.items() if len(plan.cuts) == blocks - 1)
         assert peaks[found] == peak
-        if step.again:  # computed again is what needs to be
+        if step.recomputed:  # recompute no more than necessary
             alike = [overheads[plan] for plan in peaks if len(plan.cuts) == blocks - 1 and peaks[plan] == peak]
             assert overheads[found] == min(alike)
     assert peaks[smallest_peak(step)] == min(peaks.values())

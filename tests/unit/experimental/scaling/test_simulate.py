@@ -8,10 +8,10 @@ import pytest
 
 from mmman import LocalLearningError
 from mmman.experimental.scaling import (
-    Block,
+    BlockCost,
     Link,
     Network,
-    Profile,
+    StageProfile,
     parse_bandwidth,
     parse_time,
     simulate_end_to_end,
@@ -26,11 +26,11 @@ MB = 1e6
 
 def stages(*seconds, **sizes):
     """Blocks that compute so long in all, a quarter of it backward; their update costs nothing."""
-    return tuple(Block(t / 2, t / 4, t / 4, **sizes) for t in seconds)
+    return tuple(BlockCost(t / 2, t / 4, t / 4, **sizes) for t in seconds)
 
 
 def profile(*blocks, **options):
-    return Profile(batch=16, blocks=blocks, end_to_end=stages(1.0), **options)
+    return StageProfile(batch=16, blocks=blocks, end_to_end=stages(1.0), **options)
 
 
 def slow(bandwidth=float('inf'), latency=0.0, machine=8):
@@ -61,7 +61,7 @@ def test_without_staleness_neighbours_alternate():
 
 
 def test_features_leave_before_the_update_and_parameters_after_it():
-    block = Block(0.1, 0.1, 0.2, update=0.3)
+    block = BlockCost(0.1, 0.1, 0.2, update=0.3)
     once = simulate_pipeline(profile(block, block), 2, FREE, iterations=1)
     assert once.iteration == pytest.approx(0.4 + 0.7)
     # Without staleness stage 1 computes for 0.4, then stage 2 for 0.7; stage 1 updates beside that.
@@ -94,9 +94,9 @@ def test_the_period_is_the_heaviest_cycle(seed):
 
 def test_a_thin_link_sets_the_pace_and_relays_what_the_neck_takes():
     blocks = [
-        Block(0.01, features=4 * MB, taps=4 * MB),
-        Block(0.01, features=2 * MB, taps=2 * MB),
-        Block(0.01, needs_images=True),
+        BlockCost(0.01, features=4 * MB, taps=4 * MB),
+        BlockCost(0.01, features=2 * MB, taps=2 * MB),
+        BlockCost(0.01, needs_images=True),
     ]
     given = profile(*blocks, images=3 * MB, labels=1 * MB)
     assert [given.message(j) for j in range(2)] == [8 * MB, 10 * MB]  # own + labels + images; and block 1's tap
@@ -163,8 +163,8 @@ def test_buckets_are_torchs():
 
 
 def test_end_to_end_hides_what_fits_into_the_backward_pass():
-    block = Block(0.1, 0.05, 0.2, 0.01, gradients=FIRST_BUCKET + BUCKET)
-    given = Profile(8, stages(0.1), (block,))
+    block = BlockCost(0.1, 0.05, 0.2, 0.01, gradients=FIRST_BUCKET + BUCKET)
+    given = StageProfile(8, stages(0.1), (block,))
     free = simulate_end_to_end(given, 4, FREE)
     assert free.iteration == pytest.approx(0.36) and free.bubble == pytest.approx(0)
     assert free.images_per_second == pytest.approx(4 * 8 / 0.36)
@@ -178,9 +178,9 @@ def test_end_to_end_hides_what_fits_into_the_backward_pass():
 
 def test_blockwise_reduction_runs_beside_the_next_block_and_stock_reduction_does_not():
     size, bandwidth = FIRST_BUCKET / 2, FIRST_BUCKET / 2 / 0.2  # a ring of two: 0.2 s a block
-    blocks = [Block(0.1, 0.1, 0.1, gradients=size), Block(0.1, 0.1, 0.1, head_gradients=size)]
+    blocks = [BlockCost(0.1, 0.1, 0.1, gradients=size), BlockCost(0.1, 0.1, 0.1, head_gradients=size)]
     given, network = profile(*blocks), slow(bandwidth)
-    # Block 1's reduction, 0.3 to 0.5, is over before block 2's begins at 0.6.
+    # BlockCost 1's reduction, 0.3 to 0.5, is over before block 2's begins at 0.6.
     assert simulate_local(given, 2, network, blockwise=True).iteration == pytest.approx(0.8)
     # The stock reducer begins with the last block's, at 0.6.
     assert simulate_local(given, 2, network, blockwise=False).iteration == pytest.approx(1.0)
@@ -200,7 +200,7 @@ def test_times(text, value):
 def test_a_profile_survives_its_file(tmp_path):
     given = profile(*stages(0.5, 0.25, features=3.0, needs_images=True), images=5.0, loading=0.1)
     given.save(tmp_path / 'times.json')
-    assert Profile.load(tmp_path / 'times.json') == given
+    assert StageProfile.load(tmp_path / 'times.json') == given
 
 
 def test_totals_keep_proportions_and_sizes():
@@ -220,14 +220,14 @@ def test_totals_keep_proportions_and_sizes():
         (lambda: simulate_pipeline(profile(*stages(1, 1)), 3, FREE), 'a multiple of 2'),
         (lambda: simulate_pipeline(profile(*stages(1, 1)), 2, FREE, staleness=-1), 'staleness=-1'),
         (lambda: simulate_local(profile(*stages(1)), 0, FREE, True), 'at least 1'),
-        (lambda: profile(Block(float('nan'))), 'forward=nan'),
-        (lambda: profile(Block(-1.0)), 'forward=-1.0'),
+        (lambda: profile(BlockCost(float('nan'))), 'forward=nan'),
+        (lambda: profile(BlockCost(-1.0)), 'forward=-1.0'),
         (lambda: profile(), 'needs a batch'),
-        (lambda: profile(Block(0.0)), 'are 0'),
+        (lambda: profile(BlockCost(0.0)), 'are 0'),
         (lambda: Link(0.0), 'above 0'),
         (lambda: Link(1.0, -1.0), 'at least 0'),
         (lambda: Network(machine=0), 'at least 1'),
-        (lambda: Profile.load('nowhere.json'), 'nowhere.json is no profile'),
+        (lambda: StageProfile.load('nowhere.json'), 'nowhere.json is no profile'),
     ],
 )
 def test_mistakes_say_what_to_change(mistake, says):
@@ -243,4 +243,4 @@ def test_a_file_that_is_no_profile(text, says, tmp_path):
     path = tmp_path / 'times.json'
     path.write_text(text)
     with pytest.raises(LocalLearningError, match=says):
-        Profile.load(path)
+        StageProfile.load(path)

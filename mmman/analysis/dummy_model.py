@@ -43,7 +43,9 @@ def model_config(cfg: Config, height: int, width: int) -> ConfigDict:
     return model
 
 
-def build_trial(cfg: Config, height: int, width: int, sizes_only: SizesOnly | None = None) -> tuple[BaseModel, OptimWrapper]:
+def build_dummy_model(
+    cfg: Config, height: int, width: int, sizes_only: SizesOnly | None = None
+) -> tuple[BaseModel, OptimWrapper]:
     """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
 
     Weights are drawn with seed 0; the same config gives the same model in every process. With ``sizes_only`` they have no data.

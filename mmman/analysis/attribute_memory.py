@@ -24,7 +24,7 @@ def block_outputs(model: BaseModel) -> list[str]:
 
 
 @contextmanager
-def parts_told(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, outputs: Sequence[str]) -> Iterator[None]:
+def attribute_memory(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, outputs: Sequence[str]) -> Iterator[None]:
     """While this context is open, a training step tells ``live`` which part is running.
 
     Parts are ``input`` until the backbone starts, ``block 1`` to ``block K`` (forward, and backward from where the gradient of
