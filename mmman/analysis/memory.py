@@ -7,7 +7,7 @@ torch's ``MemTracker`` counts the same way, but hooks every parameter for its gr
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -148,21 +148,6 @@ class LiveParts(LiveBytes):
     def _change(self, part: str, size: int) -> None:
         self.parts[part] = self.parts.get(part, 0) + size
         self._changes.append((part, size))
-
-
-def peak_live_bytes(step: Callable[[], object], *held: object) -> int:
-    """The most tensor bytes alive at once while ``step()`` runs.
-
-    Args:
-        step: What to measure, e.g. ``lambda: model.train_step(data, optim_wrapper)``.
-        held: What is alive before and counts: modules, optimizers, tensors, or containers of them (model, optimizer, batch).
-
-    Returns:
-        Bytes.
-    """
-    with LiveBytes(*held) as live:
-        step()
-    return live.peak
 
 
 def _tensors(held: object) -> Iterator[Tensor]:
