@@ -1,4 +1,4 @@
-"""Planning past one machine: the throughput of data parallel and pipelined training, from measured times and sizes."""
+"""Simulate the throughput of data parallel and pipelined training on many GPUs, from measured times and sizes."""
 
 from mmman.experimental.scaling.network import Link, Network, parse_bandwidth, parse_time
 from mmman.experimental.scaling.profile import BlockCost, StageProfile

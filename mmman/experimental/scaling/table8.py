@@ -1,8 +1,8 @@
-"""Table VIII of the paper, seconds of training an epoch, and what the simulator predicts for its rows.
+"""Table VIII of the paper, training time per epoch in seconds, and the simulator's predictions for its rows.
 
-The numbers of a row are the paper's (all on A100 GPUs). Batches are those of its recipes. What a block computes and sends was
-counted with torch's FLOP counter on this project's configs: ``configs/paper/table2`` at 224x224, ``configs/retinanet_*`` at
-608x1024, ``configs/deeplabv3_*`` at 768x768.
+Times and batches are from the paper and its recipes; all times are on A100 GPUs. FLOPs and sizes of the blocks were counted
+with torch's FLOP counter on this project's configs: ``configs/paper/table2`` at 224x224, ``configs/retinanet_*`` at 608x1024,
+``configs/deeplabv3_*`` at 768x768.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from mmman.experimental.scaling.simulate import simulate_end_to_end, simulate_pi
 
 @dataclass(frozen=True)
 class Table8Row:
-    """One model of the table. Times are seconds an epoch.
+    """One row of the table. Times are in seconds per epoch.
 
     Attributes:
-        dataset, model: Its names.
-        images: Training images.
-        batch: Images of an iteration, of all GPUs together.
-        pixels: Of an image.
-        end_to_end, end_to_end_ddp: E2E on one GPU, and under DDP on K.
-        local, local_ddp, pipeline: MAN++ on one GPU, under DDP on K, and as a pipeline (PPLL) on K.
-        blocks, whole: What one image costs, locally and end to end, with FLOPs for seconds; features are of one image.
+        dataset, model: Names in the paper.
+        images: Number of training images.
+        batch: Images per iteration, of all GPUs together.
+        pixels: Pixels per image.
+        end_to_end, end_to_end_ddp: Time of E2E on one GPU, and under DDP on K GPUs.
+        local, local_ddp, pipeline: Time of MAN++ on one GPU, under DDP on K GPUs, and as a pipeline (PPLL) on K GPUs.
+        blocks, whole: Blocks under local and end-to-end training. Times are replaced by GFLOPs per image; features are per image.
     """
 
     dataset: str
@@ -42,7 +42,7 @@ class Table8Row:
     whole: tuple[BlockCost, ...]
 
     def profile(self, equal: bool) -> StageProfile:
-        """A GPU's batch that takes the paper's one-GPU times, shared out equally or as the FLOPs are."""
+        """A profile with the paper's one-GPU times, divided among the blocks equally or in proportion to their FLOPs."""
         batch = self.batch // len(self.blocks)
         blocks = [replace(b, features=b.features * batch, taps=b.taps * batch) for b in self.blocks]
         counted = StageProfile(batch, tuple(blocks), self.whole, images=4 * 3 * self.pixels * batch)
@@ -54,13 +54,13 @@ class Table8Row:
 
 @dataclass(frozen=True)
 class RowPrediction:
-    """Seconds an epoch as the simulator has them.
+    """The simulator's predictions for a row, in seconds per epoch.
 
     Attributes:
-        row: The paper's.
+        row: The row of the paper.
         ddp: E2E under DDP on K GPUs.
-        equal: The pipeline, with blocks of equal time.
-        by_flops: The pipeline, with blocks that take time as they take FLOPs.
+        equal: The pipeline, if all blocks take the same time.
+        by_flops: The pipeline, if the time of a block is proportional to its FLOPs.
         flops_ratio: FLOPs of MAN++ over those of E2E.
     """
 
@@ -72,7 +72,7 @@ class RowPrediction:
 
 
 def predict(row: Table8Row, network: Network, staleness: int = 1) -> RowPrediction:
-    """Predict a row from its two one-GPU times."""
+    """Predict the multi-GPU times of a row from its two one-GPU times."""
     count = len(row.blocks)
     iterations = max(1, row.images // (row.batch // count))
 
@@ -90,7 +90,7 @@ def predict(row: Table8Row, network: Network, staleness: int = 1) -> RowPredicti
 
 
 def _equal(block: BlockCost) -> BlockCost:
-    """The same block at a cost of 1, in its own proportions."""
+    """Scale the times of a block so that they sum to 1."""
     total = block.seconds
     return replace(block, forward=block.forward / total, head=block.head / total, backward=block.backward / total)
 
@@ -106,7 +106,7 @@ def _block(
     first_unit: float = 0.0,
     needs_images: bool = False,
 ) -> BlockCost:
-    """A block in GFLOPs and MB."""
+    """Create a block from GFLOPs and MB."""
     mega = 1e6
     return BlockCost(
         forward=forward,

@@ -66,7 +66,7 @@ def test_rows_go_to_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'arguments, says',
     [
-        (['--times', 'nowhere.json'], 'nowhere.json is no profile'),
+        (['--times', 'nowhere.json'], 'nowhere.json is not a profile'),
         (['--paper', '--bandwidth', '25'], "write bytes as '25GB/s'"),
         (['--paper', '--latency', 'quick'], 'with its unit'),
         (['--paper', '--machine', '0'], 'at least 1'),

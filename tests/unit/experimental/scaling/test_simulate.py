@@ -180,7 +180,7 @@ def test_blockwise_reduction_runs_beside_the_next_block_and_stock_reduction_does
     size, bandwidth = FIRST_BUCKET / 2, FIRST_BUCKET / 2 / 0.2  # a ring of two: 0.2 s a block
     blocks = [BlockCost(0.1, 0.1, 0.1, gradients=size), BlockCost(0.1, 0.1, 0.1, head_gradients=size)]
     given, network = profile(*blocks), slow(bandwidth)
-    # BlockCost 1's reduction, 0.3 to 0.5, is over before block 2's begins at 0.6.
+    # Block 1's reduction, 0.3 to 0.5, is over before block 2's begins at 0.6.
     assert simulate_local(given, 2, network, blockwise=True).iteration == pytest.approx(0.8)
     # The stock reducer begins with the last block's, at 0.6.
     assert simulate_local(given, 2, network, blockwise=False).iteration == pytest.approx(1.0)
@@ -227,7 +227,7 @@ def test_totals_keep_proportions_and_sizes():
         (lambda: Link(0.0), 'above 0'),
         (lambda: Link(1.0, -1.0), 'at least 0'),
         (lambda: Network(machine=0), 'at least 1'),
-        (lambda: StageProfile.load('nowhere.json'), 'nowhere.json is no profile'),
+        (lambda: StageProfile.load('nowhere.json'), 'nowhere.json is not a profile'),
     ],
 )
 def test_mistakes_say_what_to_change(mistake, says):
@@ -237,9 +237,9 @@ def test_mistakes_say_what_to_change(mistake, says):
 
 
 @pytest.mark.parametrize(
-    'text, says', [('{"batch": 1}', 'blocks'), ('[]', 'no profile'), ('{"batch": 1, "blocks": [{"fwd": 1}]}', 'fwd')]
+    'text, says', [('{"batch": 1}', 'blocks'), ('[]', 'not a profile'), ('{"batch": 1, "blocks": [{"fwd": 1}]}', 'fwd')]
 )
-def test_a_file_that_is_no_profile(text, says, tmp_path):
+def test_a_file_that_is_not_a_profile(text, says, tmp_path):
     path = tmp_path / 'times.json'
     path.write_text(text)
     with pytest.raises(LocalLearningError, match=says):
