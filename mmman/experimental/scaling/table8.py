@@ -25,7 +25,7 @@ class Table8Row:
         pixels: Pixels per image.
         end_to_end, end_to_end_ddp: Time of E2E on one GPU, and under DDP on K GPUs.
         local, local_ddp, pipeline: Time of MAN++ on one GPU, under DDP on K GPUs, and as a pipeline (PPLL) on K GPUs.
-        blocks, whole: Blocks under local and end-to-end training. Times are replaced by GFLOPs per image; features are per image.
+        blocks, whole: Blocks under local and end-to-end training. Times are GFLOPs per image; features are per image.
     """
 
     dataset: str
