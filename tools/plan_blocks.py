@@ -44,7 +44,7 @@ UNITS = {'kB': 1e3, 'MB': 1e6, 'GB': 1e9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """A plan and what is expected of it; ``overhead`` is how many more FLOPs there are than end to end, relative to those."""
 
     name: str
@@ -53,7 +53,7 @@ class Choice:
     overhead: float
 
 
-def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
+def choose(profile: Profile, args: argparse.Namespace) -> list[PlanChoice]:
     """The plan that was asked for, then the cuts by stage and by number of units with as many blocks, then end to end.
 
     End to end nothing is recomputed, and all images run at once. Where the plan chooses what to recompute, the other cuts
@@ -70,8 +70,8 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
     count = len(planned.modes)
     others = {name: MemoryPlan(cuts, step.choices[-1:] * count) for name, cuts in _library_cuts(profile, count).items()}
     plans = {'planned': planned, **others}
-    choices = [Choice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
-    return [*choices, Choice('end to end', MemoryPlan(), profile.whole, 0.0)]
+    choices = [PlanChoice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
+    return [*choices, PlanChoice('end to end', MemoryPlan(), profile.whole, 0.0)]
 
 
 def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:
@@ -98,7 +98,7 @@ def localized(profile: Profile, plan: MemoryPlan) -> Config:
     return cfg
 
 
-def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
+def tables(profile: Profile, choices: list[PlanChoice]) -> list[Table]:
     """One line a choice, and the parts of the peaks."""
     batch, _, height, width = profile.shape
     whole = choices[-1].peak.total
@@ -124,7 +124,7 @@ def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
     return [summary, parts]
 
 
-def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
+def guideline(profile: Profile, planned: PlanChoice, whole: PlanChoice) -> list[str]:
     """What the paper's cost model says of the same cuts: it counts the backbone's activations and the transfers alone."""
     if not planned.plan.cuts:
         return []
@@ -195,7 +195,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def run(args: argparse.Namespace) -> list[Choice]:
+def run(args: argparse.Namespace) -> list[PlanChoice]:
     """Profile, plan and print. Returns what was printed: the plan, other cuts, end to end."""
     cfg = Config.fromfile(args.config)
     words = argparse.ArgumentParser()

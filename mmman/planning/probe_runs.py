@@ -26,13 +26,7 @@ Run = Callable[['ProbeBatch', Trace], None]
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """A batch before and after the data preprocessor.
-
-    Attributes:
-        data: The batch as the data loader returns it.
-        inputs: Images (B, C, H, W) as the model receives them.
-        samples: Data samples as the model receives them.
-    """
+    """A batch as the data loader returns it (``data``), and preprocessed: ``inputs`` (B, C, H, W) and ``samples``."""
 
     data: dict
     inputs: Tensor
@@ -94,8 +88,8 @@ class ProbeRuns:
 def probe_sizes(chain: Chain, height: int, width: int, images: int | None, scope: str) -> list[tuple[int, int, int]]:
     """Choose the number of images, height and width of two probe batches.
 
-    The two batches differ in the size of the images. They differ in the number of images instead if the units attend to all
-    tokens, or if the requested images are small; the images then have the requested size.
+    The two batches differ in the size of the images. If ``images`` is None and either the units attend to all tokens or the
+    requested images are small, the batches differ in the number of images instead, and the images have the requested size.
 
     Args:
         chain: The backbone's units.

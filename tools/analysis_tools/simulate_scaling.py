@@ -123,7 +123,7 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def measure(cfg: Config, batch: int, height: int, width: int, iterations: int) -> StageProfile:
+def measure_profile(cfg: Config, batch: int, height: int, width: int, iterations: int) -> StageProfile:
     """The profile of a config on this machine."""
     model, optim_wrapper = build_dummy_model(cfg, height, width)
     data = random_batch(model, cfg.default_scope, batch, height, width)
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         CONSOLE.print(check_table(measured, comparisons))
         return [asdict(comparison) for comparison in comparisons]
     if args.measure:
-        profile = measure(cfg, args.batch, *args.shape, args.iterations)
+        profile = measure_profile(cfg, args.batch, *args.shape, args.iterations)
     if args.save_times:
         profile.save(args.save_times)
     if loading := parse_time(args.loading):

@@ -85,7 +85,7 @@ class Network:
         return self.intra if a // self.machine == b // self.machine else self.inter
 
     def ring(self, gpus: Sequence[int]) -> Link:
-        """The slowest link of a ring over these GPUs: a ring over several machines has the worse of both links."""
+        """The link that limits a ring over these GPUs. Over several machines: the lower bandwidth and the higher latency."""
         if len({gpu // self.machine for gpu in gpus}) == 1:
             return self.intra
         return Link(min(self.intra.bandwidth, self.inter.bandwidth), max(self.intra.latency, self.inter.latency))
