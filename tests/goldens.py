@@ -35,7 +35,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor
 
 import mmman
-from mmman.analysis.trial import model_config, random_batch
+from mmman.analysis.dummy_model import model_config, random_batch
 from tests.parity.pipeline_runs import run_alone, run_in_processes, toy_run
 from tests.parity.ranks import run_ranks
 

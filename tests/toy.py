@@ -114,3 +114,12 @@ def toy_batches(count=6, size=4, pixels=16, dtype=torch.float64, seed=0):
     images = torch.randn(count, size, 3, pixels, pixels, generator=generator, dtype=dtype)
     labels = torch.randint(CLASSES, (count, size), generator=generator)
     return [{'inputs': x, 'data_samples': y} for x, y in zip(images, labels, strict=True)]
+
+
+def block_parameters(backbone):
+    """For each of the first K-1 blocks, the parameters that its local loss trains: the block's and its head's."""
+    local = backbone.local
+    return [
+        [*(p for unit in block for p in unit.parameters(backbone)), *head.parameters()]
+        for block, head in zip(local.plan.blocks[:-1], local.values(), strict=True)
+    ]

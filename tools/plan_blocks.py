@@ -27,10 +27,10 @@ from rich.table import Table
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.backbone_cost import predict_cost
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.paper_cost import CHANNEL, UNIT, choose_blocks
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import CostError, PartitionError
 from mmman.memory.detection.focal_loss import fused_focal_loss
 from mmman.partition import chain_of, plan_blocks
@@ -44,7 +44,7 @@ UNITS = {'kB': 1e3, 'MB': 1e6, 'GB': 1e9, 'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**
 
 
 @dataclass(frozen=True)
-class Choice:
+class PlanChoice:
     """A plan and what is expected of it; ``overhead`` is how many more FLOPs there are than end to end, relative to those."""
 
     name: str
@@ -53,7 +53,7 @@ class Choice:
     overhead: float
 
 
-def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
+def choose(profile: Profile, args: argparse.Namespace) -> list[PlanChoice]:
     """The plan that was asked for, then the cuts by stage and by number of units with as many blocks, then end to end.
 
     End to end nothing is recomputed, and all images run at once. Where the plan chooses what to recompute, the other cuts
@@ -67,16 +67,16 @@ def choose(profile: Profile, args: argparse.Namespace) -> list[Choice]:
         planned = fewest_flops(step, args.target_memory, args.blocks)
     else:
         planned = smallest_peak(step, args.blocks, args.max_overhead)
-    count = len(planned.again)
+    count = len(planned.modes)
     others = {name: MemoryPlan(cuts, step.choices[-1:] * count) for name, cuts in _library_cuts(profile, count).items()}
     plans = {'planned': planned, **others}
-    choices = [Choice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
-    return [*choices, Choice('end to end', MemoryPlan(), profile.whole, 0.0)]
+    choices = [PlanChoice(name, plan, peak_of(step, plan), step.overhead(plan)) for name, plan in plans.items()]
+    return [*choices, PlanChoice('end to end', MemoryPlan(), profile.whole, 0.0)]
 
 
 def _library_cuts(profile: Profile, count: int) -> dict[str, tuple[int, ...]]:
     """What ``partition='stage'`` and ``'uniform'`` cut, where the last block makes an output."""
-    model, _ = build_trial(copy.deepcopy(profile.config), *profile.shape[2:])
+    model, _ = build_dummy_model(copy.deepcopy(profile.config), *profile.shape[2:])
     chain = chain_of(model.backbone)
     trainable = [unit.is_trainable(model.backbone) for unit in chain.units]
     found = {}
@@ -98,7 +98,7 @@ def localized(profile: Profile, plan: MemoryPlan) -> Config:
     return cfg
 
 
-def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
+def tables(profile: Profile, choices: list[PlanChoice]) -> list[Table]:
     """One line a choice, and the parts of the peaks."""
     batch, _, height, width = profile.shape
     whole = choices[-1].peak.total
@@ -124,7 +124,7 @@ def tables(profile: Profile, choices: list[Choice]) -> list[Table]:
     return [summary, parts]
 
 
-def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
+def guideline(profile: Profile, planned: PlanChoice, whole: PlanChoice) -> list[str]:
     """What the paper's cost model says of the same cuts: it counts the backbone's activations and the transfers alone."""
     if not planned.plan.cuts:
         return []
@@ -133,7 +133,7 @@ def guideline(profile: Profile, planned: Choice, whole: Choice) -> list[str]:
     ratio, layers = round(planned.peak.total / whole.peak.total, 3), len(profile.names)
     lines = []
     try:
-        cost = predict_cost(build_trial(cfg, *profile.shape[2:])[0], profile.shape)
+        cost = predict_cost(build_dummy_model(cfg, *profile.shape[2:])[0], profile.shape)
         for name, one in (('Eq. 13 and 17', cost.formulas), ('the same summed over the units', cost.summed)):
             lines.append(f"paper's cost model, {name}: FLOPs {one.flops - 1:+.1%}, activations {one.activations - 1:+.1%}")
         fit = choose_blocks(
@@ -150,7 +150,7 @@ def measured_peak(profile: Profile, plan: MemoryPlan) -> int:
     cfg = localized(profile, plan)
     batch, _, height, width = profile.shape
     sizes_only = None if cfg.default_scope == 'mmdet' else SizesOnly()
-    model, optim_wrapper = build_trial(cfg, height, width, sizes_only)
+    model, optim_wrapper = build_dummy_model(cfg, height, width, sizes_only)
     data = random_batch(model, cfg.default_scope, batch, height, width)
     with sizes_only or nullcontext():
         return StepMeter(model, optim_wrapper, data).memory().peak
@@ -195,7 +195,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def run(args: argparse.Namespace) -> list[Choice]:
+def run(args: argparse.Namespace) -> list[PlanChoice]:
     """Profile, plan and print. Returns what was printed: the plan, other cuts, end to end."""
     cfg = Config.fromfile(args.config)
     words = argparse.ArgumentParser()

@@ -1,3 +1,5 @@
-from mmman.analysis.memory import LiveBytes, LiveParts, peak_live_bytes
+"""Analyse training steps and models: memory, FLOPs, time, and the paper's cost model. Nothing here trains a model."""
 
-__all__ = ['LiveBytes', 'LiveParts', 'peak_live_bytes']
+from mmman.analysis.memory import LiveBytes, LiveParts
+
+__all__ = ['LiveBytes', 'LiveParts']

@@ -1,4 +1,4 @@
-"""The paper's cost model on a real localised backbone: its formulas, and the same sums over the units as they are."""
+"""Apply the paper's cost model to a real localised backbone: its formulas, and the same sums over the real units."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mmman.local.blocks import localized_backbone
 
 
 @dataclass(frozen=True)
-class UnitCost:
-    """What a unit costs.
+class UnitCounts:
+    """Parameters, FLOPs and activations of one unit.
 
     Attributes:
-        name: Its name in the chain.
-        parameters: Its parameters.
-        flops: FLOPs of its forward pass on one batch, as torch counts them: matrix products, convolutions and attention alone.
-        activations: Bytes that it keeps for its backward pass on one batch, its parameters and the images not counted.
+        name: Name of the unit in the chain.
+        parameters: Number of parameters.
+        flops: FLOPs of the forward pass on one batch, as torch counts them: only matrix products, convolutions and attention.
+        activations: Bytes saved for the backward pass on one batch, excluding parameters and images.
     """
 
     name: str
@@ -37,7 +37,7 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class Ratios:
-    """MAN++ over end to end, both with the same batch."""
+    """Ratios of MAN++ to end-to-end training with the same batch."""
 
     parameters: float
     flops: float
@@ -45,58 +45,59 @@ class Ratios:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """What the cost model says of a backbone. None of it is a measurement of training.
+class CostPrediction:
+    """Predictions of the cost model for a backbone. None of them is a measurement of training.
 
     Attributes:
-        blocks: The units of every block, a frozen prefix left out.
-        bias: The bias of its transfer. A light bias counts with the paper's 0.02.
-        formulas: Eq. 8, 13 and 17: all units equal, all blocks of the same length.
-        summed: The sums behind these equations, with every unit as it is and the blocks as they are cut.
+        blocks: The units of every block, without the frozen prefix.
+        bias: The bias of the transfer. A light bias counts with the paper's 0.02.
+        formulas: Eq. 8, 13 and 17, which assume equal units and blocks of equal length.
+        summed: The sums behind these equations, over the real units and blocks.
     """
 
-    blocks: tuple[tuple[UnitCost, ...], ...]
+    blocks: tuple[tuple[UnitCounts, ...], ...]
     bias: Bias
     formulas: Ratios
     summed: Ratios
 
 
-def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> Prediction:
-    """Apply the cost model to the backbone of ``model``. Nothing is computed: the units run on meta tensors.
+def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> CostPrediction:
+    """Apply the cost model to the backbone of ``model``. The units run on meta tensors, so nothing is computed.
 
     Args:
-        model: A localised backbone, or a model that has one. It stays as it is.
-        shape: (B, C, H, W) of a batch of images, float32.
+        model: A localised backbone, or a model that has one. It isn't modified.
+        shape: (B, C, H, W) of a batch of float32 images.
 
     Raises:
-        MisuseError: It has no localised backbone, or several.
-        CostError: Its transfer has no momentum copy, which the cost model is about.
+        MisuseError: The model has no localised backbone, or several.
+        CostError: The transfer has no momentum copy; the cost model assumes one.
     """
     backbone = localized_backbone(model)
     plan = backbone.local.plan
     bias = UNIT
     for head in backbone.local.values():
         if head.transfer.momentum is None:
-            raise CostError('the cost model is of a transfer with a momentum copy: set ema=True in transfer')
+            raise CostError('the cost model assumes a transfer with a momentum copy: set ema=True in transfer')
         bias = _bias(head.transfer)
-    costs = {cost.name: cost for cost in unit_costs(backbone, shape)}
+    costs = {cost.name: cost for cost in unit_counts(backbone, shape)}
     blocks = tuple(tuple(costs[unit.name] for unit in block) for block in plan.blocks)
-    return Prediction(blocks, bias, formula_ratios(blocks, bias), summed_ratios(blocks, bias))
+    return CostPrediction(blocks, bias, formula_ratios(blocks, bias), summed_ratios(blocks, bias))
 
 
-def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[UnitCost]:
-    """The cost of every unit of a localised backbone, in the order in which they run.
+def unit_counts(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[UnitCounts]:
+    """Count parameters, FLOPs and activations of every unit of a localised backbone, in network order.
 
-    A tensor that several units keep counts for the first. What runs between two units, such as the norm of an output, counts
-    for the later one, and what runs behind the last for none.
+    A tensor that several units save counts for the first of them. Operators between two units, such as the norm of an output,
+    count for the later unit. Operators after the last unit don't count.
 
     Args:
-        shape: (B, C, H, W) of a batch of images, float32.
+        backbone: A localised backbone. It isn't modified.
+        shape: (B, C, H, W) of a batch of float32 images.
     """
     plan = backbone.local.plan
     units = [*plan.frozen, *(unit for block in plan.blocks for unit in block)]
     bare = delocalize_(copy.deepcopy(backbone)).to('meta')
-    bare.train()  # which mmpretrain's backbones return nothing from
+    bare.train()  # on the copy; train() of mmpretrain's backbones returns None, so it can't be chained
     images = torch.empty(shape, device='meta')
     kept = {tensor.untyped_storage()._cdata: tensor for tensor in (images, *bare.parameters(), *bare.buffers())}
     activations, totals = 0, [(0, 0)]
@@ -106,7 +107,7 @@ def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[Un
         nonlocal activations
         storage = tensor.untyped_storage()
         if storage._cdata not in kept:
-            kept[storage._cdata] = tensor  # alive, so that no other storage gets its address
+            kept[storage._cdata] = tensor  # keep it alive so that no other storage reuses the address
             activations += storage.nbytes()
         return tensor
 
@@ -118,13 +119,13 @@ def unit_costs(backbone: nn.Module, shape: tuple[int, int, int, int]) -> list[Un
     with counter, saved_tensors_hooks(keep, lambda tensor: tensor):
         bare(images)
     return [
-        UnitCost(unit.name, sum(p.numel() for p in unit.parameters(bare)), flops - flops_before, kept_bytes - kept_before)
+        UnitCounts(unit.name, sum(p.numel() for p in unit.parameters(bare)), flops - flops_before, kept_bytes - kept_before)
         for unit, ((flops_before, kept_before), (flops, kept_bytes)) in zip(units, pairwise(totals), strict=True)
     ]
 
 
-def formula_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
-    """Eq. 8 over the parameters there are, Eq. 13 and Eq. 17: of the activations and FLOPs of the units they know nothing."""
+def formula_ratios(blocks: Sequence[Sequence[UnitCounts]], bias: Bias) -> Ratios:
+    """Eq. 8 with the real parameters, Eq. 13 and Eq. 17. These two ignore the units' real FLOPs and activations."""
     sizes = [unit.parameters for block in blocks for unit in block]
     layers, num_blocks = len(sizes), len(blocks)
     return Ratios(
@@ -134,10 +135,10 @@ def formula_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
     )
 
 
-def summed_ratios(blocks: Sequence[Sequence[UnitCost]], bias: Bias) -> Ratios:
-    """What these equations say before all units are taken for equal: a head costs what the unit that it copies does, and β.
+def summed_ratios(blocks: Sequence[Sequence[UnitCounts]], bias: Bias) -> Ratios:
+    """The same equations without the assumption of equal units: a head costs as much as the unit that it copies, plus the bias.
 
-    The activation ratio is that of the largest block with its head, of all blocks.
+    The activation ratio is the largest of all blocks, each with its head, over end-to-end training.
     """
     units = [unit for block in blocks for unit in block]
     copied = [block[0] for block in blocks[1:]]

@@ -1,4 +1,4 @@
-"""One training step of a localised config on a tiny random batch: does it train at all."""
+"""Run one training step of a localised config on a tiny random batch, to check that it trains at all."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
 from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
 from mmman.heads.dry_run import IMAGES, describe_error, detection_samples
 from mmman.local.session import Session
 
 SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
-"""Pixels along a side of the images of a library's models; where a model can't run on the first, on the next."""
+"""Image sides to try for models of each library, pixels. If a model can't run on the first side, the next is tried."""
 
 
 def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
-    """Run forward and backward passes of a localised model once, without weights to download.
+    """Run the forward and backward passes of a localised model once, without downloading weights.
 
-    Where the whole model fails and its stock form fails alike, a random batch is not what it takes (texts, videos, data of a
-    teacher), and the backbone with its local heads is run alone.
+    If both the localised and the stock model fail, the model can't take a random batch (it needs texts, videos or the data of a
+    teacher). Then only the backbone with its local heads is run.
 
     Args:
         child: The localised config.
-        stock: The config that it was made from.
+        stock: The config that ``child`` was made from.
 
     Returns:
-        Names of the parameters of local heads that got no gradient; and, if the whole model could not be run, why.
+        Names of local heads' parameters that received no gradient; and the reason if the whole model could not be run, else
+        None.
 
     Raises:
-        LocalLearningError: The localised model fails where the stock model doesn't, or its local heads do.
+        LocalLearningError: The localised model fails and the stock model doesn't, or the local heads fail.
     """
-    child, stock = _plain(child), _plain(stock)
+    child, stock = _for_cpu(child), _for_cpu(stock)
     scope = _scope(child)
     sides = tuple(dict.fromkeys((*SIDES.get(scope, (128,)), *_own_sides(child.model.backbone.backbone))))
     try:
@@ -50,9 +51,9 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     try:
         _first_that_runs(sides, lambda side: _stock_step(stock, scope, side))
     except Exception:
-        why = f'the whole model was not run, because its stock form fails on random data as well ({describe_error(failure)})'
+        why = f'the whole model was not run, because the stock model also fails on random data ({describe_error(failure)})'
         try:
-            return _first_that_runs(sides, lambda side: _local_step(child, scope, side)), why
+            return _first_that_runs(sides, lambda side: _backbone_step(child, scope, side)), why
         except LocalLearningError:
             raise
         except Exception as error:
@@ -60,8 +61,8 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
     raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
 
 
-def _plain(cfg: Config) -> Config:
-    """A copy of the config in full precision, as a CPU takes it, for small images, without a teacher's weights to download."""
+def _for_cpu(cfg: Config) -> Config:
+    """Copy the config for a CPU and small images: full precision, no batch augments, no teacher weights to download."""
     cfg = copy.deepcopy(cfg)
     for name in ('dtype', 'loss_scale'):
         cfg.get('optim_wrapper', {}).pop(name, None)
@@ -69,13 +70,13 @@ def _plain(cfg: Config) -> Config:
         cfg.model.teacher_ckpt = None
     for owner in (cfg, cfg.model):
         if (owner.get('data_preprocessor') or {}).get('batch_augments'):
-            owner['data_preprocessor']['batch_augments'] = None  # which pad to the size of training
+            owner['data_preprocessor']['batch_augments'] = None  # batch augments pad to the training size
     cfg.default_scope = cfg.get('default_scope') or _scope(cfg)
     return cfg
 
 
 def _scope(cfg: Config) -> str:
-    """The library that a config's model comes from, or is derived from."""
+    """The library that defines the class of a config's model, or a base class of it."""
     kind = cfg.model.type
     if isinstance(kind, str):
         init_default_scope(cfg.get('default_scope') or 'mmengine')
@@ -103,7 +104,7 @@ def _first_that_runs(sides: tuple[int, ...], step: Callable[[int], list[str]]) -
 
 
 def _step(cfg: Config, scope: str, side: int) -> list[str]:
-    model, optim_wrapper = build_trial(copy.deepcopy(cfg), side, side)
+    model, optim_wrapper = build_dummy_model(copy.deepcopy(cfg), side, side)
     optim_wrapper.initialize_count_status(model, 0, 1)
     data = model.data_preprocessor(_batch(model, scope, side), training=True)
     with optim_wrapper.optim_context(model):
@@ -121,7 +122,7 @@ def _stock_step(cfg: Config, scope: str, side: int) -> list[str]:
 
 
 class _BackboneAlone(BaseModel):
-    """A model that runs its backbone and nothing else."""
+    """A model that only runs its backbone."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -131,7 +132,7 @@ class _BackboneAlone(BaseModel):
         return self.backbone(inputs)
 
 
-def _local_step(cfg: Config, scope: str, side: int) -> list[str]:
+def _backbone_step(cfg: Config, scope: str, side: int) -> list[str]:
     init_default_scope(cfg.default_scope)
     model = _BackboneAlone(revert_sync_batchnorm(MODELS.build(model_config(cfg, side, side).backbone))).train()
     local = model.backbone.local

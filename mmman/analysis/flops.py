@@ -1,4 +1,4 @@
-"""FLOPs by operator, as torch counts them, but for what it miscounts: gradients of grouped convolutions, attention on a CPU."""
+"""FLOPs by operator, from torch's formulas, with corrections for grouped convolutions' gradients and attention on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 def _convolution_backward(
     grad, x, weight, _bias, _stride, _padding, _dilation, transposed, _output_padding, _groups, wanted, **_
 ) -> int:
-    """As many as the forward pass for the gradient of the input, and as many for that of the weight."""
+    """The gradient of the input and the gradient of the weight each cost as much as the forward pass."""
     positions = (x if transposed else grad)[2:]
     return 2 * x[0] * prod(positions) * prod(weight) * sum(wanted[:2])
 
@@ -36,6 +36,6 @@ _FORMULAS = {**flop_registry, **{operator: shape_wrapper(formula) for operator, 
 
 
 def flops_of(operator: torch._ops.OpOverload, args: tuple, kwargs: dict, result: Tensor | tuple) -> int:
-    """FLOPs of one call of an operator; 0 of all that is no matrix product, convolution or attention."""
+    """FLOPs of one call of an operator. 0 for operators other than matrix products, convolutions and attention."""
     formula = _FORMULAS.get(operator._overloadpacket)
     return 0 if formula is None else formula(*args, **kwargs, out_val=result)

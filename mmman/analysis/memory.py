@@ -1,13 +1,13 @@
-"""Live tensor bytes, counted exactly and repeatably on any device.
+"""Count live tensor bytes, exactly and reproducibly, on any device.
 
-torch's ``MemTracker`` counts the same way, but hooks every parameter for its gradient and so refuses models with frozen ones
-(every momentum copy, every stock ``frozen_stages``).
+torch's ``MemTracker`` counts the same bytes, but it hooks the gradient of every parameter. So it refuses models with frozen
+parameters, which every momentum copy and every stock ``frozen_stages`` has.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -21,29 +21,29 @@ from mmman.analysis.flops import flops_of
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operators allocate while it is active, each until its last tensor is gone.
+    """Count the bytes of all storages that operators allocate while this mode is active, until each storage is freed.
 
-    What an operator allocates and frees inside (workspace) isn't seen; autograd's saved tensors are, as they hold storages.
+    Tensors saved by autograd count. Workspace that an operator allocates and frees internally doesn't.
 
     Args:
-        held: What is alive from the start and counts from the start: modules (parameters, gradients, buffers), optimizers
-            (state), tensors, data samples, or containers of them.
+        held: Objects that are alive, and count, from the start: modules (parameters, gradients, buffers), optimizers (state),
+            tensors, data samples, or containers of them.
 
     Attributes:
         current: Bytes alive now.
-        peak: The most that were alive at once.
+        peak: Largest value of ``current`` so far.
         flops: FLOPs so far, of matrix products, convolutions and attention. A multiplication and an addition are two.
-        operators: How many ran so far, views left out. A GPU has to start about so many kernels, one after the other.
+        operators: Number of operators run so far, without views. This is about the number of kernel launches on a GPU.
 
     Raises:
-        RuntimeError: The torch is too old to tell when a storage is gone (2.1 is, 2.11 is not).
+        RuntimeError: This torch version is too old to report when a storage is freed (2.1 is, 2.11 isn't).
     """
 
     def __init__(self, *held: object) -> None:
         super().__init__()
         probe = torch.empty(1)
         if probe.untyped_storage() is not probe.untyped_storage():
-            raise RuntimeError(f'torch {torch.__version__} does not keep storage objects, so their lifetime cannot be seen')
+            raise RuntimeError(f'torch {torch.__version__} does not keep storage objects, so their lifetime cannot be tracked')
         self.current = 0
         self.peak = 0
         self.flops = 0
@@ -78,16 +78,16 @@ class LiveBytes(TorchDispatchMode):
 
 
 class LiveParts(LiveBytes):
-    """Live bytes, told apart: every storage belongs to one part, by default the one that was running when it was allocated.
+    """Count live bytes by part of the step. A storage belongs to the part that was running when it was allocated.
 
     Args:
-        held: What is alive from the start, by part. What is in several parts belongs to the first.
+        held: Objects that are alive from the start, by part. An object in several parts belongs to the first.
         part: The part that runs first.
 
     Attributes:
-        part: The part that is running, to be set: what is allocated from now on belongs to it.
-        parts: Bytes alive now, by part; their sum is ``current``.
-        peak_parts: The same when ``peak`` was reached first.
+        part: The part that is running. Set it when another part starts; new storages belong to it.
+        parts: Bytes alive now, by part. Their sum is ``current``.
+        peak_parts: ``parts`` at the first moment at which ``peak`` was reached.
     """
 
     def __init__(self, held: Mapping[str, object], part: str = 'rest') -> None:
@@ -105,7 +105,7 @@ class LiveParts(LiveBytes):
         self._changes.clear()
 
     def claim(self, tensor: Tensor, part: str) -> None:
-        """From now on the storage of ``tensor`` belongs to ``part``."""
+        """Move the storage of ``tensor`` to ``part``."""
         self._add(tensor)
         key = tensor.untyped_storage()._cdata
         self._change(self._part_of[key], -self._sizes[key])
@@ -113,13 +113,13 @@ class LiveParts(LiveBytes):
         self._change(part, self._sizes[key])
 
     def curves(self, points: int = 1000) -> dict[str, np.ndarray]:
-        """Bytes of every part over time, which is counted in allocations and releases.
+        """Bytes of every part over time. Time is counted in allocations and releases.
 
         Args:
-            points: How many moments at most. Of all moments between two of them the one with the most bytes is kept.
+            points: Largest number of moments to return. Of each span of moments the one with the most bytes is returned.
 
         Returns:
-            By part, in the order of their first appearance, int64 arrays of one length.
+            An int64 array for every part, all of the same length, in the order in which the parts first appeared.
         """
         names = [*dict.fromkeys([*self._start, *(part for part, _ in self._changes)])]
         rows = {name: row for row, name in enumerate(names)}
@@ -148,21 +148,6 @@ class LiveParts(LiveBytes):
     def _change(self, part: str, size: int) -> None:
         self.parts[part] = self.parts.get(part, 0) + size
         self._changes.append((part, size))
-
-
-def peak_live_bytes(step: Callable[[], object], *held: object) -> int:
-    """The most tensor bytes alive at once while ``step()`` runs.
-
-    Args:
-        step: What to measure, e.g. ``lambda: model.train_step(data, optim_wrapper)``.
-        held: What is alive before and counts: modules, optimizers, tensors, or containers of them (model, optimizer, batch).
-
-    Returns:
-        Bytes.
-    """
-    with LiveBytes(*held) as live:
-        step()
-    return live.peak
 
 
 def _tensors(held: object) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Training steps of which nothing is computed: tensors have sizes and lifetimes, but no data.
+"""Run training steps without data: tensors have sizes and lifetimes, but no values.
 
-torch's fake tensors run a model's own code, operator by operator, without memory. So bytes and FLOPs of a step are counted for
-batches that fit no machine at hand, in seconds.
+torch's fake tensors run a model's own code, operator by operator, without allocating memory. So bytes and FLOPs of a step can
+be counted in seconds, also for batches that are too large for the machine.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ DATA_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 class SizesOnly(FakeTensorMode):
-    """While this mode is active, operators only find the shapes of their results. Numbers that are read are 1.
+    """A mode in which operators only compute the shapes of their results.
 
-    A mask selects everything, and tensors are equal. Tensors with data may take part, as inputs.
+    Reading a number from a tensor gives 1, a mask selects everything, and ``torch.equal`` is true. Real tensors may be inputs.
 
     Raises:
-        MisuseError: On leaving: sizes depended on data in another way.
+        MisuseError: When the mode is left, if the step had any other data-dependent shapes or values.
     """
 
     def __init__(self) -> None:
@@ -40,11 +40,11 @@ class SizesOnly(FakeTensorMode):
         super().__exit__(kind, error, trace)
         if isinstance(error, DATA_NEEDED):
             raise MisuseError(
-                f'sizes depend on data here ({error}): detectors, and losses that choose what counts, are measured with data'
+                f'shapes depend on data here ({error}): detectors, and losses that select elements, are measured with data'
             ) from error
 
     def strip_(self, model: nn.Module) -> None:
-        """Take the data from a model's parameters and buffers, in place."""
+        """Replace a model's parameters and buffers by fake tensors, in place."""
         known: dict[int, torch.Tensor] = {}
         for part in model.modules():
             for tensors in (part._parameters, part._buffers):
@@ -55,7 +55,7 @@ class SizesOnly(FakeTensorMode):
 
 
 def _selected_whole(tensor: torch.Tensor, indices: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """What a mask that is all True selects, shaped as if it did; None where no single mask selects."""
+    """An empty tensor shaped like ``tensor`` indexed by an all-true mask. None if the index isn't a single mask."""
     given = [(i, index) for i, index in enumerate(indices) if index is not None]
     if len(given) != 1 or given[0][1].dtype is not torch.bool:
         return None

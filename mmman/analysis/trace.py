@@ -1,4 +1,4 @@
-"""Allocations and releases of a small run, and what they would be on a larger batch."""
+"""Record the allocations of a small run, and extrapolate them to a larger batch."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from mmman.analysis.memory import LiveBytes
 
 WINDOW = 200
-"""How many storages are searched for where two runs go on alike."""
+"""Number of storages to search for the point from which two runs match again."""
 
 
 class Trace(LiveBytes):
-    """Records every allocation and release, and FLOPs, from :meth:`begin` on, with marks between them.
+    """Record every allocation and release, and the FLOPs, since :meth:`begin`. Marks name moments in between.
 
     Args:
-        held: What is alive from the start. It doesn't count, unless it is released.
+        held: Objects that are alive from the start. They count only if they are released.
 
     Attributes:
-        named: The numbers i of storages that have a name.
-        allocated_by: The operators that allocated, in order; '' where a storage that was there already is released.
-        sizes: Bytes of their storages.
-        events: i + 1 where storage i appears, -(i + 1) where it goes.
-        marks: Number of events, and FLOPs, before each mark.
+        named: Index i of every storage that has a name.
+        allocated_by: For every storage the operator that allocated it; '' for a storage that existed before and is released.
+        sizes: For every storage its bytes.
+        events: i + 1 for the allocation of storage i, -(i + 1) for its release, in order.
+        marks: For every mark the number of events and the FLOPs before it.
     """
 
     def __init__(self, *held: object) -> None:
@@ -35,7 +35,7 @@ class Trace(LiveBytes):
         self.begin()
 
     def begin(self) -> None:
-        """Forget what was recorded: what is alive now is what the run starts with."""
+        """Discard the record and start again. What is alive now counts as alive from the start."""
         self.allocated_by: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
@@ -45,11 +45,11 @@ class Trace(LiveBytes):
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
-        """Give this moment a name. The first moment of a name counts."""
+        """Name this moment. If a name is used again, its first moment counts."""
         self.marks.setdefault(name, (len(self.events), self.flops))
 
     def name(self, name: Hashable, tensor: Tensor) -> None:
-        """Give the storage of a tensor that was made since :meth:`begin` a name."""
+        """Name the storage of a tensor that was allocated since :meth:`begin`."""
         self.named[name] = self._index[tensor.untyped_storage()._cdata] - 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -74,21 +74,21 @@ class Trace(LiveBytes):
 
 
 class Extrapolation:
-    """A run on a larger batch, from two runs on small ones: every storage is linear in the pixels of the batch.
+    """Predict a run on a larger batch from two runs on small batches. Every storage is linear in the pixels of the batch.
 
-    So the peak may be at another moment than in the small runs. Storages of the two runs are paired in the order of the
-    operators that allocated them; the few of the larger run without a partner (assigners loop over what they find) keep their
-    size.
+    The predicted peak may be at another moment than in the small runs. Storages of the two runs are paired in the order of the
+    operators that allocated them. Unpaired storages of the larger run keep their size; there are few (assigners loop over their
+    matches).
 
     Args:
         small, large: The two runs.
-        pixels: The pixels of their batches and of the batch asked for.
+        pixels: Pixels of their two batches and of the requested batch.
     """
 
     def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
         self._traces, self._pixels = (small, large), pixels
         sizes = np.array(large.sizes, dtype=float)
-        for i, j in _pairs(small.allocated_by, large.allocated_by):
+        for i, j in _matching_pairs(small.allocated_by, large.allocated_by):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
@@ -97,13 +97,15 @@ class Extrapolation:
         return moment in self._traces[1].marks
 
     def alive(self, moment: Hashable) -> int:
-        """Bytes alive at a mark, above those at the start."""
+        """Bytes alive at a mark, above those alive at the start."""
         return round(self._alive[self._traces[1].marks[moment][0]])
 
     def peak(self, start: Hashable, end: Hashable, held: Hashable | None = None) -> int:
-        """The most bytes alive between two marks, above those at the start of the run.
+        """Peak bytes between two marks, above those alive at the start.
 
-        ``held`` names a storage that is taken to stay alive to the end of the run.
+        Args:
+            start, end: The marks.
+            held: Name of a storage that is assumed to stay alive until the end of the run. Default: none.
         """
         (first, _), (last, _) = (self._traces[1].marks[moment] for moment in (start, end))
         alive = self._alive[first : last + 1]
@@ -119,12 +121,12 @@ class Extrapolation:
         return linear((small, large), self._pixels)
 
     def size(self, name: Hashable) -> int:
-        """Bytes of the storage of that name."""
+        """Bytes of the storage with this name."""
         return round(self._sizes[self._traces[1].named[name]])
 
 
-def _pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
-    """Indices of the elements of two sequences that are alike, in order. Where they differ, they soon go on alike."""
+def _matching_pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
+    """Yield index pairs of equal elements of two sequences, in order. Assumes that the sequences differ only in short runs."""
     i = j = 0
     while i < len(first) and j < len(second):
         if first[i] == second[j]:
@@ -140,7 +142,7 @@ def _pairs(first: list[str], second: list[str]) -> Iterator[tuple[int, int]]:
 
 
 def linear(values: tuple[int, int], pixels: tuple[int, int, int]) -> int:
-    """What two values, of which the second is larger or both are alike, become on a batch of ``pixels[2]`` pixels."""
+    """Extrapolate two values linearly to ``pixels[2]`` pixels. A value that doesn't grow with the pixels stays constant."""
     small, large = values
     first, second, asked = pixels
     return round(small + (large - small) * (asked - first) / (second - first)) if large > small else large

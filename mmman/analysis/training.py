@@ -1,4 +1,4 @@
-"""What one training step costs: memory by the part that needs it, the floor, FLOPs, seconds."""
+"""Measure one training step: memory by part, memory without the backbone, FLOPs, seconds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mmengine.runner.amp import autocast
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from mmman.analysis.attribute_memory import attribute_memory, block_outputs
 from mmman.analysis.memory import LiveBytes, LiveParts
-from mmman.analysis.parts import block_outputs, parts_told
 from mmman.local.blocks import LocalBlocks
 from mmman.memory.chunks import replaced
 from mmman.memory.detection.dense_loss import DenseLoss
@@ -26,14 +26,14 @@ EMA_MOMENTUM = 0.995
 
 @dataclass(frozen=True)
 class Memory:
-    """Live tensor bytes of one step.
+    """Live tensor bytes, and FLOPs, of one step.
 
     Attributes:
-        peak: The most that were alive at once.
-        parts: What the peak is made of; the sum is the peak.
-        flops: FLOPs of the step, forward and backward: of matrix products, convolutions and attention. A multiplication and an
+        peak: Largest number of bytes alive.
+        parts: Bytes by part at the peak; their sum is the peak.
+        flops: FLOPs of the forward and backward pass: of matrix products, convolutions and attention. A multiplication and an
             addition are two. Operators of mmcv (deformable convolution) are not counted.
-        operators: How many the step ran, views left out.
+        operators: Number of operators that the step ran, without views.
         curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
     """
 
@@ -45,13 +45,14 @@ class Memory:
 
 
 class StepMeter:
-    """Takes training steps of one model on one batch. The first step, which makes optimizer state, is taken at once.
+    """Measure training steps of one model on one batch. The constructor takes a first step, which creates optimizer state.
 
     Args:
-        model: A model in training mode; its local heads, if any, are started.
+        model: A model in training mode. The momentum copies of its local heads, if any, are initialised.
         optim_wrapper: Its optim wrapper, whose learning rate should be 0.
-        data: A batch as the data loader gives it.
-        outputs: Where there are no local heads: paths of the backbone's modules that end a block, for the parts of the peak.
+        data: A batch as the data loader returns it.
+        outputs: For a model without local heads, paths of the backbone's modules that end a block. They divide the backbone
+            into parts.
     """
 
     def __init__(self, model: BaseModel, optim_wrapper: OptimWrapper, data: dict, outputs: Sequence[str] = ()) -> None:
@@ -63,13 +64,13 @@ class StepMeter:
         self.step()
 
     def step(self) -> None:
-        """One training step, and the update of the momentum copies."""
+        """Take one training step and update the momentum copies."""
         self.model.train_step(self.data, self.optim_wrapper)
         for head in self._heads:
             head.transfer.update_(head.source.of(self.model.backbone), EMA_MOMENTUM)
 
     def memory(self) -> Memory:
-        """Live tensor bytes of one step, exactly, on the CPU or a GPU; run without CUDA graphs, in which they aren't seen."""
+        """Count live tensor bytes of one step exactly, on the CPU or a GPU. CUDA graphs are off, as they hide allocations."""
         parameters = [*self.model.parameters()]
         held = {
             'momentum copies': [head.transfer.momentum for head in self._heads],
@@ -82,20 +83,20 @@ class StepMeter:
         with (
             replaced(self.optim_wrapper, 'cuda_graphs', False),
             LiveParts(held, part='input') as live,
-            parts_told(live, self.model, self.optim_wrapper, self.outputs),
+            attribute_memory(live, self.model, self.optim_wrapper, self.outputs),
         ):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}
         return Memory(live.peak, parts, live.flops, live.operators, live.curves())
 
     def floor(self, in_chunks: bool = True) -> int:
-        """Peak of what remains without the backbone.
+        """Peak bytes of a step that doesn't run the backbone.
 
-        Parameters, buffers and optimizer state of the whole model; and neck, head and loss run forward and backward on feature
-        maps that are given.
+        This counts parameters, buffers and optimizer state of the whole model, and the forward and backward pass of neck, head
+        and loss on given feature maps.
 
         Args:
-            in_chunks: Whether they run on as few images at a time as the optim wrapper's ``images_per_chunk`` says.
+            in_chunks: Whether neck and head run on ``images_per_chunk`` images at a time, if the optim wrapper sets that.
         """
         batch = self.model.data_preprocessor(self.data, True)
         backbone, wrapper = self.model.backbone, self.optim_wrapper
@@ -120,20 +121,20 @@ class StepMeter:
         return live.peak
 
     def allocator_peak(self) -> int | None:
-        """Peak bytes of torch's CUDA allocator in one step, without what other models hold; None of a model on a CPU.
+        """Peak bytes of torch's CUDA allocator in one step, without what other models hold. None for a model on a CPU.
 
-        CUDA graphs have their own memory, which counts in full.
+        CUDA graphs have a memory pool of their own, which counts in full.
         """
         if next(self.model.parameters()).device.type != 'cuda':
             return None
-        self.step()  # records graphs, if there are to be some
+        self.step()  # captures CUDA graphs if they are on
         others = torch.cuda.memory_allocated() - LiveBytes(self.model, self.optim_wrapper.optimizer).current
         torch.cuda.reset_peak_memory_stats()
         self.step()
         return torch.cuda.max_memory_allocated() - others + getattr(self.optim_wrapper, 'graph_bytes', 0)
 
     def kernel_seconds(self) -> float | None:
-        """Seconds that what one step runs on a GPU takes by itself, without the time in which the GPU waits; None on a CPU."""
+        """Sum of the durations of all GPU kernels and copies in one step, without idle time, in seconds. None on a CPU."""
         if next(self.model.parameters()).device.type != 'cuda':
             return None
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:

@@ -116,13 +116,6 @@ class LocalBlocks(ModuleDict):
             head.train(backbone.training)
             head.transfer.follow_(head.source.of(backbone))
 
-    def block_parameters(self, backbone: nn.Module) -> list[list[nn.Parameter]]:
-        """For each of the first K-1 blocks, the parameters that its local loss trains: the block's and its head's."""
-        return [
-            [*(p for unit in block for p in unit.parameters(backbone)), *head.parameters()]
-            for block, head in zip(self.plan.blocks[:-1], self.values(), strict=True)
-        ]
-
     def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple | list) -> tuple | list | None:
         """Forward hook of the backbone: in a session, outputs from inside a non-final block carry no gradient."""
         if self.session is None or not self._plain_inner_taps:

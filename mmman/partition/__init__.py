@@ -1,4 +1,4 @@
-"""What a backbone is made of: its chain of units, and where it is cut into blocks."""
+"""Describe a backbone as a chain of units, and cut the chain into blocks."""
 
 from mmman.partition.chain import Chain, Feature, Unit
 from mmman.partition.families import chain_of, register_chain

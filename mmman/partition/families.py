@@ -1,7 +1,7 @@
-"""The backbone families that can be cut: one row a forward pass.
+"""A table of the backbone families that can be cut, with one row for each forward pass.
 
-A row is keyed by the class that *defines* ``forward``. Whatever inherits that forward unchanged (ResNeXt, ResNetV1d, SE-ResNet,
-a user's subclass) is served by the row; a subclass with a forward of its own (DetectoRS_ResNet) is not, and is refused by name.
+The key of a row is the class that *defines* ``forward``. The row serves all subclasses that inherit this forward unchanged
+(ResNeXt, ResNetV1d, SE-ResNet, a user's subclass). A subclass with its own forward (DetectoRS_ResNet) is refused by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmman.partition.chain import STEM, Chain, Unit
 
 
 def resnet(backbone: nn.Module) -> Chain:
-    """Stem (7x7 or deep), then residual blocks in ``layer1`` to ``layer4``; one output a stage of ``out_indices``."""
+    """Stem (7x7 or deep), then residual blocks in ``layer1`` to ``layer4``; one output for each stage in ``out_indices``."""
     stem = ('stem',) if backbone.deep_stem else ('conv1', backbone.norm1_name)
     return _staged(backbone, Unit(STEM, (*stem, 'maxpool'), 'maxpool', 0), backbone.res_layers)
 
@@ -26,19 +26,19 @@ def cifar_resnet(backbone: nn.Module) -> Chain:
 
 
 def regnet(backbone: nn.Module) -> Chain:
-    """A 3x3 stem without pooling, then four stages of residual blocks; mmpretrain's ResNet_CIFAR is built like that too."""
+    """A 3x3 stem without pooling, then four stages of residual blocks; mmpretrain's ResNet_CIFAR has the same layout."""
     return _staged(backbone, Unit(STEM, ('conv1', backbone.norm1_name, 'relu'), 'relu', 0), backbone.res_layers)
 
 
 def mobilenet_v2(backbone: nn.Module) -> Chain:
-    """A 3x3 stem, seven stages of inverted residuals, and, where it has one, a 1x1 convolution as the last stage."""
+    """A 3x3 stem, seven stages of inverted residuals, and an optional 1x1 convolution as the last stage."""
     return _staged(backbone, Unit(STEM, ('conv1',), 'conv1', 0), backbone.layers)
 
 
 def vgg(backbone: nn.Module) -> Chain:
-    """One unit a convolution with its norm and activation; a max pooling goes with the convolution before it.
+    """Each convolution with its norm and activation is a unit; a max pooling is part of the unit before it.
 
-    The fully connected layers of a VGG with ``num_classes`` only make an output: they belong to the model's head.
+    The fully connected layers of a VGG with ``num_classes`` only make an output, so they count as part of the model's head.
     """
     units, taps = [], []
     for stage, (first, end) in enumerate(backbone.range_sub_modules):
@@ -57,10 +57,10 @@ def vgg(backbone: nn.Module) -> Chain:
 
 
 def vision_transformer(backbone: nn.Module) -> Chain:
-    """Patch, class and position embedding, then the layers; the final norm belongs to the model's head."""
+    """Patch, class and position embedding, then the layers. The final norm counts as part of the model's head."""
     own = ('pos_embed', 'cls_token', 'dist_token')
     tensors = tuple(name for name in own if isinstance(getattr(backbone, name, None), nn.Parameter))
-    is_distilled = 'dist_token' in tensors  # its forward has no pre_norm
+    is_distilled = 'dist_token' in tensors  # a distilled ViT's forward has no pre_norm
     stem = ('patch_embed', 'drop_after_pos') if is_distilled else ('patch_embed', 'drop_after_pos', 'pre_norm')
     units = [Unit(STEM, stem, stem[-1], 0, tensors), *(Unit.single(f'layers.{i}', 0) for i in range(len(backbone.layers)))]
     taps = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
@@ -102,7 +102,7 @@ def convnext(backbone: nn.Module) -> Chain:
 
 
 def _staged(backbone: nn.Module, stem: Unit, layers: Sequence[str]) -> Chain:
-    """A stem, then stages that are sequences of units, or single convolutions; one output a stage of ``out_indices``."""
+    """A stem, then stages that are sequences of units or single units; one output for each stage in ``out_indices``."""
     units, taps = [stem], []
     for stage, layer in enumerate(layers):
         module = backbone.get_submodule(layer)
@@ -135,17 +135,19 @@ _FAMILIES: dict[str, Callable[[nn.Module], Chain]] = {
 
 
 def register_chain(forward_class: str) -> Callable[[Callable[[nn.Module], Chain]], Callable[[nn.Module], Chain]]:
-    """Add a family: decorates a function that enumerates the units of backbones whose forward ``forward_class`` defines.
+    """Register a backbone family. Decorates a function that enumerates the units of a backbone.
+
+    The function is used for backbones whose ``forward`` is defined by ``forward_class``.
 
     Args:
-        forward_class: Import path of the class, e.g. ``my_project.models.MyNet``. It is not imported.
+        forward_class: Import path of the class, e.g. ``my_project.models.MyNet``. The class isn't imported.
 
     Raises:
-        ValueError: The class has a row already.
+        ValueError: The class is already registered.
     """
 
     if forward_class in _FAMILIES:
-        raise ValueError(f'{forward_class} is registered already')
+        raise ValueError(f'{forward_class} is already registered')
 
     def register(enumerate_units: Callable[[nn.Module], Chain]) -> Callable[[nn.Module], Chain]:
         _FAMILIES[forward_class] = enumerate_units
@@ -155,18 +157,23 @@ def register_chain(forward_class: str) -> Callable[[Callable[[nn.Module], Chain]
 
 
 def chain_of(backbone: nn.Module) -> Chain:
-    """The units of ``backbone``.
+    """Return the chain of units of ``backbone``.
 
     Raises:
-        UnsupportedBackboneError: No row knows its forward pass, or its forward was patched on the instance.
+        UnsupportedBackboneError: The class that defines ``forward`` isn't registered; ``forward`` was replaced on the instance;
+            or a unit other than the first has an output that isn't that of its last module.
     """
     owner = next(cls for cls in type(backbone).__mro__ if 'forward' in vars(cls))
     enumerate_units = _FAMILIES.get(f'{owner.__module__}.{owner.__qualname__}')
     if enumerate_units is None or 'forward' in vars(backbone):
         raise UnsupportedBackboneError(
             f'{type(backbone).__name__} cannot be cut into blocks: its forward pass '
-            + ('was replaced on the instance' if enumerate_units else f'({owner.__module__}.{owner.__qualname__}) is not known')
-            + f'. Known are the classes that inherit it unchanged from {", ".join(sorted(_FAMILIES))}; '
+            + (
+                'was replaced on the instance'
+                if enumerate_units
+                else f'({owner.__module__}.{owner.__qualname__}) is not supported'
+            )
+            + f'. Supported are the classes that inherit it unchanged from {", ".join(sorted(_FAMILIES))}; '
             'docs/howto/new_backbone.md shows how to add another.'
         )
     chain = enumerate_units(backbone)
@@ -174,7 +181,7 @@ def chain_of(backbone: nn.Module) -> Chain:
         if unit.modules[-1] != unit.output:
             raise UnsupportedBackboneError(
                 f'{type(backbone).__name__}: the output of the unit {unit.name} is not that of its last module, '
-                f'{unit.modules[-1]}; only the first unit may be more than its modules one after the other, because a '
-                'momentum transfer copies the first unit of the next block'
+                f'{unit.modules[-1]}; only the first unit may do more than run its modules in order, because a momentum '
+                'transfer copies the first unit of the next block'
             )
     return chain

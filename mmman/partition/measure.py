@@ -1,4 +1,4 @@
-"""A dry run of a backbone: the images that it takes, and the shape of every unit's output."""
+"""Run a backbone once to find the images that it takes, and the shape of every unit's output."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from mmman.errors import LocalLearningError, UnsupportedBackboneError
 from mmman.partition.chain import Chain, Feature
 
 LARGER_SIDES = (128, 224, 256, 384, 512)
-"""Sides in pixels of the square images to try where a backbone doesn't run on one of its chain's ``input_size``."""
+"""Sides in pixels of the square images to try if a backbone fails on an image of its chain's ``input_size``."""
 
 USUAL_CHANNELS = (3, 1, 4)
-"""Channels of images to try where the first convolution doesn't see the image itself."""
+"""Numbers of image channels to try if the first convolution doesn't see the image itself."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a dry run shows.
+    """Result of a dry run.
 
     Attributes:
-        image_channels: Channels of the images that the backbone takes.
-        image_size: Height and width of the image that it ran on.
+        image_channels: Number of image channels that the backbone takes.
+        image_size: Height and width, in pixels, of the image that the backbone ran on.
         features: The shape of every unit's output.
-        is_complete: Whether every unit saw more than one pixel, so that its stride shows.
+        is_complete: Whether the input of every unit was wider than one pixel, so that the unit's stride could be measured.
     """
 
     image_channels: int
@@ -35,27 +35,27 @@ class Measured:
     is_complete: bool
 
     def run(self, backbone: nn.Module) -> None:
-        """Run the backbone once more as it was measured."""
+        """Run the backbone once more on an image of the same size and channels."""
         run_once(backbone, self.image_channels, self.image_size)
 
 
 def measure(backbone: nn.Module, chain: Chain) -> Measured:
-    """Run ``backbone`` without leaving a trace, on the first image that it accepts.
+    """Run ``backbone`` on the first image that it accepts. The backbone isn't modified.
 
-    It tries the chain's ``input_size``, then larger images, with the chain's ``in_channels``, or else with the channels that
-    the first convolution takes, then with :data:`USUAL_CHANNELS`.
+    This tries the chain's ``input_size``, then larger images. The number of channels is the chain's ``in_channels``. If that is
+    None, it tries the number that the first convolution takes, then :data:`USUAL_CHANNELS`.
 
     Raises:
-        UnsupportedBackboneError: It accepts none of them, or its units aren't what its forward pass runs.
+        UnsupportedBackboneError: The backbone accepts none of these images, or its forward pass doesn't run the chain's units.
     """
     reason, narrow = None, None
-    for channels in _channels(backbone, chain):
-        for size in _sizes(chain):
+    for channels in _image_channels(backbone, chain):
+        for size in _image_sizes(chain):
             try:
-                found = _measure(backbone, chain, channels, size)
+                found = _measure_on(backbone, chain, channels, size)
             except LocalLearningError:
                 raise
-            except Exception as error:  # a backbone may raise anything on an image that it can't take
+            except Exception as error:  # a backbone may raise any exception on an unsupported image
                 if reason is None or reason[0] == channels:
                     reason = channels, size, error
                 continue
@@ -66,7 +66,7 @@ def measure(backbone: nn.Module, chain: Chain) -> Measured:
             return narrow
     channels, size, error = reason
     raise UnsupportedBackboneError(
-        f'{type(backbone).__name__} cannot be cut into blocks: it ran on no image that was tried, the last one of '
+        f'{type(backbone).__name__} cannot be cut into blocks: it failed on every image that was tried, the last one of '
         f'{channels} x {size[0]} x {size[1]} ({type(error).__name__}: {error}); if it needs another, set in_channels and '
         'input_size of its Chain (docs/howto/new_backbone.md)'
     ) from error
@@ -74,7 +74,7 @@ def measure(backbone: nn.Module, chain: Chain) -> Measured:
 
 @torch.no_grad()
 def run_once(backbone: nn.Module, channels: int, size: tuple[int, int]) -> object:
-    """The backbone's outputs for a black image, in eval mode; every module returns to the mode it was in."""
+    """Run the backbone on a black image in eval mode, and restore the mode of every module. Returns its outputs."""
     modes = {module: module.training for module in backbone.modules()}
     for module in modes:
         module.training = False
@@ -85,23 +85,23 @@ def run_once(backbone: nn.Module, channels: int, size: tuple[int, int]) -> objec
             module.training = mode
 
 
-def _measure(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, int]) -> Measured:
+def _measure_on(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, int]) -> Measured:
     shapes: list[torch.Size] = []
     order: list[str] = []
 
-    def note(name: str):
+    def record(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             if not isinstance(output, Tensor) or output.dim() not in (3, 4):
                 raise UnsupportedBackboneError(
-                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} gives no single (B, C, H, W) or '
-                    '(B, L, C) tensor'
+                    f'{type(backbone).__name__} cannot be cut into blocks: its unit {name} does not return a single '
+                    '(B, C, H, W) or (B, L, C) tensor'
                 )
             order.append(name)
             shapes.append(output.shape)
 
         return hook
 
-    handles = [backbone.get_submodule(unit.output).register_forward_hook(note(unit.name)) for unit in chain.units]
+    handles = [backbone.get_submodule(unit.output).register_forward_hook(record(unit.name)) for unit in chain.units]
     try:
         outputs = run_once(backbone, channels, size)
     finally:
@@ -109,7 +109,7 @@ def _measure(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, 
             handle.remove()
     count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
     if order != [unit.name for unit in chain.units] or count != len(chain.taps):
-        raise UnsupportedBackboneError(f'the units of {type(backbone).__name__} are not what its forward pass runs')
+        raise UnsupportedBackboneError(f'the forward pass of {type(backbone).__name__} does not run the units of its chain')
 
     features, side, stride = [], float(size[1]), 1.0
     is_complete = True
@@ -124,7 +124,7 @@ def _measure(backbone: nn.Module, chain: Chain, channels: int, size: tuple[int, 
 
 
 def _ratio(before: float, after: float) -> float:
-    """The stride between two sides, of which a unit may have rounded the second one up or down."""
+    """The stride of a unit from the sides of its input and output. The output side may be rounded up or down."""
     if after > before:
         return 1 / round(after / before)
     nearest = round(before / after)
@@ -135,15 +135,15 @@ def _ratio(before: float, after: float) -> float:
     return min(powers or fitting or [nearest], key=lambda r: abs(r - before / after))
 
 
-def _channels(backbone: nn.Module, chain: Chain) -> Iterator[int]:
+def _image_channels(backbone: nn.Module, chain: Chain) -> Iterator[int]:
     if chain.in_channels is not None:
         yield chain.in_channels
         return
-    # a stem may rearrange pixels into channels in front of its convolution (Focus: 2 x 2 pixels)
+    # A stem may rearrange pixels into channels before its convolution (Focus: 2 x 2 pixels).
     first = next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), None)
     yield from dict.fromkeys(channels for channels in (first, *USUAL_CHANNELS, (first or 0) // 4) if channels)
 
 
-def _sizes(chain: Chain) -> Iterator[tuple[int, int]]:
+def _image_sizes(chain: Chain) -> Iterator[tuple[int, int]]:
     yield chain.input_size
     yield from ((side, side) for side in LARGER_SIDES if side > max(chain.input_size))

@@ -1,4 +1,4 @@
-"""Where to cut: from a chain of units to gradient-isolated blocks."""
+"""Cut a chain of units into gradient-isolated blocks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmman.partition.chain import STEM, Chain, Unit
 Block = tuple[Unit, ...]
 
 BY_MEMORY = "partition=dict(type='memory', model=_base_.model, optim_wrapper=_base_.optim_wrapper, batch=8, shape=(416, 640))"
-"""How a config asks for cuts by memory."""
+"""The syntax for cuts by memory in a config, for error messages."""
 
 
 @dataclass(frozen=True)
@@ -22,19 +22,19 @@ class Plan:
     """The blocks of a localised backbone.
 
     Attributes:
-        frozen: Leading units without a trainable parameter. They get no local head and don't count as a block.
-        blocks: K blocks of consecutive units. The first K-1 end at a boundary with a local head.
+        frozen: Leading units without a trainable parameter. They have no local head and don't count as a block.
+        blocks: K blocks of consecutive units. Each of the first K-1 ends at a boundary with a local head.
     """
 
     frozen: Block
     blocks: tuple[Block, ...]
 
     def frozen_block(self, backbone: nn.Module, only: int | None = None) -> str | None:
-        """Names the first block that has no trainable parameter; None where every block trains.
+        """Describe the first block that has no trainable parameter. Returns None if every block has one.
 
         Args:
             backbone: The backbone that the plan is for.
-            only: Look at this block alone, counted from 0.
+            only: Check only the block with this index, counted from 0. Default: all blocks.
         """
         for j, (block, span) in enumerate(zip(self.blocks, map(_span, self.blocks), strict=True)):
             if only in (None, j) and not any(unit.is_trainable(backbone) for unit in block):
@@ -58,20 +58,21 @@ def plan_blocks(
 
     Args:
         chain: The backbone's units.
-        trainable: For every unit, whether any of its parameters is trained. Leading frozen units are set aside.
-        num_blocks: K, counted over trainable blocks. May be left out where ``partition`` names the cuts.
-        partition: ``'stage'`` cuts at stage ends; with fewer blocks than stages neighbours are merged so that the largest
-            block has as few units as possible, with more the longest stages are split evenly, a stem not counted.
-            ``'uniform'`` gives every block the same number of units, give or take one, the stem counting as one. A list names
-            the last unit of every block but the last, e.g. ``['layer2.2', 'layer3.8']``.
+        trainable: For every unit, whether any of its parameters is trained. Leading frozen units aren't part of any block.
+        num_blocks: K, the number of blocks. Optional if ``partition`` names the cuts.
+        partition: ``'stage'`` cuts at stage ends. If K is below the number of stages, neighbouring stages are merged so that
+            the largest block has as few units as possible. If K is above it, the longest stages are split evenly, not counting
+            a stem. ``'uniform'`` makes blocks whose numbers of units differ by at most one, counting the stem. A list names the
+            last unit of each of the first K-1 blocks, e.g. ``['layer2.2', 'layer3.8']``.
 
     Raises:
-        PartitionError: Every unit is frozen; K is below 1 or above the number of trainable units; a cut names no unit, a frozen
-            one, or the last; or cuts are asked for by memory, which only :func:`mmman.LocalBackbone` plans.
+        PartitionError: Every unit is frozen; K is missing, below 1 or above the number of trainable units; a cut names no
+            unit, a frozen unit or the last unit; the cuts aren't in network order; or ``partition`` asks for cuts by memory,
+            which only :func:`mmman.LocalBackbone` plans.
     """
     if partition == 'memory' or isinstance(partition, Mapping):
         raise PartitionError(
-            f'cuts by memory depend on the whole model and its images, and are planned where mmman.LocalBackbone is built by a '
+            f'cuts by memory depend on the whole model and its images, so they need an mmman.LocalBackbone that is built by a '
             f'config: {BY_MEMORY}; elsewhere name the cuts'
         )
     first = next((i for i, trains in enumerate(trainable) if trains), len(chain.units))
@@ -79,11 +80,11 @@ def plan_blocks(
     names = [unit.name for unit in units]
     if not units:
         raise PartitionError(
-            f'every unit of the backbone is frozen ({", ".join(unit.name for unit in frozen)}), so there is nothing to '
-            'train in blocks: lower frozen_stages of the stock backbone'
+            f'every unit of the backbone is frozen ({", ".join(unit.name for unit in frozen)}), so no block can be '
+            'trained: lower frozen_stages of the stock backbone'
         )
     if not isinstance(partition, str):
-        blocks = _named(units, names, list(partition))
+        blocks = _cut_at_names(units, names, list(partition))
         if num_blocks not in (None, len(blocks)):
             raise PartitionError(f'partition names {len(partition)} cuts, so {len(blocks)} blocks, but num_blocks={num_blocks}')
         return Plan(frozen, blocks)
@@ -92,21 +93,19 @@ def plan_blocks(
     if not 1 <= num_blocks <= len(units):
         raise PartitionError(
             f'num_blocks={num_blocks}, but the backbone has {len(units)} trainable units ({", ".join(names)}); '
-            'choose a K from 1 to that number' + (f' (frozen: {", ".join(unit.name for unit in frozen)})' if frozen else '')
+            f'choose a K from 1 to {len(units)}' + (f' (frozen: {", ".join(unit.name for unit in frozen)})' if frozen else '')
         )
     if partition == 'uniform':
         return Plan(frozen, _evenly(units, num_blocks))
     if partition == 'stage':
         return Plan(frozen, _by_stage(units, num_blocks))
-    raise PartitionError(
-        f"partition={partition!r}: choose 'stage', 'uniform' or a list of unit names; by memory it is {BY_MEMORY}"
-    )
+    raise PartitionError(f"partition={partition!r}: choose 'stage', 'uniform' or a list of unit names, or write {BY_MEMORY}")
 
 
-def _named(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:
+def _cut_at_names(units: Block, names: list[str], cuts: list[str]) -> tuple[Block, ...]:
     for cut in cuts:
         if cut not in names[:-1]:
-            raise PartitionError(f'no cut is possible after {cut!r}; the units to cut after are: {", ".join(names[:-1])}')
+            raise PartitionError(f'cannot cut after {cut!r}; choose from the units {", ".join(names[:-1])}')
     ends = [names.index(cut) + 1 for cut in cuts]
     if ends != sorted(set(ends)):
         raise PartitionError(f'the cuts {cuts} are not in the order of the network: {", ".join(names)}')
@@ -130,7 +129,7 @@ def _by_stage(units: Block, count: int) -> tuple[Block, ...]:
 
 
 def _split(stage: Block, count: int) -> tuple[Block, ...]:
-    """Pieces of a stage with the same number of units, give or take one; a stem goes with the first and doesn't count."""
+    """Split a stage into pieces whose sizes differ by at most one unit. A stem joins the first piece and isn't counted."""
     if stage[0].name != STEM or count >= len(stage):
         return _evenly(stage, count)
     first, *rest = _evenly(stage[1:], count)
@@ -138,7 +137,7 @@ def _split(stage: Block, count: int) -> tuple[Block, ...]:
 
 
 def _merge(stages: list[Block], count: int) -> tuple[Block, ...]:
-    """Contiguous groups of stages whose largest has the fewest units; among equals, the earliest cuts."""
+    """Merge neighbouring stages so that the largest group has the fewest units. Of equal solutions, take the earliest cuts."""
     if count == 1:
         return (sum(stages, ()),)
     candidates = [(sum(stages[:i], ()), *_merge(stages[i:], count - 1)) for i in range(1, len(stages) - count + 2)]

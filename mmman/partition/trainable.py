@@ -1,4 +1,4 @@
-"""Which units of a backbone train, once the backbone has frozen what it was told to freeze."""
+"""Find the units of a backbone that train, after the backbone has frozen its ``frozen_stages``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from mmman.partition.chain import Chain
 
 
 def trainable_units(backbone: nn.Module, chain: Chain) -> list[bool]:
-    """Whether each unit has a parameter that training changes.
+    """Return for each unit whether it has a trainable parameter.
 
-    Some classes freeze in their constructor (ResNet, ConvNeXt), others in ``train()`` (Swin, MobileNetV2, VGG). So ``train()``
-    is called first; the parameters that it freezes stay frozen, and every module returns to the mode it was in.
+    Some classes freeze parameters in the constructor (ResNet, ConvNeXt), others in ``train()`` (Swin, MobileNetV2, VGG). So
+    this calls ``train()`` first. Parameters that ``train()`` freezes stay frozen; the mode of every module is restored.
 
     Raises:
-        PartitionError: No parameter of the units trains.
+        PartitionError: No unit has a trainable parameter.
     """
     modes = {module: module.training for module in backbone.modules()}
     backbone.train()
@@ -24,7 +24,7 @@ def trainable_units(backbone: nn.Module, chain: Chain) -> list[bool]:
     trainable = [unit.is_trainable(backbone) for unit in chain.units]
     if not any(trainable):
         raise PartitionError(
-            f'{type(backbone).__name__} is frozen completely (frozen_stages?), so no block of it can be trained locally: '
+            f'{type(backbone).__name__} is frozen completely (frozen_stages?), so none of its blocks can be trained locally: '
             'freeze fewer stages of the stock backbone, or leave mmman.LocalBackbone out'
         )
     return trainable

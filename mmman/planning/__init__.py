@@ -1,1 +1,1 @@
-"""Cuts and recomputed units that fit a memory budget, from costs measured on the model."""
+"""Choose cuts and recomputed units that fit a memory budget, from costs measured on the model."""

@@ -1,7 +1,7 @@
-"""The peak memory of one training step from the costs of its parts.
+"""Compute the peak memory of one training step from the costs of its parts.
 
-Pure arithmetic on numbers; :mod:`mmman.planning.profile` takes them from a model, :mod:`mmman.planning.search` finds the cuts
-that make the peak smallest.
+This module is pure arithmetic. :mod:`mmman.planning.profile` measures the costs on a model. :mod:`mmman.planning.search` finds
+the cuts with the smallest peak.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 
-class Again(IntEnum):
-    """What of a block's units is computed a second time in the backward pass."""
+class RecomputeMode(IntEnum):
+    """How much of a block's forward pass is recomputed in the backward pass."""
 
-    NOTHING = 0
-    SELECTED = 1
-    ALL = 2
+    NONE = 0
+    SELECTIVE = 1
+    FULL = 2
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """What a unit needs on one batch, in bytes.
+    """Memory, in bytes, and FLOPs of one unit on one batch.
 
     Attributes:
-        kept: What its forward pass leaves for the backward pass, its output included; its parameters and its input not.
-        forward: The most that are alive while it runs forward, above what was alive before.
-        backward: The most while it runs backward, the gradient of its output included and its parameters' included, above
-            what was alive after its forward pass.
-        output: Its output.
-        tap: What stays alive of an output of a non-final block until the task loss's backward; 0 where it is no output.
-        gradient: Gradients of its parameters.
-        flops: Of its forward and backward pass.
-        holds: Index of the unit whose output the backbone's forward pass holds while this one runs, below 0 for none: what
-            its stage was called with.
-        is_read: Of an output, whether neck, head or loss read it. One that they don't is gone when they run.
+        kept: Tensors that the forward pass saves for the backward pass, including the output, excluding parameters and input.
+        forward: Peak of the forward pass, above what was alive before it.
+        backward: Peak of the backward pass, above what was alive after the forward pass. Includes the gradients of the output
+            and of the parameters.
+        output: The output.
+        tap: For a unit that makes a backbone output in a non-final block: what stays alive of that output until the backward
+            pass of the task loss. 0 for other units.
+        gradient: Gradients of the parameters.
+        flops: FLOPs of the forward and backward pass.
+        holds: Index of the unit whose output is the input of this unit's stage. The backbone's forward pass holds that tensor
+            while this unit runs. Below 0 if there is none.
+        is_read: Whether neck, head or loss read the backbone output that this unit makes. An unread output is freed before they
+            run.
+        backward_held: Like ``backward``, but the output stays alive until the end of the backward pass.
     """
 
     kept: int
@@ -51,13 +54,13 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class HeadCost:
-    """What a local head, or neck, head and loss of the task, needs on one batch, in bytes.
+    """Memory, in bytes, and FLOPs of one head on one batch: a local head, or the task's neck, head and loss.
 
     Attributes:
-        static: Parameters, buffers and optimizer state. The task's are in :attr:`StepCost.base`.
-        peak: The most that are alive while it runs forward and backward, above what was alive before.
-        gradient: Gradients of its parameters.
-        flops: Of its forward and backward pass.
+        static: Parameters, buffers and optimizer state. 0 for the task, whose static bytes are in :attr:`StepCost.base`.
+        peak: Peak of the forward and backward pass, above what was alive before.
+        gradient: Gradients of the parameters.
+        flops: FLOPs of the forward and backward pass.
     """
 
     static: int
@@ -68,32 +71,33 @@ class HeadCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """All parts of a training step.
+    """Costs of all parts of a training step.
 
     Attributes:
-        base: Bytes that are always alive: parameters, buffers and optimizer state without local heads, and the batch.
-        units: The units of the backbone.
-        task: Neck, head and loss.
-        head: The cost of the local head after a unit, given its index, the smallest stride among the cuts that is larger than
-            its own (None if there is none), whether no cut has a smaller one, and what the next block, whose first unit it
-            copies, computes again. Heads of detectors depend on the strides.
-        strides: For every unit, the stride that a local head after it sees; not descending.
-        flops: Of end-to-end training that computes nothing twice: what overheads are relative to.
-        again: Where each block has the choice, the units with :attr:`Again.SELECTED` and with :attr:`Again.ALL`.
-        first: The first unit with a trainable parameter.
-        update: Bytes that the optimizer's step needs above parameters, state and gradients.
-        is_immediate: Whether a block steps, and drops its gradients, before the next one starts.
-        in_chunks: Whether neck, head and loss run on a few images at a time: the gradients of all outputs that get one are then
-            there while they run.
+        base: Bytes that are always alive: the batch, and parameters, buffers and optimizer state of everything but local heads.
+        units: Costs of the backbone's units, without recomputation.
+        task: Cost of neck, head and loss.
+        head: Returns the cost of the local head after a unit. Arguments: the unit's index; the smallest stride of a cut that is
+            larger than the stride at this cut, or None; whether no cut has a smaller stride; the recompute mode of the next
+            block, whose first unit the head copies. The strides matter for heads of detectors.
+        strides: For every unit, the stride that a local head after it sees; never decreasing.
+        flops: FLOPs of end-to-end training without recomputation, the reference for overheads.
+        recomputed: Costs of the units under :attr:`RecomputeMode.SELECTIVE` and :attr:`RecomputeMode.FULL`. Empty if plans
+            don't choose a mode.
+        first: Index of the first unit with a trainable parameter.
+        update: Bytes that an optimizer step needs in addition to parameters, state and gradients.
+        is_immediate: Whether a block takes its optimizer step and frees its gradients before the next block starts.
+        in_chunks: Whether neck, head and loss run on a few images at a time. The gradients of all backbone outputs that receive
+            one are then alive while they run.
     """
 
     base: int
     units: tuple[UnitCost, ...]
     task: HeadCost
-    head: Callable[[int, int | None, bool, Again], HeadCost]
+    head: Callable[[int, int | None, bool, RecomputeMode], HeadCost]
     strides: tuple[int, ...]
     flops: int
-    again: tuple[tuple[UnitCost, ...], tuple[UnitCost, ...]] | tuple[()] = ()
+    recomputed: tuple[tuple[UnitCost, ...], tuple[UnitCost, ...]] | tuple[()] = ()
     first: int = 0
     update: int = 0
     is_immediate: bool = False
@@ -101,63 +105,63 @@ class StepCost:
 
     @property
     def candidates(self) -> range:
-        """Indices of the units to cut after: none is frozen, and the last block makes an output."""
+        """Indices of the units to cut after: from the first trainable unit to the one before the last backbone output."""
         return range(self.first, max(i for i, unit in enumerate(self.units) if unit.tap))
 
     @property
-    def choices(self) -> tuple[Again, ...]:
-        """What a block may compute again."""
-        return tuple(Again)[: len(self.again) + 1]
+    def choices(self) -> tuple[RecomputeMode, ...]:
+        """Recompute modes that a block may have."""
+        return tuple(RecomputeMode)[: len(self.recomputed) + 1]
 
-    def units_of(self, again: Again) -> tuple[UnitCost, ...]:
-        """The units where so much of them is computed again."""
-        return (self.units, *self.again)[again]
+    def units_of(self, mode: RecomputeMode) -> tuple[UnitCost, ...]:
+        """Costs of all units under a recompute mode."""
+        return (self.units, *self.recomputed)[mode]
 
     def heads(self, plan: MemoryPlan) -> list[HeadCost]:
-        """The local heads of a plan."""
+        """Costs of the local heads of a plan."""
         strides = [self.strides[cut] for cut in plan.cuts]
         larger = [min((s for s in strides if s > own), default=None) for own in strides]
         smallest = [s == min(strides) for s in strides]
-        return [self.head(*at) for at in zip(plan.cuts, larger, smallest, plan.again[1:], strict=True)]
+        return [self.head(*at) for at in zip(plan.cuts, larger, smallest, plan.modes[1:], strict=True)]
 
     def overhead(self, plan: MemoryPlan) -> float:
-        """How many more FLOPs there are than in end-to-end training that computes nothing twice, relative to those."""
-        units = sum(unit.flops for start, end, again in self.blocks(plan) for unit in self.units_of(again)[start : end + 1])
+        """FLOPs in addition to those of end-to-end training without recomputation, relative to them."""
+        units = sum(unit.flops for start, end, mode in self.blocks(plan) for unit in self.units_of(mode)[start : end + 1])
         return self.overhead_with(units + sum(head.flops for head in self.heads(plan)))
 
     def overhead_with(self, flops: int) -> float:
-        """The overhead where units and local heads have so many FLOPs."""
+        """The overhead for a given number of FLOPs of units and local heads."""
         return (self.task.flops + flops) / self.flops - 1
 
-    def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, Again]]:
-        """First unit, last unit, and what is computed again, of every block."""
-        return zip([0, *(cut + 1 for cut in plan.cuts)], [*plan.cuts, len(self.units) - 1], plan.again, strict=True)
+    def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, RecomputeMode]]:
+        """Index of the first unit, index of the last unit, and recompute mode of every block."""
+        return zip([0, *(cut + 1 for cut in plan.cuts)], [*plan.cuts, len(self.units) - 1], plan.modes, strict=True)
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How a backbone is cut.
+    """Where a backbone is cut, and what each block recomputes.
 
     Attributes:
         cuts: Indices of the last units of the first K-1 blocks, ascending.
-        again: For every block what is computed again; by default nothing.
+        modes: Recompute mode of each of the K blocks. Default: :attr:`RecomputeMode.NONE` for all.
     """
 
     cuts: tuple[int, ...] = ()
-    again: tuple[Again, ...] = ()
+    modes: tuple[RecomputeMode, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, 'again', self.again or (Again.NOTHING,) * (len(self.cuts) + 1))
+        object.__setattr__(self, 'modes', self.modes or (RecomputeMode.NONE,) * (len(self.cuts) + 1))
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment of a step at which most bytes are alive.
+    """The moment of a training step at which the most bytes are alive.
 
     Attributes:
-        total: Bytes.
-        moment: What runs, e.g. ``local head 2``.
-        parts: What the bytes are; the sum is ``total``.
+        total: Bytes alive.
+        moment: What is running, e.g. ``local head 2``.
+        parts: Bytes by kind; their sum is ``total``.
     """
 
     total: int
@@ -166,13 +170,13 @@ class Peak:
 
 
 def peak_of(step: StepCost, plan: MemoryPlan) -> Peak:
-    """The peak of a step of the model that is cut as planned; without cuts that of end-to-end training."""
+    """The peak of a training step under a plan. A plan without cuts is end-to-end training."""
     heads = [*step.heads(plan), step.task]
     static = {'without local heads': step.base, 'local heads': sum(head.static for head in heads[:-1])}
     gradients, found = 0, []
-    for j, ((start, end, again), head) in enumerate(zip(step.blocks(plan), heads, strict=True), start=1):
+    for j, ((start, end, mode), head) in enumerate(zip(step.blocks(plan), heads, strict=True), start=1):
         gradients = 0 if step.is_immediate else gradients
-        for phase, activations, extra, own in moments(step, start, end, again, head, is_last=j == len(heads)):
+        for phase, activations, extra, own in moments(step, start, end, mode, head, is_last=j == len(heads)):
             what = f'block {j}, {phase}' if phase != 'head' else f'local head {j}' if j < len(heads) else 'neck, head, loss'
             parts = {'gradients': gradients + own, 'activations and outputs': activations, 'transient': extra}
             found.append((what, parts))
@@ -183,13 +187,14 @@ def peak_of(step: StepCost, plan: MemoryPlan) -> Peak:
 
 
 def moments(
-    step: StepCost, start: int, end: int, again: Again, head: HeadCost, is_last: bool
+    step: StepCost, start: int, end: int, mode: RecomputeMode, head: HeadCost, is_last: bool
 ) -> Iterator[tuple[str, int, int, int]]:
-    """The moments of a block's training: phase, bytes of activations, of transients, of its own gradients so far.
+    """Yield the moments of one block's training: phase, bytes of activations, of transients, of the block's gradients so far.
 
-    A step of all blocks is none of them; nor is the last block's, after which nothing is left but gradients.
+    The optimizer step is included only for a non-final block with immediate updates. Neither the joint step of all blocks nor
+    the last block's step is included; at both, only gradients are alive.
     """
-    units = step.units_of(again)
+    units = step.units_of(mode)
     taps = sum(unit.tap for unit in units[:start])
     given = units[start - 1].output if start and not units[start - 1].tap else 0
     alive = [taps + given]
@@ -199,7 +204,7 @@ def moments(
     if is_last:
         beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
         read = [unit.output for unit in units[start:] if unit.tap and unit.is_read]
-        sent = sum(read[:-1]) if step.in_chunks else 0  # head.peak has the last
+        sent = sum(read[:-1]) if step.in_chunks else 0  # head.peak includes the last output's gradient
     else:
         beside, sent = _stage_input(units, start, end), 0
     yield 'head', alive[-1] + beside + sent, head.peak, 0
@@ -214,16 +219,17 @@ def moments(
 
 
 def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
-    """Bytes of what the forward pass holds while unit i of a block runs, if nothing else does: it is from an earlier block."""
+    """Bytes of the input of unit i's stage, if it is from an earlier block and only the backbone's forward pass holds it."""
     held = units[i].holds
     return units[held].output if 0 <= held < start - 1 and not units[held].tap else 0
 
 
 def _held(units: Sequence[UnitCost], start: int, end: int, is_last: bool) -> dict[int, int]:
-    """Bytes that stay alive beside the graph until a block has run backward, by the unit they are of.
+    """Bytes that stay alive outside the autograd graph until a block has run backward, by index of the unit that made them.
 
-    The last block: gradients of outputs that the task loss has sent to earlier units. Others: what the interrupted forward pass
-    holds, which is outputs for the neck, the block's output, the input of its last unit and that of its last stage.
+    In the last block these are the gradients of backbone outputs, which the task loss has already computed. In other blocks
+    these are tensors that the suspended forward pass holds: outputs for the neck, the block's output, and the inputs of its
+    last unit and last stage.
     """
     block = range(start, end + 1)
     if is_last:

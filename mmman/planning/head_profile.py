@@ -1,4 +1,4 @@
-"""What local heads cost, wherever a backbone is cut."""
+"""Measure the cost of a local head after any unit of a backbone."""
 
 from __future__ import annotations
 
@@ -17,47 +17,48 @@ from mmman.analysis.trace import Trace
 from mmman.heads.det import DetLocalHead
 from mmman.local import delocalize_, localize_
 from mmman.local.local_head import LocalHead
-from mmman.planning.costs import Again, HeadCost
-from mmman.planning.small_runs import Batch, SmallRuns, gradient_bytes, outputs_told, static_bytes
+from mmman.planning.costs import HeadCost, RecomputeMode
+from mmman.planning.probe_runs import ProbeBatch, ProbeRuns, gradient_bytes, outputs_observed, static_bytes
 
 FOLLOWING = 3
-"""Of how many units that follow what a head sees it makes a difference that they are there."""
+"""Heads count as equal only if the same number of units follows, up to this number."""
 
 
 class HeadCosts:
-    """The cost of a local head after a unit, which is built and run when it is asked for, once for all that are alike.
+    """Costs of local heads. A head is built and run when its cost is first requested; equal heads are run once.
 
-    Heads are alike that see the same shapes and copy units of the same structure; heads of detectors also predict on the same
-    levels. The layers that a head copies beyond that (AugLocal, ViT) are taken to be alike where as many follow.
+    Two heads are equal if they see the same shapes and copy units of the same structure. Heads of detectors must also predict
+    on the same levels. Some heads copy more layers (AugLocal, ViT); those layers are assumed to be equal if the same number of
+    units follows, see :data:`FOLLOWING`.
 
     Args:
-        runs: The model and the batches to run it on.
-        options: Of ``mmman.LocalBackbone``.
-        state: Bytes of optimizer state, relative to the parameters.
-        ways: The options of what is computed again, by what a plan says.
+        runs: The model and the probe batches.
+        options: Options of ``mmman.LocalBackbone``.
+        state: Bytes of optimizer state per byte of trained parameters.
+        mode_options: Options of ``mmman.LocalBackbone`` for each recompute mode.
     """
 
-    def __init__(self, runs: SmallRuns, options: dict, state: float, ways: Mapping[Again, dict]) -> None:
-        self.runs, self.chain, self.state, self.ways = runs, runs.chain, state, ways
+    def __init__(self, runs: ProbeRuns, options: dict, state: float, mode_options: Mapping[RecomputeMode, dict]) -> None:
+        self.runs, self.chain, self.state, self.mode_options = runs, runs.chain, state, mode_options
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone
         self._outputs: list[dict[int, Tensor]] = []
         for batch in runs.batches:
             outputs: dict[int, Tensor] = {}
-            with outputs_told(backbone, self.chain, outputs.__setitem__), torch.no_grad(), runs.precision():
+            with outputs_observed(backbone, self.chain, outputs.__setitem__), torch.no_grad(), runs.precision():
                 backbone(batch.inputs)
             self._outputs.append(outputs)
         self._stock = delocalize_(copy.deepcopy(backbone))
         self._known: dict[Hashable, HeadCost] = {}
         self.strides = self._strides()
 
-    def __call__(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> HeadCost:
-        asked = (cut, larger, is_smallest, again)
+    def __call__(self, cut: int, larger: int | None, is_smallest: bool, mode: RecomputeMode) -> HeadCost:
+        asked = (cut, larger, is_smallest, mode)
         if asked not in self._known:
-            kind = (self._kind(cut), larger, is_smallest, again)
+            kind = (self._kind(cut), larger, is_smallest, mode)
             if kind not in self._known:
                 head = self._build(*asked)
-                alike = (kind[0], tuple(getattr(head, 'level_strides', ())), again)
+                alike = (kind[0], tuple(getattr(head, 'level_strides', ())), mode)
                 if alike not in self._known:
                     self._known[alike] = self._cost(head, cut)
                 self._known[kind] = self._known[alike]
@@ -65,10 +66,10 @@ class HeadCosts:
         return self._known[asked]
 
     def _strides(self) -> tuple[int, ...]:
-        """What a detector's head sees after each unit; all alike for other heads, which don't depend on it."""
+        """The stride that a detector's local head sees after each unit; 1 everywhere for heads that don't depend on strides."""
         candidates = range(max(self.chain.taps))
         first = next(i for i, unit in enumerate(self.chain.units) if unit.is_trainable(self._stock))
-        head = self._localised([first], again=Again.NOTHING).local.values()
+        head = self._localised([first], mode=RecomputeMode.NONE).local.values()
         if not isinstance(next(iter(head)), DetLocalHead):
             return (1,) * len(self.chain.units)
         reads_next = next(iter(head)).transfer.copies != []
@@ -82,28 +83,28 @@ class HeadCosts:
         return (*strides, *(strides[-1:] * (len(self.chain.units) - len(strides))))
 
     def _kind(self, cut: int) -> Hashable:
-        """The structure of the unit that is copied, the shapes in front of it and behind, and whether any units follow."""
+        """A key: the structure of the copied unit, its input and output shapes, and the number of following units, capped."""
         unit = self.chain.units[cut + 1].of(self.runs.model.backbone)
         modules = tuple((type(module), 'forward' in vars(module)) for module in unit.modules())
         tensors = tuple(tensor.shape for tensor in unit.state_dict().values())
         following = min(len(self.chain.units) - cut - 2, FOLLOWING)
         return modules, tensors, self._outputs[0][cut].shape, self._outputs[0][cut + 1].shape, following
 
-    def _localised(self, cuts: list[int], again: Again) -> nn.Module:
+    def _localised(self, cuts: list[int], mode: RecomputeMode) -> nn.Module:
         names = [self.chain.units[cut].name for cut in cuts]
-        options = {**self.options, **self.ways[again]}
+        options = {**self.options, **self.mode_options[mode]}
         with quiet():
             backbone = localize_(copy.deepcopy(self._stock), partition=names, **options)
         backbone.train()
         return backbone
 
-    def _build(self, cut: int, larger: int | None, is_smallest: bool, again: Again) -> LocalHead:
+    def _build(self, cut: int, larger: int | None, is_smallest: bool, mode: RecomputeMode) -> LocalHead:
         cuts = {cut}
         if larger is not None:
             cuts.add(self.strides.index(larger))
         if not is_smallest:
             cuts.add(next(i for i, s in enumerate(self.strides) if s < self.strides[cut] and self._is_trainable(i)))
-        backbone = self._localised(sorted(cuts), again)
+        backbone = self._localised(sorted(cuts), mode)
         backbone.local.sync_modes(backbone)
         head = backbone.local[self.chain.units[cut].name.replace('.', '_')]
         head.session = SimpleNamespace(model=self.runs.model)
@@ -118,7 +119,7 @@ class HeadCosts:
         losses = head.loss if dense is None else partial(dense.local_losses, head)
         outputs = {id(batch): own[cut] for batch, own in zip(self.runs.batches, self._outputs, strict=True)}
 
-        def run(batch: Batch, trace: Trace) -> None:
+        def run(batch: ProbeBatch, trace: Trace) -> None:
             x = outputs[id(batch)].detach().requires_grad_()
             head.zero_grad()
             if dense is not None:
@@ -138,7 +139,7 @@ class HeadCosts:
 
 @contextmanager
 def quiet(least: int = logging.WARNING) -> Iterator[None]:
-    """While this context is open, nothing below the level ``least`` is logged: a localised backbone logs a line."""
+    """Raise the log level to ``least`` inside this context. Localising a backbone logs a line otherwise."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel(least)

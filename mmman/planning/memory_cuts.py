@@ -1,4 +1,4 @@
-"""Cuts by memory for a model that is being built: what ``partition=dict(type='memory', ...)`` of a config stands for."""
+"""Plan cuts by memory while a model is being built, for ``partition=dict(type='memory', ...)`` in a config."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ SGD = {'type': 'SGD', 'lr': 0.01, 'momentum': 0.9}
 @checked('model.backbone.partition')
 @dataclass(frozen=True)
 class MemoryCuts:
-    """What the plan depends on, beside the backbone and its local heads.
+    """The inputs of a memory plan other than the backbone and its local heads.
 
     Args:
-        model: Config of the model that the backbone is part of: the stock one, whose backbone doesn't count. Where a config
-            has its ``data_preprocessor`` outside of the model, it may be put in.
-        batch: Images a step.
-        shape: Their height and width, pixels.
-        optim_wrapper: Options of the ``mmman.LocalLearningOptimWrapper`` that trains it, whatever its type is; default: SGD
-            with momentum.
+        model: Config of the stock model that the backbone is part of. The backbone in it is ignored. If the config has its
+            ``data_preprocessor`` outside of the model, it may be added here.
+        batch: Images per step.
+        shape: Height and width of the images, pixels.
+        optim_wrapper: Options of the ``mmman.LocalLearningOptimWrapper`` that trains the model. Its ``type`` is ignored.
+            Default: SGD with momentum.
     """
 
     model: dict
@@ -46,36 +46,37 @@ class MemoryCuts:
 
     def __post_init__(self) -> None:
         if not {'type', 'backbone'} <= set(self.model):
-            raise PartitionError(f'partition.model is no config of a model with a backbone: {BY_MEMORY}')
+            raise PartitionError(f'partition.model is not the config of a model with a backbone; write {BY_MEMORY}')
 
     @classmethod
     def of(cls, partition: dict) -> MemoryCuts:
-        """From a config's ``partition``.
+        """Read the ``partition`` option of a config.
 
         Raises:
-            PartitionError: It isn't ``dict(type='memory', ...)`` with these arguments.
+            PartitionError: ``partition`` isn't ``dict(type='memory', ...)`` with valid arguments.
         """
         if partition.get('type') != 'memory':
-            raise PartitionError(f'partition has type={partition.get("type")!r}; cuts by memory are asked for by {BY_MEMORY}')
+            raise PartitionError(f'partition has type={partition.get("type")!r}; for cuts by memory write {BY_MEMORY}')
         try:
             return cls(**{key: value for key, value in partition.items() if key != 'type'})
         except MisuseError as error:
-            raise PartitionError(f'{error}; cuts by memory are asked for by {BY_MEMORY}') from None
+            raise PartitionError(f'{error}; for cuts by memory write {BY_MEMORY}') from None
 
     def plan(self, backbone: dict, num_blocks: int | None) -> list[str]:
-        """The units to cut after, for the smallest peak of a training step on one device.
+        """Return the names of the units to cut after that give the smallest peak of a training step on one device.
 
-        The model is built beside, and run on small images on the CPU. Nothing is downloaded, no random number of the process is
-        drawn, and every process comes to the same cuts.
+        This builds a separate copy of the model and runs it on small images on the CPU. It downloads nothing and leaves the
+        process's random state unchanged. Every process computes the same cuts.
 
         Args:
             backbone: Options of ``mmman.LocalBackbone``: ``backbone``, ``local_head``, ``transfer``, ``recompute``.
-            num_blocks: K.
+            num_blocks: Number of blocks K.
 
         Raises:
-            PartitionError: No K is given.
-            MisuseError: There is no default scope, or it is none of the libraries'; the model or its heads can't be run so.
-            CostError: K is larger than the number of units allows.
+            PartitionError: ``num_blocks`` is None.
+            MisuseError: The default scope is missing or isn't mmdet, mmseg or mmpretrain; or the model or its heads fail on
+                the small images.
+            CostError: The backbone has too few units for K blocks.
         """
         if num_blocks is None:
             raise PartitionError("num_blocks is needed with partition=dict(type='memory', ...)")
@@ -92,13 +93,13 @@ class MemoryCuts:
                 'optim_wrapper': {'optimizer': SGD, **self.optim_wrapper, 'type': 'mmman.LocalLearningOptimWrapper'},
             }
         )
-        with _aside(), DefaultScope.overwrite_default_scope(scope.scope_name):
+        with _without_side_effects(), DefaultScope.overwrite_default_scope(scope.scope_name):
             profile = profile_step(cfg, self.batch, *self.shape)
             plan = smallest_peak(profile.step, num_blocks)
             peak = peak_of(profile.step, plan).total
         names = [profile.names[cut] for cut in plan.cuts]
         print_log(
-            f'cuts by memory, predicted peak {peak / 1e6:.1f} MB: to plan only once, set num_blocks={num_blocks}, '
+            f'cuts by memory: predicted peak {peak / 1e6:.1f} MB; to skip planning next time, set num_blocks={num_blocks}, '
             f'partition={names} in model.backbone',
             logger='current',
         )
@@ -106,8 +107,8 @@ class MemoryCuts:
 
 
 @contextmanager
-def _aside() -> Iterator[None]:
-    """While this context is open, models may be built and run on the CPU, and nothing of it is seen afterwards."""
+def _without_side_effects() -> Iterator[None]:
+    """Build and run models on the CPU inside this context, with gradients, without log lines; restore the random state."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with ExitStack() as stack:

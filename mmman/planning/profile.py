@@ -1,7 +1,7 @@
-"""The costs that :mod:`mmman.planning.costs` plans with, from the model of a config.
+"""Measure the costs that :mod:`mmman.planning.costs` needs on the model of a config.
 
-Nothing runs at the asked size. Backbone, local heads, and neck with head and loss run forward and backward by their own code on
-two small batches, and every tensor of theirs is extrapolated to the asked one, linear in its pixels.
+Nothing runs at the requested size. The backbone, the local heads, and neck with head and loss run forward and backward on two
+small probe batches. The size of every tensor is extrapolated to the requested batch, linearly in the number of pixels.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from mmman.errors import MisuseError
 from mmman.memory.chunks import replaced
 from mmman.memory.stem import stem_paths
 from mmman.partition.chain import STEM
-from mmman.planning.costs import Again, HeadCost, MemoryPlan, Peak, StepCost, UnitCost, peak_of
+from mmman.planning.costs import HeadCost, MemoryPlan, Peak, RecomputeMode, StepCost, UnitCost, peak_of
 from mmman.planning.head_profile import HeadCosts
-from mmman.planning.small_runs import Batch, SmallRuns, gradient_bytes, held_bytes, outputs_told, static_bytes
+from mmman.planning.probe_runs import ProbeBatch, ProbeRuns, gradient_bytes, held_bytes, outputs_observed, static_bytes
 
 Options = dict[str, Sequence[str] | bool]
-"""Those of ``mmman.LocalBackbone`` that say what is computed again."""
+"""The options of ``mmman.LocalBackbone`` that select what is recomputed."""
 RECOMPUTE = ('recompute', 'selective_recompute')
 
 
@@ -37,66 +37,66 @@ class Profile:
 
     Attributes:
         step: The costs.
-        whole: The peak of end-to-end training that computes nothing twice, and all images at once.
-        names: The names of the backbone's units.
-        ways: The options behind every choice of what is computed again.
-        config: The config, trained end to end: ``num_blocks=1``.
+        whole: The peak of end-to-end training without recomputation and without chunks.
+        names: Names of the backbone's units.
+        mode_options: The options of ``mmman.LocalBackbone`` for each recompute mode.
+        config: The config with ``num_blocks=1``, which trains end to end.
         shape: (B, C, H, W) of the batch.
     """
 
     step: StepCost
     whole: Peak
     names: tuple[str, ...]
-    ways: Mapping[Again, Options]
+    mode_options: Mapping[RecomputeMode, Options]
     config: Config
     shape: tuple[int, int, int, int]
 
     def options(self, plan: MemoryPlan) -> dict[str, object]:
-        """What a plan is in the options of ``mmman.LocalBackbone``."""
-        found: dict[str, object] = {'num_blocks': len(plan.again)}
+        """Express a plan as options of ``mmman.LocalBackbone``."""
+        found: dict[str, object] = {'num_blocks': len(plan.modes)}
         if plan.cuts:
             found['partition'] = [self.names[cut] for cut in plan.cuts]
-        if self.step.again:
-            blocks = [(self.names[start : end + 1], self.ways[again]) for start, end, again in self.step.blocks(plan)]
+        if self.step.recomputed:
+            blocks = [(self.names[start : end + 1], self.mode_options[mode]) for start, end, mode in self.step.blocks(plan)]
             for key in RECOMPUTE:
-                found[key] = self._in_short({name for names, way in blocks for name in names if name in way.get(key, ())})
+                found[key] = self._abbreviated({name for names, way in blocks for name in names if name in way.get(key, ())})
         return found
 
-    def _in_short(self, units: set[str]) -> list[str]:
-        """Names of units, of whole stages by their name."""
+    def _abbreviated(self, units: set[str]) -> list[str]:
+        """Names of units in network order. A stage whose units are all included is given by its own name."""
         stage_of = {name: name.rpartition('.')[0] for name in self.names}
         parts = {stage for stage in stage_of.values() if not units >= {n for n in self.names if stage_of[n] == stage}}
         return list(dict.fromkeys(n if stage_of[n] in parts else stage_of[n] or n for n in self.names if n in units))
 
 
 def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute: bool = False) -> Profile:
-    """The costs of a training step of a config's model, whatever its cuts are.
+    """Measure the costs of a training step of a config's model, for any cuts.
 
     Args:
-        cfg: Of a model whose backbone is an ``mmman.LocalBackbone``. Its ``num_blocks`` and ``partition`` don't count.
-        batch: Images.
-        height, width: Pixels.
-        may_recompute: Whether plans choose what the units of each block compute again. Then what the config says doesn't count.
+        cfg: Config whose ``model.backbone`` is an ``mmman.LocalBackbone``. Its ``num_blocks`` and ``partition`` are ignored.
+        batch: Images per step.
+        height, width: Size of the images, pixels.
+        may_recompute: Whether plans choose a recompute mode for each block. If so, the config's recompute options are ignored.
 
     Raises:
-        MisuseError: The backbone isn't localised, or ``local_head`` isn't set; or its dense heads can't run on a few images at
-            a time, as asked.
+        MisuseError: The backbone isn't an ``mmman.LocalBackbone``; it has no ``local_head``; or the config sets
+            ``images_per_chunk`` and the dense heads don't support it.
     """
-    cfg, asked = end_to_end(cfg), (batch, height, width)
+    cfg, asked = as_single_block(cfg), (batch, height, width)
     own = {key: cfg.model.backbone.pop(key) for key in RECOMPUTE if key in cfg.model.backbone}
-    small = SmallRuns.of(computed_at_once(cfg), *asked)
+    small = ProbeRuns.of(without_recompute_and_chunks(cfg), *asked)
     plain = _unit_costs(small), _task_cost(small)
-    ways = _ways(small) if may_recompute else {Again.NOTHING: own}
+    mode_options = _mode_options(small) if may_recompute else {RecomputeMode.NONE: own}
     if not may_recompute:
         cfg.model.backbone.update(own)
-    several = [SmallRuns.of(_with(cfg, options), *asked) if options else None for options in ways.values()]
+    several = [ProbeRuns.of(_with(cfg, options), *asked) if options else None for options in mode_options.values()]
     units = [plain[0] if runs is None else _unit_costs(runs) for runs in several]
     in_chunks = cfg.optim_wrapper.get('images_per_chunk') is not None
-    runs = several[-1] or (SmallRuns.of(cfg, *asked) if in_chunks else small)
+    runs = several[-1] or (ProbeRuns.of(cfg, *asked) if in_chunks else small)
     task = _task_cost(runs) if in_chunks else plain[1]
     state, update = _optimizer_bytes(cfg.optim_wrapper.optimizer)
     options = {k: v for k, v in cfg.model.backbone.items() if k not in ('type', 'backbone', 'num_blocks', 'pretrained')}
-    heads, model = HeadCosts(runs, options, state, ways), runs.model
+    heads, model = HeadCosts(runs, options, state, mode_options), runs.model
     step = StepCost(
         base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), runs.pixels),
         units=units[0],
@@ -104,26 +104,26 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
         head=heads,
         strides=heads.strides,
         flops=sum(unit.flops for unit in plain[0]) + plain[1].flops,
-        again=tuple(units[1:]),
+        recomputed=tuple(units[1:]),
         first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
         update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
         is_immediate=getattr(runs.optim_wrapper, 'update', None) == 'immediate',
         in_chunks=in_chunks,
     )
     whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), MemoryPlan())
-    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), ways, cfg, (batch, 3, height, width))
+    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), mode_options, cfg, (batch, 3, height, width))
 
 
-def end_to_end(cfg: Config) -> Config:
-    """The config with its ``mmman.LocalBackbone`` in one block.
+def as_single_block(cfg: Config) -> Config:
+    """Return a copy of the config whose ``mmman.LocalBackbone`` has one block.
 
     Raises:
-        MisuseError: It has none, or one without a ``local_head``.
+        MisuseError: The backbone isn't an ``mmman.LocalBackbone``, or it has no ``local_head``.
     """
     backbone = cfg.model.backbone
     if str(backbone.type).rpartition('.')[2] != 'LocalBackbone' or backbone.get('local_head') is None:
         raise MisuseError(
-            'cuts are planned for a config whose model.backbone is an mmman.LocalBackbone with a local_head: '
+            'planning cuts needs a config whose model.backbone is an mmman.LocalBackbone with a local_head: '
             'tools/localize_config.py writes one for any stock config'
         )
     cfg = copy.deepcopy(cfg)
@@ -131,8 +131,8 @@ def end_to_end(cfg: Config) -> Config:
     return cfg
 
 
-def computed_at_once(cfg: Config) -> Config:
-    """The config without what is computed twice or for a few images at a time."""
+def without_recompute_and_chunks(cfg: Config) -> Config:
+    """Return a copy of the config without recomputation and without ``images_per_chunk``."""
     cfg = copy.deepcopy(cfg)
     for key in RECOMPUTE:
         cfg.model.backbone.pop(key, None)
@@ -146,20 +146,20 @@ def _with(cfg: Config, options: Options) -> Config:
     return cfg
 
 
-def _ways(runs: SmallRuns) -> dict[Again, Options]:
-    """What blocks may choose from. A stem, where it can, runs in chunks in both that compute anything again."""
+def _mode_options(runs: ProbeRuns) -> dict[RecomputeMode, Options]:
+    """The options of each recompute mode. In the selective and full modes a stem runs in chunks if it supports that."""
     backbone = runs.model.backbone
     stem = [unit.name for unit in runs.chain.units if unit.name == STEM and stem_paths(backbone, unit) is not None]
     units = [unit.name for unit in runs.chain.units if unit.name != STEM]
     selected = {'recompute': stem, 'selective_recompute': units}
-    return {Again.NOTHING: {}, Again.SELECTED: selected, Again.ALL: {'recompute': stem + units}}
+    return {RecomputeMode.NONE: {}, RecomputeMode.SELECTIVE: selected, RecomputeMode.FULL: {'recompute': stem + units}}
 
 
-def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
+def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
     backbone, chain = runs.model.backbone, runs.chain
     count = len(chain.units)
 
-    def run(batch: Batch, trace: Trace) -> None:
+    def run(batch: ProbeBatch, trace: Trace) -> None:
         runs.model.zero_grad()
         trace.begin()
         last: list[Tensor] = []
@@ -172,9 +172,9 @@ def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
             if i == count - 1:
                 last.append(output)
 
-        with outputs_told(backbone, chain, behind), runs.precision():
+        with outputs_observed(backbone, chain, behind), runs.precision():
             backbone(batch.inputs)
-        loss = (last.pop() * 1.0).sum()  # whose backward makes a gradient of the whole output
+        loss = (last.pop() * 1.0).sum()  # the backward of * 1.0 allocates a full gradient of the output
         trace.mark('backward')
         loss.backward()
         trace.mark('end')
@@ -213,8 +213,11 @@ def _unit_costs(runs: SmallRuns) -> tuple[UnitCost, ...]:
     return tuple(reversed(units))
 
 
-def _held_inputs(runs: SmallRuns) -> list[int]:
-    """For every unit, the one in front of the stage that runs it: a stage that is called as a module gets its output."""
+def _held_inputs(runs: ProbeRuns) -> list[int]:
+    """For every unit, the index of the unit before its stage, or before the unit itself if no stage is called as a module.
+
+    A stage that is called as a module receives the output of the unit before it.
+    """
     backbone, called = runs.model.backbone, set()
     paths = [unit.output.split('.') for unit in runs.chain.units]
     owners = [['.'.join(path[:i]) for i in range(1, len(path))] for path in paths]
@@ -230,8 +233,8 @@ def _held_inputs(runs: SmallRuns) -> list[int]:
     return [i - 1 if stage is None else stages.index(stage) - 1 for i, stage in enumerate(stages)]
 
 
-def _outputs_read(runs: SmallRuns) -> list[bool]:
-    """For every output of the backbone, whether a gradient comes back to it."""
+def _outputs_read(runs: ProbeRuns) -> list[bool]:
+    """For every output of the backbone, whether the task loss sends it a gradient."""
     model, batch = runs.model, runs.batches[0]
     with torch.no_grad(), runs.precision():
         features = model.backbone(batch.inputs)
@@ -240,8 +243,8 @@ def _outputs_read(runs: SmallRuns) -> list[bool]:
     return [any(leaf.grad is not None for leaf in own) for own in leaves]
 
 
-def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
-    """The model's loss on outputs of the backbone that are given."""
+def _task_loss(runs: ProbeRuns, batch: ProbeBatch, features: object) -> Tensor:
+    """The model's loss, computed from the given outputs of the backbone."""
     model = runs.model
     with runs.precision():
         if runs.dense is not None:
@@ -250,11 +253,11 @@ def _task_loss(runs: SmallRuns, batch: Batch, features: object) -> Tensor:
             return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
 
 
-def _task_cost(runs: SmallRuns) -> HeadCost:
+def _task_cost(runs: ProbeRuns) -> HeadCost:
     model = runs.model
     backbone = model.backbone
 
-    def run(batch: Batch, trace: Trace) -> None:
+    def run(batch: ProbeBatch, trace: Trace) -> None:
         model.zero_grad()
         with torch.no_grad(), runs.precision():
             features = backbone(batch.inputs)
@@ -273,7 +276,7 @@ def _task_cost(runs: SmallRuns) -> HeadCost:
 
 
 def _optimizer_bytes(config: dict) -> tuple[float, float]:
-    """Bytes of state, and bytes that a step needs on the way, relative to the parameter."""
+    """Bytes of optimizer state, and of temporaries in an optimizer step, both per byte of parameter."""
     parameter = nn.Parameter(torch.zeros(1 << 16))
     optimizer = OPTIMIZERS.build({**config, 'params': [parameter]})
     parameter.grad = torch.zeros_like(parameter)

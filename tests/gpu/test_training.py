@@ -9,8 +9,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.memory.detection.focal_loss import fused_focal_loss, summed_focal_loss
 from tests.conftest import ROOT
 from tests.parity import test_classifiers, test_retinanet, test_segmentors
@@ -114,7 +114,7 @@ def test_units_computed_again_have_the_same_bits(family, way, dtype):
 def meter(name, options):
     cfg = Config.fromfile(ROOT / 'configs' / name)
     cfg.merge_from_dict(options)
-    model, optim_wrapper = build_trial(cfg, 416, 640)
+    model, optim_wrapper = build_dummy_model(cfg, 416, 640)
     return StepMeter(model.cuda(), optim_wrapper, random_batch(model, 'mmdet', 8, 416, 640))
 
 

@@ -59,7 +59,7 @@ def test_blocks_to_recompute_are_planned_too(capsys):
     planned, stage, uniform, _ = command('--blocks', '3', '--recompute', '--check')
     assert planned.peak.total < without.peak.total
     assert planned.peak.total <= min(stage.peak.total, uniform.peak.total)
-    assert any(planned.plan.again) and all(stage.plan.again + uniform.plan.again)
+    assert any(planned.plan.modes) and all(stage.plan.modes + uniform.plan.modes)
     text = capsys.readouterr().out
     assert 'recompute=[' in text and 'selective_recompute=[' in text
     assert abs(float(text.partition('the prediction is ')[2].partition('%')[0])) < 1

@@ -13,7 +13,7 @@ from torch.nn.utils import clip_grad_norm_
 from mmman import LocalDistributedDataParallel, LocalLearningOptimWrapper
 from mmman.parallel import ddp as ddp_module
 from tests.parity.ranks import assert_same_on_all_ranks, run_ranks
-from tests.toy import toy_batches, toy_config
+from tests.toy import block_parameters, toy_batches, toy_config
 
 STEPS = 4
 
@@ -131,7 +131,7 @@ def expected(world, accumulative_counts=1, clip_grad=None, clip_scope='block', u
                     parameter.grad = mean.clone()
         for model, optim in zip(models, optimizers, strict=True):
             if clip_grad:
-                blocks = model.backbone.local.block_parameters(model.backbone) if clip_scope == 'block' else []
+                blocks = block_parameters(model.backbone) if clip_scope == 'block' else []
                 owned = {p for block in blocks for p in block}
                 for scope in (*blocks, [p for p in model.parameters() if p not in owned]):
                     clip_grad_norm_(scope, **clip_grad)

@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 from mmman.analysis import LiveBytes
 from mmman.local.scopes import trained_parameters
-from tests.toy import toy_batches
+from tests.toy import block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
 
 SGD = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9, 'weight_decay': 1e-3}
@@ -73,7 +73,6 @@ def test_classifier():
 def test_gradients_alive_at_the_start_of_a_block(update):
     model = toy(num_blocks=3, partition='stage')
     batch = toy_batches(1)[0]
-    local = model.backbone.local
     optim_wrapper = optim_wrapper_of(model, update, optimizer={'type': 'SGD', 'lr': 0.1})
     step(model, optim_wrapper, batch)  # what the first step makes for good
     alive = {}
@@ -83,7 +82,7 @@ def test_gradients_alive_at_the_start_of_a_block(update):
     with LiveBytes(model, batch) as live:
         held = live.current
         step(model, optim_wrapper, batch)
-    sizes = [sum(p.numel() * 8 for p in block if p.requires_grad) for block in local.block_parameters(model.backbone)]
+    sizes = [sum(p.numel() * 8 for p in block if p.requires_grad) for block in block_parameters(model.backbone)]
     output = {'layer2.0': 4 * 4 * 16 * 16 * 8, 'layer3.0': 4 * 8 * 8 * 8 * 8}
     logged = {'layer2.0': 3 * 8, 'layer3.0': 6 * 8}  # loss, loss_ce, acc of every head
     gradients = {'layer2.0': sizes[0], 'layer3.0': sum(sizes)} if update == 'synchronous' else {'layer2.0': 0, 'layer3.0': 0}

@@ -45,10 +45,10 @@ from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.analysis.parts import TASK, block_outputs
+from mmman.analysis.attribute_memory import TASK, block_outputs
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.memory.detection.focal_loss import fused_focal_loss
 
 CONSOLE = Console(width=140)
@@ -98,7 +98,7 @@ def build_meters(
     for one in asked:
         cfg = Config.fromfile(one.path)
         cfg.merge_from_dict(one.options)
-        model, optim_wrapper = build_trial(cfg, height, width, sizes_only)
+        model, optim_wrapper = build_dummy_model(cfg, height, width, sizes_only)
         if sizes_only is None and torch.cuda.is_available():
             model.cuda()
         trials.append((model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width)))

@@ -21,26 +21,26 @@ from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.experimental.scaling import (
     Link,
     Network,
     Outcome,
-    Profile,
+    StageProfile,
     parse_bandwidth,
     parse_time,
     simulate_end_to_end,
     simulate_local,
     simulate_pipeline,
 )
-from mmman.experimental.scaling.machine import Comparison, Measured, check_machine
+from mmman.experimental.scaling.machine import Comparison, MachineTimes, check_machine
 from mmman.experimental.scaling.measure import WARMUP, ProfileMeter
-from mmman.experimental.scaling.table8 import ROWS, Prediction, predict
+from mmman.experimental.scaling.table8 import ROWS, RowPrediction, predict
 
 CONSOLE = Console(width=118)
 
 
-def simulate(profile: Profile, gpus: list[int], network: Network, staleness: int, flush: int) -> list[Outcome]:
+def simulate(profile: StageProfile, gpus: list[int], network: Network, staleness: int, flush: int) -> list[Outcome]:
     """Every system on every number of GPUs; a pipeline where K divides it."""
     outcomes = []
     for count in gpus:
@@ -75,7 +75,7 @@ def outcome_table(rows: list[dict]) -> Table:
     return table
 
 
-def block_table(profile: Profile) -> Table:
+def block_table(profile: StageProfile) -> Table:
     names = ('forward, ms', 'head, ms', 'backward, ms', 'update, ms', 'gradients, MB', 'message, MB', 'E2E, ms')
     table = _table(f'blocks, batch {profile.batch}', 'block', *names)
     for j, (block, whole) in enumerate(zip(profile.blocks, profile.end_to_end, strict=False)):
@@ -86,7 +86,7 @@ def block_table(profile: Profile) -> Table:
     return table
 
 
-def paper_table(predictions: list[Prediction]) -> Table:
+def paper_table(predictions: list[RowPrediction]) -> Table:
     """Ratios of seconds an epoch: the paper's, and predicted with blocks of equal time and with blocks as FLOPs have it."""
     names = ('MAN++ / E2E, 1 GPU', 'E2E: DDP / 1 GPU', 'MAN++: PPLL / 1 GPU', 'PPLL / DDP', "PPLL / paper's DDP")
     table = _table('Table VIII, seconds an epoch', 'row', 'K', 'system', *names)
@@ -106,7 +106,7 @@ def paper_table(predictions: list[Prediction]) -> Table:
     return table
 
 
-def check_table(measured: Measured, comparisons: list[Comparison]) -> Table:
+def check_table(measured: MachineTimes, comparisons: list[Comparison]) -> Table:
     links = {'messages': measured.point_to_point, 'all-reduce': measured.ring}
     told = ', '.join(f'{name} {link.bandwidth / 1e9:.2f} GB/s {1e6 * link.latency:.0f} us' for name, link in links.items())
     table = _table(told, 'system', 'processes', 'predicted, ms', 'measured, ms', 'predicted / measured')
@@ -123,9 +123,9 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def measure(cfg: Config, batch: int, height: int, width: int, iterations: int) -> Profile:
+def measure_profile(cfg: Config, batch: int, height: int, width: int, iterations: int) -> StageProfile:
     """The profile of a config on this machine."""
-    model, optim_wrapper = build_trial(cfg, height, width)
+    model, optim_wrapper = build_dummy_model(cfg, height, width)
     data = random_batch(model, cfg.default_scope, batch, height, width)
     meter = ProfileMeter(model, optim_wrapper, data)
     for _ in range(WARMUP + iterations):
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         CONSOLE.print(paper_table(predictions))
         return [asdict(prediction) for prediction in predictions]
     if args.times:
-        profile = Profile.load(args.times)
+        profile = StageProfile.load(args.times)
     else:
         cfg = Config.fromfile(args.config)
         cfg.merge_from_dict(args.cfg_options or {})
@@ -183,7 +183,7 @@ def run(args: argparse.Namespace) -> list[dict]:
         CONSOLE.print(check_table(measured, comparisons))
         return [asdict(comparison) for comparison in comparisons]
     if args.measure:
-        profile = measure(cfg, args.batch, *args.shape, args.iterations)
+        profile = measure_profile(cfg, args.batch, *args.shape, args.iterations)
     if args.save_times:
         profile.save(args.save_times)
     if loading := parse_time(args.loading):

@@ -26,7 +26,7 @@ from torch import multiprocessing
 from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.experimental.scaling.network import parse_bandwidth
 
 WRAPPERS = {
@@ -69,7 +69,7 @@ def step_of(kind: str, args: argparse.Namespace, device: torch.device) -> Callab
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.optim_wrapper.pop('loss_scale', None)
-    model, optim_wrapper = build_trial(cfg, *args.shape)
+    model, optim_wrapper = build_dummy_model(cfg, *args.shape)
     wrapped = WRAPPERS[kind](model.to(device))
     if args.bandwidth:
         wrapped.register_comm_hook(None, SlowLink(args.bandwidth).all_reduce)

@@ -1,4 +1,4 @@
-"""What this machine really does with two processes, beside what the simulator says of it."""
+"""Compare the simulator's predictions with real training in two processes on this machine."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from torch import multiprocessing
 
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.engine import LocalLearningOptimWrapper
-from mmman.experimental.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, end_to_end, optimizer_like
+from mmman.experimental.scaling.measure import EMA_MOMENTUM, WARMUP, ProfileMeter, optimizer_like, single_block_copy
 from mmman.experimental.scaling.network import Link, Network
 from mmman.experimental.scaling.pipeline_run import pipeline_seconds
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.experimental.scaling.simulate import BUCKET, simulate_end_to_end, simulate_local, simulate_pipeline
 from mmman.local import delocalize_
 from mmman.parallel.ddp import LocalDistributedDataParallel
 
 PROCESSES = 2
 LARGE = 16 * 2**20
-"""Bytes of a message in which latency doesn't count."""
+"""Bytes of a message so large that its latency is negligible."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Seconds an iteration, predicted and measured."""
+    """Predicted and measured seconds per iteration."""
 
     system: str
     processes: int
@@ -45,34 +45,35 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What two processes of this machine did, each with one thread.
+class MachineTimes:
+    """Measurements of two processes on this machine, each with one thread.
 
     Attributes:
-        alone: Profile of one process while the other one sleeps.
-        beside: Profile of one process while the other one measures its own.
-        point_to_point: The link as two messages back and forth see it.
-        ring: The link as an all-reduce of one of DDP's buckets sees it.
-        iterations: Median seconds an iteration, by what ran.
-        stages: Mean seconds an iteration in which each stage of the pipeline computed, in that very run.
+        alone: Profile of one process while the other one is idle.
+        beside: Profile of one process while the other one measures its own profile.
+        point_to_point: The link, measured by sending messages back and forth.
+        ring: The link, measured by an all-reduce of one of DDP's buckets.
+        iterations: Seconds per iteration of each system: medians, and for the pipeline the mean.
+        stages: Mean seconds per iteration in which each stage computed, measured in the timed run of the pipeline. None if
+            the pipeline wasn't run.
     """
 
-    alone: Profile
-    beside: Profile
+    alone: StageProfile
+    beside: StageProfile
     point_to_point: Link
     ring: Link
     iterations: dict[str, float]
     stages: list[float] | None = None
 
 
-def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: int) -> tuple[Measured, list[Comparison]]:
+def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: int) -> tuple[MachineTimes, list[Comparison]]:
     """Train a localised config in one and in two gloo processes on this CPU, and compare with the simulator.
 
     Args:
-        cfg: Its model and optim wrapper are used; the images are random.
-        batch: Images a process.
-        height, width: Pixels.
-        iterations: Steps of each kind that count.
+        cfg: Config whose model and optim wrapper are used. The images are random.
+        batch: Images per process.
+        height, width: Size of the images, pixels.
+        iterations: Number of timed steps of each kind; the pipeline takes four times as many.
     """
     with tempfile.TemporaryDirectory() as folder:
         multiprocessing.spawn(_process, (folder, cfg, batch, height, width, iterations), nprocs=PROCESSES)
@@ -80,9 +81,9 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
     if len(found['beside']['blocks']) == PROCESSES:
         seconds, found['stages'] = pipeline_seconds(cfg, PROCESSES, batch, height, width, 4 * iterations)
         found['iterations']['pipeline'] = seconds
-    measured = Measured(
-        alone=Profile.from_dict(found['alone']),
-        beside=Profile.from_dict(found['beside']),
+    measured = MachineTimes(
+        alone=StageProfile.from_dict(found['alone']),
+        beside=StageProfile.from_dict(found['beside']),
         point_to_point=Link(**found['point_to_point']),
         ring=Link(**found['ring']),
         iterations=found['iterations'],
@@ -91,8 +92,8 @@ def check_machine(cfg: Config, batch: int, height: int, width: int, iterations: 
     return measured, compare(measured)
 
 
-def compare(measured: Measured) -> list[Comparison]:
-    """The simulator's iterations beside the measured ones; of a pipeline where there are as many blocks as processes."""
+def compare(measured: MachineTimes) -> list[Comparison]:
+    """Compare simulated with measured iterations. A pipeline is included if it was measured."""
     ring, took = Network(measured.ring), measured.iterations
     alone, beside = measured.alone, measured.beside
     one, two = simulate_end_to_end(alone, 1, ring), simulate_end_to_end(beside, PROCESSES, ring)
@@ -109,24 +110,24 @@ def compare(measured: Measured) -> list[Comparison]:
         link = Network(measured.point_to_point)
         pipeline = simulate_pipeline(beside, PROCESSES, link)
         rows.append(Comparison(pipeline.system, PROCESSES, pipeline.iteration, took['pipeline']))
-        blocks = tuple(_lasting(block, seconds) for block, seconds in zip(beside.blocks, measured.stages, strict=True))
+        blocks = tuple(_with_seconds(block, seconds) for block, seconds in zip(beside.blocks, measured.stages, strict=True))
         pipeline = simulate_pipeline(replace(beside, blocks=blocks), PROCESSES, link)
         rows.append(Comparison(f"{pipeline.system}, from its stages' times", PROCESSES, pipeline.iteration, took['pipeline']))
     return rows
 
 
-def _lasting(block: Block, seconds: float) -> Block:
-    """A block whose parts take ``seconds`` in all, in the same proportions."""
+def _with_seconds(block: BlockCost, seconds: float) -> BlockCost:
+    """Scale the times of a block so that they take ``seconds`` together."""
     parts = ('forward', 'head', 'backward', 'update')
     return replace(block, **{name: getattr(block, name) * seconds / block.seconds for name in parts})
 
 
 def _process(rank: int, folder: str, cfg: Config, batch: int, height: int, width: int, iterations: int) -> None:
-    """What one of the processes does; the first one writes what it found."""
+    """Run the measurements in one of the processes. Rank 0 writes the results."""
     torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/store', rank=rank, world_size=PROCESSES)
     links = {'point_to_point': asdict(_point_to_point(rank)), 'ring': asdict(_ring())}
-    model, optim_wrapper = build_trial(cfg, height, width)
+    model, optim_wrapper = build_dummy_model(cfg, height, width)
     data = random_batch(model, cfg.default_scope, batch, height, width, seed=rank)
     found = {}
     if rank == 0:
@@ -150,15 +151,15 @@ def _process(rank: int, folder: str, cfg: Config, batch: int, height: int, width
 
 
 def _end_to_end_step(meter: ProfileMeter, wrap: Callable = lambda model: model) -> Callable[[], None]:
-    """A training step of the meter's model in one block, on a copy, by the library's own optim wrapper."""
-    model, optim_wrapper = end_to_end(meter.model, meter.optim_wrapper)
+    """Return a function that takes an end-to-end step on a copy of the meter's model, with mmengine's optim wrapper."""
+    model, optim_wrapper = single_block_copy(meter.model, meter.optim_wrapper)
     delocalize_(model.backbone)
     wrapped, optim_wrapper = wrap(model), OptimWrapper(optim_wrapper.optimizer)
     return lambda: wrapped.train_step(meter.data, optim_wrapper)
 
 
 def _local_step(meter: ProfileMeter, wrap: Callable = lambda model: model) -> Callable[[], None]:
-    """A local training step, on a copy."""
+    """Return a function that takes a local step on a copy of the meter's model."""
     model = copy.deepcopy(meter.model)
     wrapped = wrap(model)
     optim_wrapper = LocalLearningOptimWrapper(optimizer_like(meter.optim_wrapper.optimizer, model))
@@ -172,7 +173,7 @@ def _local_step(meter: ProfileMeter, wrap: Callable = lambda model: model) -> Ca
 
 
 def _medians(steps: dict[str, Callable], iterations: int, meet: Callable = lambda: None) -> dict[str, float]:
-    """Median seconds of each step, taken by turns; the processes ``meet`` before each."""
+    """Median seconds of each step. The steps take turns; ``meet`` is called before each, to synchronise the processes."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(WARMUP + iterations):
         for name, step in steps.items():
@@ -184,7 +185,7 @@ def _medians(steps: dict[str, Callable], iterations: int, meet: Callable = lambd
 
 
 def _point_to_point(rank: int) -> Link:
-    """Half of a message's way there and back: an empty one for the latency, a large one for the bandwidth."""
+    """Measure half a round trip: of a 1-byte message for the latency, of a large message for the bandwidth."""
 
     def one_way(size: int, rounds: int) -> float:
         message = torch.zeros(size, dtype=torch.uint8)

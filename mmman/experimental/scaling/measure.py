@@ -1,4 +1,4 @@
-"""Measuring a profile: real training steps of a localised model, with marks at the boundaries of its blocks."""
+"""Measure the profile of a localised model: time real training steps at the boundaries of its blocks."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.engine import LocalLearningOptimWrapper
 from mmman.errors import ScalingError
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.local import delocalize_, localize_
 from mmman.local.blocks import LocalBlocks
 from mmman.partition import chain_of
 
 EMA_MOMENTUM = 0.995
 WARMUP = 2
-"""Steps of each kind that don't count."""
+"""Number of first steps of each kind that are discarded."""
 
 
 def seconds() -> float:
-    """A clock that waits for the GPU, where there is one."""
+    """Wall-clock time in seconds. If there is a GPU, it is synchronised first."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class ProfileMeter:
-    """Trains on one batch locally and end to end by turns, and takes the median of every part.
+    """Alternate local and end-to-end steps on one batch, and take the median time of every part.
 
     Args:
-        model: A localised model in training mode whose local heads are started.
+        model: A localised model in training mode. The momentum copies of its local heads are initialised.
         optim_wrapper: Its optim wrapper. The end-to-end copy gets an optimizer of the same class and defaults.
-        data: A batch as the data loader gives it.
-        clock: What to count: a number that only grows.
+        data: A batch as the data loader returns it.
+        clock: Returns a number that never decreases. Default: seconds.
 
     Raises:
         ScalingError: The model has no local heads.
@@ -57,36 +57,36 @@ class ProfileMeter:
     ) -> None:
         local = getattr(model.backbone, 'local', None)
         if not isinstance(local, LocalBlocks) or not len(local):
-            raise ScalingError('to measure blocks the model needs some: a mmman.LocalBackbone with num_blocks of at least 2')
+            raise ScalingError('no blocks to measure: the model needs a mmman.LocalBackbone with num_blocks of at least 2')
         self.data, self.clock = data, clock
         self.model, self.optim_wrapper = model, optim_wrapper
-        self.whole, self.whole_wrapper = end_to_end(model, optim_wrapper)
+        self.whole, self.whole_wrapper = single_block_copy(model, optim_wrapper)
         self._outputs = [block[-1].output for block in local.plan.blocks[:-1]]
         self._laps: list[tuple[list[float], list[float]]] = []
 
     def lap(self) -> None:
-        """One step of each kind."""
+        """Time one local and one end-to-end step."""
         local = local_lap(self.model, self.optim_wrapper, self.data, self.clock)
         self._laps.append((local, whole_lap(self.whole, self.whole_wrapper, self.data, self._outputs, self.clock)))
 
-    def profile(self, warmup: int = WARMUP) -> Profile:
-        """What all laps but the first ``warmup`` say."""
-        local, whole = (_medians(laps) for laps in zip(*self._laps[warmup:], strict=True))
-        sizes = _sizes(self.model, self.data)
+    def profile(self, warmup: int = WARMUP) -> StageProfile:
+        """Profile from the medians of all laps but the first ``warmup``."""
+        local, whole = (_lap_medians(laps) for laps in zip(*self._laps[warmup:], strict=True))
+        sizes = _block_sizes(self.model, self.data)
         own = [{'gradients': size['gradients'], 'head_gradients': 0} for size in sizes]
         own[-1]['head_gradients'] = sizes[-1]['head_gradients']
         samples = self.data['data_samples']
-        return Profile(
+        return StageProfile(
             batch=len(samples),
             blocks=_blocks(local, sizes),
             end_to_end=_blocks(whole, own),
             images=self.model.data_preprocessor(self.data, True)['inputs'].nbytes,
-            labels=sum(tensor.nbytes for sample in samples for tensor in _tensors(sample)),
+            labels=sum(tensor.nbytes for sample in samples for tensor in _sample_tensors(sample)),
         )
 
 
-def end_to_end(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tuple[BaseModel, OptimWrapper]:
-    """A copy of a localised model in one block, with an optimizer of the same class and defaults."""
+def single_block_copy(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tuple[BaseModel, OptimWrapper]:
+    """Copy a localised model into one with a single block, with an optimizer of the same class and defaults."""
     whole = copy.deepcopy(model)
     localize_(delocalize_(whole.backbone), num_blocks=1)
     optimizer = optimizer_like(optim_wrapper.optimizer, whole)
@@ -94,7 +94,7 @@ def end_to_end(model: BaseModel, optim_wrapper: LocalLearningOptimWrapper) -> tu
 
 
 def optimizer_like(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer over another model, of the same class and defaults."""
+    """Create an optimizer of the same class and defaults over the parameters of ``model``."""
     taken = inspect.signature(type(optimizer)).parameters
     return type(optimizer)(model.parameters(), **{k: v for k, v in optimizer.defaults.items() if k in taken})
 
@@ -102,7 +102,7 @@ def optimizer_like(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.
 def local_lap(
     model: BaseModel, optim_wrapper: LocalLearningOptimWrapper, data: dict, clock: Callable[[], float]
 ) -> list[float]:
-    """One local step. Returns (forward, head, backward) of every block, then the update: 3K + 1 differences of the clock."""
+    """Time one local step. Returns 3K + 1 clock differences: (forward, head, backward) of every block, then the update."""
     marks = [clock()]
 
     def mark(*_) -> None:
@@ -126,7 +126,7 @@ def local_lap(
 def whole_lap(
     model: BaseModel, optim_wrapper: OptimWrapper, data: dict, outputs: list[str], clock: Callable[[], float]
 ) -> list[float]:
-    """One end-to-end step, as :func:`local_lap` tells it: ``outputs`` are the modules that end the first K-1 blocks."""
+    """Time one end-to-end step; returns what :func:`local_lap` does. ``outputs``: modules that end the first K-1 blocks."""
     marks = [clock()]
     crossed: list[float] = []
 
@@ -150,7 +150,7 @@ def whole_lap(
     forward, head, update = laps[:count], laps[count], laps[-1]
     begin, end = marks[-3:-1]
     if len(crossed) != len(outputs):
-        raise ScalingError(f'the backward pass crossed {len(crossed)} of {len(outputs)} boundaries: blocks must be a chain')
+        raise ScalingError(f'the backward pass crossed {len(crossed)} of {len(outputs)} boundaries: blocks must form a chain')
     backward = [later - earlier for earlier, later in pairwise([begin, *crossed, end])][::-1]
     heads = [0.0] * len(outputs) + [head]
     return [part for parts in zip(forward, heads, backward, strict=True) for part in parts] + [update]
@@ -158,37 +158,37 @@ def whole_lap(
 
 def _laps(marks: list[float], expected: int) -> list[float]:
     if len(marks) != expected:
-        raise ScalingError(f'a step passed {len(marks)} marks instead of {expected}: its passes are no chain of blocks')
+        raise ScalingError(f'a step passed {len(marks)} marks instead of {expected}: the blocks must form a chain')
     return [later - earlier for earlier, later in pairwise(marks)]
 
 
-def _medians(laps: Iterable[list[float]]) -> list[float]:
+def _lap_medians(laps: Iterable[list[float]]) -> list[float]:
     return [statistics.median(values) for values in zip(*laps, strict=True)]
 
 
-def _blocks(laps: list[float], sizes: list[dict]) -> tuple[Block, ...]:
-    """Blocks from 3K + 1 laps; the update is shared out by the bytes of gradients."""
+def _blocks(laps: list[float], sizes: list[dict]) -> tuple[BlockCost, ...]:
+    """Build blocks from 3K + 1 laps. The update time is divided in proportion to the bytes of gradients."""
     *parts, update = laps
     total = sum(size['gradients'] + size['head_gradients'] for size in sizes)
     return tuple(
-        Block(*parts[3 * j : 3 * j + 3], update=update * (size['gradients'] + size['head_gradients']) / total, **size)
+        BlockCost(*parts[3 * j : 3 * j + 3], update=update * (size['gradients'] + size['head_gradients']) / total, **size)
         for j, size in enumerate(sizes)
     )
 
 
 @torch.no_grad()
-def _sizes(model: BaseModel, data: dict) -> list[dict]:
-    """Bytes of every block, by the names of :class:`Block`."""
+def _block_sizes(model: BaseModel, data: dict) -> list[dict]:
+    """Sizes of every block in bytes, and ``needs_images``, by field name of :class:`BlockCost`."""
     backbone, local = model.backbone, model.backbone.local
     chain = chain_of(backbone)
     made: dict[str, int] = {}
     with ExitStack() as stack:
         for unit in chain.units:
 
-            def note(module: nn.Module, args: tuple, output: Tensor, name: str = unit.name) -> None:
+            def record(module: nn.Module, args: tuple, output: Tensor, name: str = unit.name) -> None:
                 made[name] = output.nbytes
 
-            stack.enter_context(_removed(backbone.get_submodule(unit.output).register_forward_hook(note)))
+            stack.enter_context(_removed(backbone.get_submodule(unit.output).register_forward_hook(record)))
         backbone(model.data_preprocessor(data, True)['inputs'])
     tapped = {chain.units[tap].name for tap in chain.taps}
     heads = [*local.values(), None]
@@ -218,9 +218,9 @@ def _trained(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.nbytes for p in parameters if p.requires_grad)
 
 
-def _tensors(sample: object) -> list[Tensor]:
+def _sample_tensors(sample: object) -> list[Tensor]:
     if hasattr(sample, 'all_items'):
-        return [tensor for _, value in sample.all_items() for tensor in _tensors(value)]
+        return [tensor for _, value in sample.all_items() for tensor in _sample_tensors(value)]
     return [leaf for leaf in tree_flatten(sample)[0] if isinstance(leaf, Tensor)]
 
 
@@ -234,7 +234,7 @@ def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 @contextmanager
 def _marked(optim_wrapper: OptimWrapper, name: str, mark: Callable[[], None]) -> Iterator[None]:
-    """Mark before and after every call of a method."""
+    """Call ``mark`` before and after every call of a method inside this context."""
     method = getattr(optim_wrapper, name)
 
     def marked(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""What connects the GPUs: links inside a machine and between machines, and what a transfer over them takes."""
+"""Links between GPUs, inside a machine and between machines, and the time of a transfer over them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _SECONDS = {'s': 1.0, 'ms': 1e-3, 'us': 1e-6, 'ns': 1e-9}
 
 
 def parse_bandwidth(text: str) -> float:
-    """Bytes a second of ``'25GB/s'`` (bytes) or ``'200Gb/s'`` (bits); prefixes are powers of ten.
+    """Parse a bandwidth such as ``'25GB/s'`` (bytes) or ``'200Gb/s'`` (bits) into bytes per second. Prefixes are decimal.
 
     Raises:
-        ScalingError: It reads as no bandwidth above 0.
+        ScalingError: ``text`` isn't a bandwidth above 0.
     """
     match = re.fullmatch(_NUMBER + r'\s*([kKMGT]?)([Bb])/s', text.strip())
     if not match or not float(match[1]):
@@ -26,10 +26,10 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_time(text: str) -> float:
-    """Seconds of ``'10us'``, ``'1.5ms'`` or ``'0s'``.
+    """Parse a time such as ``'10us'``, ``'1.5ms'`` or ``'0s'`` into seconds.
 
     Raises:
-        ScalingError: It reads as no time.
+        ScalingError: ``text`` isn't a time.
     """
     match = re.fullmatch(_NUMBER + r'\s*(s|ms|us|ns)', text.strip())
     if not match:
@@ -42,8 +42,8 @@ class Link:
     """One direction of a connection.
 
     Attributes:
-        bandwidth: Bytes a second.
-        latency: Seconds from the last byte sent to the last byte there.
+        bandwidth: Bytes per second.
+        latency: Seconds from sending the last byte to receiving it.
     """
 
     bandwidth: float = float('inf')
@@ -51,25 +51,25 @@ class Link:
 
     def __post_init__(self) -> None:
         if not self.bandwidth > 0 or not self.latency >= 0:
-            raise ScalingError(f'{self}: a bandwidth is above 0, a latency at least 0')
+            raise ScalingError(f'{self}: the bandwidth must be above 0 and the latency at least 0')
 
     def occupied(self, size: float) -> float:
-        """Seconds that a message of ``size`` bytes occupies the link."""
+        """Seconds for which a message of ``size`` bytes occupies the link."""
         return size / self.bandwidth
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Seconds of a ring all-reduce of ``size`` bytes over links like this one: 2(n-1) steps of size/n bytes each."""
+        """Seconds of a ring all-reduce of ``size`` bytes over n such links: 2(n-1) steps of size/n bytes each."""
         return 2 * (ranks - 1) * (self.occupied(size / ranks) + self.latency)
 
 
 @dataclass(frozen=True)
 class Network:
-    """GPUs numbered machine by machine.
+    """The links of a cluster. GPUs are numbered machine by machine.
 
     Attributes:
-        intra: Between two GPUs of a machine.
-        inter: Between GPUs of two machines.
-        machine: GPUs a machine.
+        intra: Link between two GPUs of one machine.
+        inter: Link between GPUs of two machines.
+        machine: GPUs per machine.
     """
 
     intra: Link = Link()
@@ -78,14 +78,14 @@ class Network:
 
     def __post_init__(self) -> None:
         if self.machine < 1:
-            raise ScalingError(f'{self.machine} GPUs a machine: at least 1 is needed')
+            raise ScalingError(f'{self.machine} GPUs per machine: at least 1 is required')
 
     def link(self, a: int, b: int) -> Link:
         """The link from GPU ``a`` to GPU ``b``."""
         return self.intra if a // self.machine == b // self.machine else self.inter
 
     def ring(self, gpus: Sequence[int]) -> Link:
-        """The link that a ring over these GPUs is as fast as: the slower kind, where it leaves a machine."""
+        """The link that limits a ring over these GPUs. Over several machines: the lower bandwidth and the higher latency."""
         if len({gpu // self.machine for gpu in gpus}) == 1:
             return self.intra
         return Link(min(self.intra.bandwidth, self.inter.bandwidth), max(self.intra.latency, self.inter.latency))

@@ -1,4 +1,4 @@
-"""A short run of the real pipeline on this machine: one process a block, random data, seconds an iteration."""
+"""Time a short run of the real pipeline on this machine, with one process per block and random data."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mmengine.hooks import Hook
 from torch import multiprocessing
 from torch.utils.data import DataLoader
 
-from mmman.analysis.trial import build_trial, model_config, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
 from mmman.parallel.pipeline import PipelineRunner
 
 WARMUP = 6
-"""Iterations that don't count: the pipeline fills."""
+"""Number of first iterations that aren't timed, while the pipeline fills."""
 
 
 class StepTimes(Hook):
-    """Notes, in seconds, when each iteration of a stage ended, and how long the stage computed for it."""
+    """Record when each iteration of a stage ended, and how long the stage computed for it, in seconds."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
@@ -48,14 +48,17 @@ class StepTimes(Hook):
 def pipeline_seconds(
     cfg: Config, stages: int, batch: int, height: int, width: int, iterations: int
 ) -> tuple[float, list[float]]:
-    """Mean seconds an iteration of a filled pipeline with one thread a process, and those in which each stage computed.
+    """Time a filled pipeline with one thread per process.
 
     Args:
-        cfg: Its model and optimizer are used; the images are random.
-        stages: K, the number of its blocks, and of processes.
-        batch: Images of an iteration.
-        height, width: Pixels.
-        iterations: How many count.
+        cfg: Config whose model and optimizer are used. The images are random.
+        stages: K, the number of blocks and of processes.
+        batch: Images per iteration.
+        height, width: Size of the images, pixels.
+        iterations: Number of timed iterations.
+
+    Returns:
+        Mean seconds per iteration; and for each stage the mean seconds per iteration in which it computed.
     """
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -72,7 +75,7 @@ def _stage(
     torch.set_num_threads(1)
     names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
     os.environ.update(zip(names, map(str, (rank, stages, rank, '127.0.0.1', port)), strict=True))
-    model, _ = build_trial(cfg, height, width)  # which knows how many classes there are
+    model, _ = build_dummy_model(cfg, height, width)  # random_batch() reads the number of classes from it
     data = random_batch(model, cfg.default_scope, batch, height, width)
     times = StepTimes()
     count = WARMUP + iterations

@@ -1,4 +1,4 @@
-"""What is known of a model before it is scaled: how long each block takes on one GPU, and how many bytes it sends."""
+"""The input of the simulator: how long each block of a model takes on one GPU, and how many bytes it sends."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from mmman.errors import ScalingError
 
 
 @dataclass(frozen=True)
-class Block:
-    """One block of a training step. Times are seconds, sizes bytes, all for one GPU's batch.
+class BlockCost:
+    """Times and sizes of one block in a training step, for one GPU's batch. Times are in seconds, sizes in bytes.
 
     Attributes:
-        forward: Forward pass of the block.
-        head: Forward pass of what gives its loss: its local head, or neck, head and task loss behind the last block.
-        backward: Backward pass of that loss.
-        update: Optimizer step, and the update of the momentum copy.
-        gradients: Gradients of the block.
-        head_gradients: Gradients of its local head, or of neck and head.
-        features: What the block itself puts into the message to the next: its output, and outputs for the neck from inside it.
-        taps: The part of ``features`` that the neck takes, and that later stages therefore pass on.
-        first_unit: State of its first unit, which the block before keeps a momentum copy of.
-        needs_images: Whether its local head looks at the images.
+        forward: Time of the block's forward pass.
+        head: Time of the loss's forward pass: the local head, or neck, head and task loss after the last block.
+        backward: Time of the backward pass of that loss.
+        update: Time of the optimizer step and of the update of the momentum copy.
+        gradients: Size of the block's gradients.
+        head_gradients: Size of the gradients of the local head, or of neck and head after the last block.
+        features: Size of the block's own part of the message to the next block: its output, and its outputs for the neck.
+        taps: Size of the part of ``features`` that is for the neck. Later stages relay it.
+        first_unit: Size of the state of the block's first unit. The previous block keeps a momentum copy of that unit.
+        needs_images: Whether the local head uses the images.
     """
 
     forward: float
@@ -41,26 +41,26 @@ class Block:
 
     @property
     def seconds(self) -> float:
-        """What a GPU computes for the block in one iteration."""
+        """Seconds that a GPU computes for the block in one iteration."""
         return self.forward + self.head + self.backward + self.update
 
 
 @dataclass(frozen=True)
-class Profile:
-    """A model, once trained locally and once end to end.
+class StageProfile:
+    """Times and sizes of a model's blocks, trained locally and end to end.
 
     Attributes:
-        batch: Images of one GPU's batch.
+        batch: Number of images of one GPU's batch.
         blocks: The K blocks of the localised model.
-        end_to_end: The same blocks of the model trained end to end: a ``head`` on the last alone, no messages.
+        end_to_end: The same blocks when trained end to end. Only the last has a ``head``; there are no messages.
         images: Bytes of the batch's images.
-        labels: Bytes of its labels.
-        loading: Seconds in which the data loader makes one batch, beside the computing.
+        labels: Bytes of the batch's labels.
+        loading: Seconds that the data loader needs for one batch. It runs in parallel with the computation.
     """
 
     batch: int
-    blocks: tuple[Block, ...]
-    end_to_end: tuple[Block, ...]
+    blocks: tuple[BlockCost, ...]
+    end_to_end: tuple[BlockCost, ...]
     images: float = 0.0
     labels: float = 0.0
     loading: float = 0.0
@@ -71,49 +71,49 @@ class Profile:
         for block in (*self.blocks, *self.end_to_end):
             for name, value in asdict(block).items():
                 if isinstance(value, str) or not (math.isfinite(value) and value >= 0):
-                    raise ScalingError(f'{name}={value!r} of a block: a finite number from 0 is needed')
+                    raise ScalingError(f'{name}={value!r} of a block: must be a finite number of at least 0')
         if not sum(block.seconds for block in self.blocks):
-            raise ScalingError('the times of all blocks are 0: give seconds')
+            raise ScalingError('the times of all blocks are 0: set their times in seconds')
 
     def message(self, j: int) -> float:
-        """Bytes that the stage of block ``j`` (from 0) sends on a batch: features, taps of blocks before, labels, images."""
+        """Bytes per batch that stage ``j`` (from 0) sends: features, taps of earlier blocks, labels, images if needed."""
         relayed = sum(block.taps for block in self.blocks[:j])
         images = self.images if any(block.needs_images for block in self.blocks[j + 1 :]) else 0
         return self.blocks[j].features + relayed + self.labels + images
 
-    def with_totals(self, local: float, end_to_end: float) -> Profile:
-        """The same proportions, with these seconds for all blocks together."""
-        return replace(self, blocks=_slower(self.blocks, local), end_to_end=_slower(self.end_to_end, end_to_end))
+    def with_totals(self, local: float, end_to_end: float) -> StageProfile:
+        """Scale the times so that all blocks together take ``local`` and ``end_to_end`` seconds."""
+        return replace(self, blocks=_scaled(self.blocks, local), end_to_end=_scaled(self.end_to_end, end_to_end))
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
+        """Write the profile as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + '\n')
 
     @classmethod
-    def load(cls, path: str | Path) -> Profile:
-        """Read what :meth:`save` wrote, or what was written by hand in that form.
+    def load(cls, path: str | Path) -> StageProfile:
+        """Read a profile that :meth:`save` wrote, or that was written by hand in the same format.
 
         Raises:
-            ScalingError: The file isn't there, or isn't a profile.
+            ScalingError: The file doesn't exist, or isn't a profile.
         """
         try:
             data = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise ScalingError(f'{path} is no profile: {error}; write one with --measure --save-times') from None
+            raise ScalingError(f'{path} is not a profile: {error}; write one with --measure --save-times') from None
         try:
             return cls.from_dict(data)
         except (KeyError, TypeError) as error:
-            raise ScalingError(f'{path} is no profile: {error}; it needs batch, blocks and end_to_end') from None
+            raise ScalingError(f'{path} is not a profile: {error}; it needs batch, blocks and end_to_end') from None
 
     @classmethod
-    def from_dict(cls, data: dict) -> Profile:
+    def from_dict(cls, data: dict) -> StageProfile:
         """The inverse of ``dataclasses.asdict``."""
-        lists = {name: tuple(Block(**values) for values in data[name]) for name in ('blocks', 'end_to_end')}
+        lists = {name: tuple(BlockCost(**values) for values in data[name]) for name in ('blocks', 'end_to_end')}
         return cls(**{**data, **lists})
 
 
-def _slower(blocks: Sequence[Block], total: float) -> tuple[Block, ...]:
-    """Blocks that take ``total`` seconds together."""
+def _scaled(blocks: Sequence[BlockCost], total: float) -> tuple[BlockCost, ...]:
+    """Scale the times of blocks so that they take ``total`` seconds together."""
     factor = total / sum(block.seconds for block in blocks)
     times = ('forward', 'head', 'backward', 'update')
     return tuple(replace(block, **{name: getattr(block, name) * factor for name in times}) for block in blocks)

@@ -1,6 +1,6 @@
-"""Discrete-event simulation of training steps on N GPUs: what starts when everything that it waits for is there.
+"""Discrete-event simulation of training steps on N GPUs. An event starts when everything that it waits for has finished.
 
-Computing and communication run beside each other and don't slow one another down. All GPUs are alike.
+Computation and communication overlap and don't slow each other down. All GPUs are equal.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mmman.errors import ScalingError
 from mmman.experimental.scaling.network import Link, Network
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 
 MIB = 2**20
 FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB
@@ -20,15 +20,15 @@ FIRST_BUCKET, BUCKET = 1 * MIB, 25 * MIB
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation predicts.
+    """Prediction of a simulation.
 
     Attributes:
-        system: What was simulated.
-        gpus: N.
-        iteration: Seconds an iteration, of all GPUs together.
-        images_per_second: Of all GPUs together.
+        system: Name of the simulated system.
+        gpus: Number of GPUs.
+        iteration: Seconds per iteration, of all GPUs together.
+        images_per_second: Images per second, of all GPUs together.
         bubble: Share of the GPUs' time in which they don't compute.
-        link: Share of its time in which the busiest link, or ring of links, is busy.
+        link: Share of time in which the busiest link, or ring of links, is in use.
     """
 
     system: str
@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Produced(NamedTuple):
-    """``size`` bytes of gradients that a backward pass makes at a constant rate from ``start`` to ``end``."""
+    """``size`` bytes of gradients that a backward pass produces at a constant rate from ``start`` to ``end``, in seconds."""
 
     start: float
     end: float
@@ -48,7 +48,11 @@ class Produced(NamedTuple):
 
 
 def buckets(produced: Sequence[Produced]) -> list[tuple[float, float]]:
-    """When each of DDP's buckets is full, and its bytes. A bucket goes out after those before it, in the given order."""
+    """Fill DDP's buckets in the given order.
+
+    Returns:
+        For each bucket the time at which it can be sent, and its bytes. It is sent after all earlier buckets.
+    """
     result, room, filled, ready = [], FIRST_BUCKET, 0.0, 0.0
     for start, end, size in produced:
         done = 0.0
@@ -63,7 +67,7 @@ def buckets(produced: Sequence[Produced]) -> list[tuple[float, float]]:
 
 
 def reduce_all(ready: Sequence[tuple[float, float]], link: Link, ranks: int) -> tuple[float, float]:
-    """All-reduce buckets one after the other. Returns when the last is through, and how long the ring was busy."""
+    """All-reduce buckets one after the other. Returns when the last is done, and for how long the ring was busy, in seconds."""
     end = busy = 0.0
     if ranks > 1:
         for time, size in ready:
@@ -72,8 +76,8 @@ def reduce_all(ready: Sequence[tuple[float, float]], link: Link, ranks: int) -> 
     return end, busy
 
 
-def simulate_end_to_end(profile: Profile, gpus: int, network: Network) -> Outcome:
-    """End-to-end training under DDP: buckets are reduced during the backward pass, and waited for before the step."""
+def simulate_end_to_end(profile: StageProfile, gpus: int, network: Network) -> Outcome:
+    """Simulate end-to-end training under DDP. Buckets are reduced during the backward pass; the step waits for the last."""
     blocks = profile.end_to_end
     now = sum(block.forward + block.head for block in blocks)
     produced = []
@@ -83,12 +87,16 @@ def simulate_end_to_end(profile: Profile, gpus: int, network: Network) -> Outcom
     return _data_parallel('E2E, DDP', profile, blocks, now, buckets(produced), gpus, network)
 
 
-def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: bool) -> Outcome:
-    """Local learning under data parallelism.
+def simulate_local(profile: StageProfile, gpus: int, network: Network, blockwise: bool) -> Outcome:
+    """Simulate local learning under data parallelism.
 
     Args:
-        blockwise: Reduce the gradients of a block while the next one computes. Otherwise the stock wrapper, whose reducer
-            starts in the backward pass of the task loss: neck and head first, the local heads, then the blocks from the last.
+        profile: Times and sizes of the model.
+        gpus: Number of GPUs.
+        network: Links between them.
+        blockwise: Whether the gradients of a block are reduced while the next block computes. If not, this simulates the stock
+            DDP wrapper. Its reducer starts in the backward pass of the task loss: neck and head first, then the local heads,
+            then the blocks from last to first.
     """
     blocks, now, spans = profile.blocks, 0.0, []
     for block in blocks:
@@ -97,7 +105,7 @@ def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: boo
         spans.append((start, now))
     if blockwise:
         produced = [Produced(*span, b.head_gradients + b.gradients) for span, b in zip(spans, blocks, strict=True)]
-        ready = [bucket for block in produced for bucket in buckets([block])]  # every block has a reducer of its own
+        ready = [bucket for block in produced for bucket in buckets([block])]  # every block has its own reducer
         return _data_parallel('MAN++, block-wise DDP', profile, blocks, now, ready, gpus, network)
     (start, end), last, others = spans[-1], blocks[-1], blocks[:-1]
     total = last.head_gradients + last.gradients
@@ -113,15 +121,15 @@ def simulate_local(profile: Profile, gpus: int, network: Network, blockwise: boo
 
 def _data_parallel(
     system: str,
-    profile: Profile,
-    blocks: Sequence[Block],
+    profile: StageProfile,
+    blocks: Sequence[BlockCost],
     computed: float,
     ready: Sequence[tuple[float, float]],
     gpus: int,
     network: Network,
 ) -> Outcome:
     if gpus < 1:
-        raise ScalingError(f'{gpus} GPUs: at least 1 is needed')
+        raise ScalingError(f'{gpus} GPUs: at least 1 is required')
     reduced, busy = reduce_all(ready, network.ring(range(gpus)), gpus)
     step = max(computed, reduced) + sum(block.update for block in blocks)
     iteration = max(step, profile.loading)
@@ -129,27 +137,32 @@ def _data_parallel(
     return Outcome(system, gpus, iteration, gpus * profile.batch / iteration, bubble, busy / iteration)
 
 
-def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: int = 2, iterations: int = 1000) -> Outcome:
-    """A pipeline of one block a stage, in ``gpus / K`` replicas, filled once and drained after ``iterations`` batches.
+def simulate_pipeline(
+    profile: StageProfile, gpus: int, network: Network, staleness: int = 2, iterations: int = 1000
+) -> Outcome:
+    """Simulate ``gpus / K`` replicas of a pipeline with one block per stage, from filling it to draining it.
 
-    Stage j starts a batch when it is done with the batch before, has the message of stage j-1, and has the parameters that
-    stage j+1 sent after its step ``1 + staleness`` batches earlier. Features leave when the block's backward pass is over,
-    parameters after the step; on every link one message follows the other. Replica r has the GPUs ``r * K`` to
-    ``r * K + K - 1``; a stage's gradients are reduced over the replicas during its backward pass and waited for before its
-    step. The first stage loads the data.
+    Stage j starts a batch when three conditions hold: it has finished the previous batch, it has received the message of stage
+    j-1, and it has received the parameters that stage j+1 sent after its step ``1 + staleness`` batches earlier. A stage sends
+    features after the block's backward pass and parameters after the step. A link carries one message at a time. Replica r has
+    the GPUs ``r * K`` to ``r * K + K - 1``. A stage's gradients are reduced over the replicas during its backward pass, and its
+    step waits for them. The first stage loads the data.
 
     Args:
-        staleness: By how many batches a stage may be ahead of the next one's parameters; 0 lets no two neighbours overlap.
-        iterations: Batches between two flushes (checkpoint, validation, end of an epoch).
+        profile: Times and sizes of the model.
+        gpus: Number of GPUs.
+        network: Links between them.
+        staleness: Number of batches that a stage may be ahead of the next stage's parameters. With 0, neighbours never overlap.
+        iterations: Number of batches between two flushes (checkpoint, validation, end of an epoch).
 
     Raises:
-        ScalingError: ``gpus`` is no multiple of K, or a number is out of range.
+        ScalingError: ``gpus`` isn't a multiple of K, or a number is out of range.
     """
     stages, blocks = len(profile.blocks), profile.blocks
     if gpus < 1 or gpus % stages:
         raise ScalingError(f'{gpus} GPUs: a pipeline of {stages} stages needs a multiple of {stages}')
     if staleness < 0 or iterations < 1:
-        raise ScalingError(f'staleness={staleness}, iterations={iterations}: at least 0 and 1 are needed')
+        raise ScalingError(f'staleness={staleness}, iterations={iterations}: must be at least 0 and 1')
     replicas = range(gpus // stages)
     sent = [
         [_Channel(network.link(r * stages + j, r * stages + j + 1), profile.message(j)) for j in range(stages - 1)]
@@ -170,7 +183,7 @@ def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: 
                 needed = batch - 1 - staleness
                 credit = credits[r][j].arrived[needed] if j < stages - 1 and needed >= 0 else 0.0
                 ready.append(max(finish[r][j], message, credit) + block.forward + block.head)
-            # A ring waits for its slowest member.
+            # The all-reduce waits for the slowest replica.
             slowest = max(ready)
             gradients = Produced(slowest, slowest + block.backward, block.head_gradients + block.gradients)
             all_there, busy = reduce_all(buckets([gradients]), rings[j], len(replicas))
@@ -196,7 +209,7 @@ def simulate_pipeline(profile: Profile, gpus: int, network: Network, staleness: 
 
 
 class _Channel:
-    """One direction of a link that carries a message of ``size`` bytes a batch."""
+    """One direction of a link that carries one message of ``size`` bytes per batch."""
 
     def __init__(self, link: Link, size: float) -> None:
         self.link = link
@@ -206,7 +219,7 @@ class _Channel:
         self.arrived: list[float] = []
 
     def send(self, time: float) -> None:
-        """Queue the next message at ``time``."""
+        """Queue the next message at ``time``, in seconds."""
         self.free = max(self.free, time) + self.seconds
         self.busy += self.seconds
         self.arrived.append(self.free + self.link.latency)

@@ -1,8 +1,8 @@
-"""Table VIII of the paper, seconds of training an epoch, and what the simulator predicts for its rows.
+"""Table VIII of the paper, training time per epoch in seconds, and the simulator's predictions for its rows.
 
-The numbers of a row are the paper's (all on A100 GPUs). Batches are those of its recipes. What a block computes and sends was
-counted with torch's FLOP counter on this project's configs: ``configs/paper/table2`` at 224x224, ``configs/retinanet_*`` at
-608x1024, ``configs/deeplabv3_*`` at 768x768.
+Times and batches are from the paper and its recipes; all times are on A100 GPUs. FLOPs and sizes of the blocks were counted
+with torch's FLOP counter on this project's configs: ``configs/paper/table2`` at 224x224, ``configs/retinanet_*`` at 608x1024,
+``configs/deeplabv3_*`` at 768x768.
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mmman.experimental.scaling.network import Network
-from mmman.experimental.scaling.profile import Block, Profile
+from mmman.experimental.scaling.profile import BlockCost, StageProfile
 from mmman.experimental.scaling.simulate import simulate_end_to_end, simulate_pipeline
 
 
 @dataclass(frozen=True)
-class Row:
-    """One model of the table. Times are seconds an epoch.
+class Table8Row:
+    """One row of the table. Times are in seconds per epoch.
 
     Attributes:
-        dataset, model: Its names.
-        images: Training images.
-        batch: Images of an iteration, of all GPUs together.
-        pixels: Of an image.
-        end_to_end, end_to_end_ddp: E2E on one GPU, and under DDP on K.
-        local, local_ddp, pipeline: MAN++ on one GPU, under DDP on K, and as a pipeline (PPLL) on K.
-        blocks, whole: What one image costs, locally and end to end, with FLOPs for seconds; features are of one image.
+        dataset, model: Names in the paper.
+        images: Number of training images.
+        batch: Images per iteration, of all GPUs together.
+        pixels: Pixels per image.
+        end_to_end, end_to_end_ddp: Time of E2E on one GPU, and under DDP on K GPUs.
+        local, local_ddp, pipeline: Time of MAN++ on one GPU, under DDP on K GPUs, and as a pipeline (PPLL) on K GPUs.
+        blocks, whole: Blocks under local and end-to-end training. Times are GFLOPs per image; features are per image.
     """
 
     dataset: str
@@ -38,14 +38,14 @@ class Row:
     local: float
     local_ddp: float
     pipeline: float
-    blocks: tuple[Block, ...]
-    whole: tuple[Block, ...]
+    blocks: tuple[BlockCost, ...]
+    whole: tuple[BlockCost, ...]
 
-    def profile(self, equal: bool) -> Profile:
-        """A GPU's batch that takes the paper's one-GPU times, shared out equally or as the FLOPs are."""
+    def profile(self, equal: bool) -> StageProfile:
+        """A profile with the paper's one-GPU times, divided among the blocks equally or in proportion to their FLOPs."""
         batch = self.batch // len(self.blocks)
         blocks = [replace(b, features=b.features * batch, taps=b.taps * batch) for b in self.blocks]
-        counted = Profile(batch, tuple(blocks), self.whole, images=4 * 3 * self.pixels * batch)
+        counted = StageProfile(batch, tuple(blocks), self.whole, images=4 * 3 * self.pixels * batch)
         local, whole = (seconds * batch / self.images for seconds in (self.local, self.end_to_end))
         if equal:
             counted = replace(counted, blocks=tuple(_equal(block) for block in counted.blocks))
@@ -53,26 +53,26 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Seconds an epoch as the simulator has them.
+class RowPrediction:
+    """The simulator's predictions for a row, in seconds per epoch.
 
     Attributes:
-        row: The paper's.
+        row: The row of the paper.
         ddp: E2E under DDP on K GPUs.
-        equal: The pipeline, with blocks of equal time.
-        by_flops: The pipeline, with blocks that take time as they take FLOPs.
+        equal: The pipeline, if all blocks take the same time.
+        by_flops: The pipeline, if the time of a block is proportional to its FLOPs.
         flops_ratio: FLOPs of MAN++ over those of E2E.
     """
 
-    row: Row
+    row: Table8Row
     ddp: float
     equal: float
     by_flops: float
     flops_ratio: float
 
 
-def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
-    """Predict a row from its two one-GPU times."""
+def predict(row: Table8Row, network: Network, staleness: int = 1) -> RowPrediction:
+    """Predict the multi-GPU times of a row from its two one-GPU times."""
     count = len(row.blocks)
     iterations = max(1, row.images // (row.batch // count))
 
@@ -80,7 +80,7 @@ def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
         outcome = simulate_pipeline(row.profile(equal), count, network, staleness, iterations)
         return row.images / outcome.images_per_second
 
-    return Prediction(
+    return RowPrediction(
         row=row,
         ddp=row.images / simulate_end_to_end(row.profile(True), count, network).images_per_second,
         equal=pipeline(True),
@@ -89,8 +89,8 @@ def predict(row: Row, network: Network, staleness: int = 1) -> Prediction:
     )
 
 
-def _equal(block: Block) -> Block:
-    """The same block at a cost of 1, in its own proportions."""
+def _equal(block: BlockCost) -> BlockCost:
+    """Scale the times of a block so that they sum to 1."""
     total = block.seconds
     return replace(block, forward=block.forward / total, head=block.head / total, backward=block.backward / total)
 
@@ -105,10 +105,10 @@ def _block(
     taps: float = 0.0,
     first_unit: float = 0.0,
     needs_images: bool = False,
-) -> Block:
-    """A block in GFLOPs and MB."""
+) -> BlockCost:
+    """Create a block from GFLOPs and MB."""
     mega = 1e6
-    return Block(
+    return BlockCost(
         forward=forward,
         head=head,
         backward=backward,
@@ -122,7 +122,7 @@ def _block(
 
 
 ROWS = (
-    Row(
+    Table8Row(
         'ImageNet',
         'ResNet-101',
         images=1281167,
@@ -146,7 +146,7 @@ ROWS = (
             _block(4.239, 0.004096, 8.486, 86.67, 8.196),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ResNet-152',
         images=1281167,
@@ -170,7 +170,7 @@ ROWS = (
             _block(5.986, 0.004096, 11.98, 104.5, 8.196),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ViT-Tiny/16',
         images=1281167,
@@ -194,7 +194,7 @@ ROWS = (
             _block(0.5229, 0.000384, 1.047, 5.338, 0.772),
         ),
     ),
-    Row(
+    Table8Row(
         'ImageNet',
         'ViT-Base/16',
         images=1281167,
@@ -218,7 +218,7 @@ ROWS = (
             _block(8.366, 0.001536, 16.74, 85.05, 3.076),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R34',
         images=117266,
@@ -242,7 +242,7 @@ ROWS = (
             _block(15.94, 184.2, 400.2, 52.46, 40.93),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R101',
         images=117266,
@@ -266,7 +266,7 @@ ROWS = (
             _block(20.08, 188.6, 417.4, 59.86, 57.84),
         ),
     ),
-    Row(
+    Table8Row(
         'COCO',
         'RetinaNet-R152',
         images=117266,
@@ -290,7 +290,7 @@ ROWS = (
             _block(20.08, 188.6, 417.4, 59.86, 57.84),
         ),
     ),
-    Row(
+    Table8Row(
         'Cityscapes',
         'DeepLabV3-R50',
         images=2975,
@@ -310,7 +310,7 @@ ROWS = (
             _block(337, 802.4, 2279, 73.27, 178.3),
         ),
     ),
-    Row(
+    Table8Row(
         'Cityscapes',
         'DeepLabV3-R101',
         images=2975,

@@ -5,7 +5,7 @@ import torch
 
 from mmman import localize_
 from mmman.analysis import LiveBytes
-from mmman.analysis.backbone_cost import Ratios, UnitCost, formula_ratios, predict_cost, summed_ratios, unit_costs
+from mmman.analysis.backbone_cost import Ratios, UnitCounts, formula_ratios, predict_cost, summed_ratios, unit_counts
 from mmman.analysis.paper_cost import CHANNEL, UNIT, Bias
 from mmman.errors import CostError
 from tests.toy import ToyNet
@@ -20,12 +20,12 @@ def localized(transfer=None, **options):
 
 def test_unit_costs_are_what_arithmetic_says():
     big, small = 2 * 4 * 16 * 16, 2 * 8 * 8 * 8  # numbers in a feature map of stage 1 and of stage 2
-    stem, first, second, third = unit_costs(localized(), SHAPE)[:4]
+    stem, first, second, third = unit_counts(localized(), SHAPE)[:4]
     # A convolution keeps its input, BatchNorm its input, a mean and a deviation a channel, a ReLU its result.
-    assert stem == UnitCost('stem', 4 * 27 + 4, 2 * big * 27, 0)
-    assert first == UnitCost('layer1.0', 4 * 36 + 8, 2 * big * 36, 4 * (3 * big + 8))  # with the stem's output
-    assert second == UnitCost('layer1.1', 4 * 36 + 8, 2 * big * 36, 4 * (2 * big + 8))
-    assert third == UnitCost('layer2.0', 8 * 36 + 16 + 8 * 4 + 8, 2 * small * (36 + 4), 4 * (2 * small + 16))
+    assert stem == UnitCounts('stem', 4 * 27 + 4, 2 * big * 27, 0)
+    assert first == UnitCounts('layer1.0', 4 * 36 + 8, 2 * big * 36, 4 * (3 * big + 8))  # with the stem's output
+    assert second == UnitCounts('layer1.1', 4 * 36 + 8, 2 * big * 36, 4 * (2 * big + 8))
+    assert third == UnitCounts('layer2.0', 8 * 36 + 16 + 8 * 4 + 8, 2 * small * (36 + 4), 4 * (2 * small + 16))
 
 
 def kept_bytes(net):
@@ -40,21 +40,21 @@ def kept_bytes(net):
 
 def test_meta_tensors_keep_what_a_real_forward_pass_keeps():
     net = localized()
-    assert sum(unit.activations for unit in unit_costs(net, SHAPE)) == kept_bytes(net)
+    assert sum(unit.activations for unit in unit_counts(net, SHAPE)) == kept_bytes(net)
 
 
 def test_a_checkpointed_backbone_of_mmpretrain():
     models = pytest.importorskip('mmpretrain.models')
     net = localize_(models.ResNet(18, with_cp=True), 1)
     with pytest.warns(UserWarning, match='use_reentrant'):
-        assert sum(unit.activations for unit in unit_costs(net, SHAPE)) == kept_bytes(net)
+        assert sum(unit.activations for unit in unit_counts(net, SHAPE)) == kept_bytes(net)
 
 
 def test_frozen_stages_and_norm_eval_of_mmdet():
     models = pytest.importorskip('mmdet.models')
     net = localize_(models.ResNet(18, out_indices=(3,), norm_eval=True, frozen_stages=1), 1)
     net.train()
-    costs = unit_costs(net, SHAPE)
+    costs = unit_counts(net, SHAPE)
     # On meta tensors BatchNorm keeps a mean and a deviation a channel in eval mode as well.
     statistics = sum(8 * module.num_features for stage in (2, 3, 4) for module in batch_norms(net, f'layer{stage}'))
     assert sum(unit.activations for unit in costs) == kept_bytes(net) + statistics
@@ -77,7 +77,7 @@ def test_an_eval_mode_does_not_change_what_training_costs():
     net = ToyNet()
     net.layer1[0].skip = torch.nn.Dropout()  # which keeps a mask of its input, in training only
     localize_(net, 1)
-    plain, with_mask = unit_costs(localized(), SHAPE)[1], unit_costs(net.eval(), SHAPE)[1]
+    plain, with_mask = unit_counts(localized(), SHAPE)[1], unit_counts(net.eval(), SHAPE)[1]
     assert with_mask.activations > plain.activations
 
 
@@ -104,14 +104,18 @@ def test_summed_parameters_are_those_of_the_copies():
 
 
 def test_sums_over_unequal_units():
-    blocks = [[UnitCost('a', 1, 10, 70), UnitCost('b', 2, 10, 10)], [UnitCost('c', 5, 20, 40)], [UnitCost('d', 12, 40, 80)]]
+    blocks = [
+        [UnitCounts('a', 1, 10, 70), UnitCounts('b', 2, 10, 10)],
+        [UnitCounts('c', 5, 20, 40)],
+        [UnitCounts('d', 12, 40, 80)],
+    ]
     bias = Bias(parameters=1, flops=0.5, activations=0.25)
     # Heads: c on the first block, d on the second. Peaks: 80 + 1.25 * 40, 40 + 1.25 * 80, 80.
     assert summed_ratios(blocks, bias) == Ratios(1 + 2 * 17 / 20, 1 + 1.25 * 60 / 80, 140 / 200)
 
 
 def test_equal_units_and_blocks_give_the_formulas():
-    blocks = [[UnitCost('a', 3, 5, 7)] * 4] * 3
+    blocks = [[UnitCounts('a', 3, 5, 7)] * 4] * 3
     summed = summed_ratios(blocks, CHANNEL)
     formulas = formula_ratios(blocks, CHANNEL)
     assert astuple(summed) == pytest.approx(astuple(formulas))

@@ -2,7 +2,7 @@ import torch
 from mmengine.structures import InstanceData
 from torch import nn
 
-from mmman.analysis import LiveBytes, LiveParts, peak_live_bytes
+from mmman.analysis import LiveBytes, LiveParts
 
 
 def test_a_training_step_counts_what_arithmetic_says():
@@ -14,7 +14,9 @@ def test_a_training_step_counts_what_arithmetic_says():
     # input, and of its weight; the output of its own tanh is gone by then. The loss and its gradient are scalars.
     saved = (layers - 1) * activation
     expected = layers * weight + activation + saved + 2 * activation + weight + 2 * scalar
-    assert peak_live_bytes(lambda: net(x).sum().backward(), net, x) == expected
+    with LiveBytes(net, x) as live:
+        net(x).sum().backward()
+    assert live.peak == expected
 
 
 def test_held_tensors_count_once_and_views_nothing():
@@ -51,7 +53,9 @@ def test_repeatable():
     peaks = set()
     for _ in range(3):
         net.zero_grad()
-        peaks.add(peak_live_bytes(lambda: net(x).square().mean().backward(), net, x))
+        with LiveBytes(net, x) as live:
+            net(x).square().mean().backward()
+        peaks.add(live.peak)
     assert len(peaks) == 1
 
 

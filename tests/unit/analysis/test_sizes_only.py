@@ -7,9 +7,9 @@ import pytest
 import torch
 from mmengine.config import Config
 
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import MisuseError
 from tests.conftest import ROOT
 
@@ -39,7 +39,7 @@ def measured(case: str, sizes_only: SizesOnly | None) -> tuple:
     name, options = CASES[case]
     cfg = Config.fromfile(ROOT / 'configs' / name)
     cfg.merge_from_dict(copy.deepcopy(options))
-    model, optim_wrapper = build_trial(cfg, 32, 32, sizes_only)
+    model, optim_wrapper = build_dummy_model(cfg, 32, 32, sizes_only)
     data = random_batch(model, cfg.default_scope, 2, 32, 32)
     with sizes_only or nullcontext():
         meter = StepMeter(model, optim_wrapper, data)

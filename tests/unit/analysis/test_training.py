@@ -8,7 +8,7 @@ from torch import nn
 from mmman import LocalLearningOptimWrapper
 from mmman.analysis import LiveBytes
 from mmman.analysis.training import StepMeter
-from tests.toy import toy_batches, toy_config
+from tests.toy import block_parameters, toy_batches, toy_config
 
 CUTS = ('layer1.1', 'layer2.1')
 
@@ -77,7 +77,7 @@ def test_parts_of_local_training(update):
     # The peak is in the task's head: of block 1 nothing is left, of block 2 its output, which block 3 and the head need.
     assert 'block 1' not in parts and parts['block 2'] == 4 * (4 * 8 * 8 * 8)
     assert parts['block 3'] == kept_by_blocks(meter)[2]
-    trained = [p for block in local.block_parameters(model.backbone) for p in block if p.requires_grad]
+    trained = [p for block in block_parameters(model.backbone) for p in block if p.requires_grad]
     assert parts.get('gradients', 0) == (nbytes(trained) if update == 'synchronous' else 0)
 
 

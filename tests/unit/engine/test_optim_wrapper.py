@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 
 from mmman import LocalLearningOptimWrapper
 from mmman.errors import MisuseError
-from tests.toy import toy_batches
+from tests.toy import block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy, wrapper
 
 
@@ -77,7 +77,7 @@ def test_clipping(scope):
     optim_wrapper = wrapper(model, lr=0.0, clip_grad={'max_norm': 0.01}, clip_scope=scope)
     optim_wrapper.zero_grad = lambda: None
     step(model, optim_wrapper)
-    blocks = model.backbone.local.block_parameters(model.backbone)
+    blocks = block_parameters(model.backbone)
     owned = {id(p) for block in blocks for p in block}
     groups = [*blocks, [p for p in model.parameters() if id(p) not in owned]]
     norms = [math.sqrt(sum(float(p.grad.square().sum()) for p in group if p.grad is not None)) for group in groups]
@@ -229,7 +229,7 @@ def test_an_iteration_without_a_task_loss_is_finished_like_any_other(accumulate)
         step(theirs, complete, batch)
     assert without.steps == complete.steps == 2 and without.inner_count == complete.inner_count
     assert scalars(without).keys() >= {'train/local/1/loss', 'train/local/2/loss', 'train/local/1/grad_norm'}
-    for block, other in zip(*(m.backbone.local.block_parameters(m.backbone) for m in (ours, theirs)), strict=True):
+    for block, other in zip(*(block_parameters(m.backbone) for m in (ours, theirs)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(block, other, strict=True))
         assert all(p.grad is None for p in block)
     assert all(torch.equal(a, b) for a, b in zip(task_scope, before, strict=True))

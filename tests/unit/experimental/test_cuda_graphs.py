@@ -5,7 +5,7 @@ import torch
 from mmengine.config import Config
 
 from mmman import LocalLearningOptimWrapper
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.errors import MisuseError
 from mmman.experimental.cuda_graphs import StepGraphs
 from mmman.memory.detection.focal_loss import fused_focal_loss
@@ -47,7 +47,7 @@ class Steps:
         cfg = Config.fromfile(ROOT / 'configs' / config)
         narrow = {f'model.{name}': value for name, value in NARROW.items()}
         cfg.merge_from_dict({'model.backbone.backbone.norm_eval': False, **narrow, **options})
-        self.model, self.optim_wrapper = build_trial(cfg, 64, 96)
+        self.model, self.optim_wrapper = build_dummy_model(cfg, 64, 96)
         self.model.to(device)
         self.backbone = self.model.backbone
         for group in self.optim_wrapper.optimizer.param_groups:

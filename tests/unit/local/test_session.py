@@ -7,7 +7,7 @@ from mmengine.registry import MODELS
 from mmman import LocalLearningOptimWrapper, delocalize_
 from mmman.analysis import LiveBytes
 from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError, PartitionError
-from tests.toy import classify, task_logits, toy_batches, toy_config
+from tests.toy import block_parameters, classify, task_logits, toy_batches, toy_config
 
 
 def toy(**options):
@@ -47,20 +47,20 @@ def test_gradients_are_those_of_the_own_local_loss_alone(partition):
     local = model.backbone.local
     for head in local.values():
         head.loss_weight = 0.0
-    for weighted, (head, trained) in enumerate(zip(local.values(), local.block_parameters(model.backbone), strict=True)):
+    for weighted, (head, trained) in enumerate(zip(local.values(), block_parameters(model.backbone), strict=True)):
         model.zero_grad()
         head.loss_weight = 1.0
         alone = gradients(model)
         head.loss_weight = 0.0
         ids = {id(p) for p in trained}
-        others = {id(p) for i, block in enumerate(local.block_parameters(model.backbone)) if i != weighted for p in block}
+        others = {id(p) for i, block in enumerate(block_parameters(model.backbone)) if i != weighted for p in block}
         names = [name for name, p in model.named_parameters() if id(p) in ids and p.requires_grad]
         assert names and all(torch.equal(alone[name], got[name]) and got[name].abs().sum() > 0 for name in names)
         assert all(alone[name].abs().sum() == 0 for name, p in model.named_parameters() if id(p) in others and name in alone)
     task = [
         name
         for name, p in model.named_parameters()
-        if all(id(p) not in {*map(id, b)} for b in local.block_parameters(model.backbone))
+        if all(id(p) not in {*map(id, b)} for b in block_parameters(model.backbone))
     ]
     model.zero_grad()
     alone = gradients(model)
@@ -100,7 +100,7 @@ def test_at_a_boundary_only_its_output_and_taps_stay_alive():
     grads, scalar = 0, 8
     boundary = [4 * 4 * 16 * 16 * 8, 4 * 8 * 8 * 8 * 8]
     for j, path in enumerate(starts):
-        grads += sum(p.numel() * 8 for p in local.block_parameters(model.backbone)[j] if p.requires_grad)
+        grads += sum(p.numel() * 8 for p in block_parameters(model.backbone)[j] if p.requires_grad)
         logged = 3 * (j + 1) * scalar  # loss, loss_ce, acc
         expected[path] = held + grads + boundary[j] + logged
     assert alive == expected

@@ -61,7 +61,7 @@ def test_named_cuts():
         ({'num_blocks': 0}, 'choose a K from 1'),
         ({}, "num_blocks is needed with partition='stage'"),
         ({'num_blocks': 2, 'partition': 'balanced'}, "choose 'stage', 'uniform' or a list"),
-        ({'partition': ['layer9.9']}, r"after 'layer9.9'; the units to cut after are: stem, layer1.0"),
+        ({'partition': ['layer9.9']}, r"cannot cut after 'layer9.9'; choose from the units stem, layer1.0"),
         ({'partition': ['layer4.2']}, "after 'layer4.2'"),
         ({'partition': ['layer3.0', 'layer2.0']}, 'not in the order of the network'),
         ({'partition': ['layer2.0', 'layer2.0']}, 'not in the order of the network'),

@@ -7,7 +7,7 @@ from torch import nn
 from mmman import LocalLearningOptimWrapper, localize_
 from mmman.errors import MisuseError, PartitionError
 from mmman.partition import chain_of, trainable_units
-from tests.toy import ToyNet, toy_batches
+from tests.toy import ToyNet, block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
 from tests.unit.partition.test_families import HEAD, SWIN, VIT, build
 
@@ -45,7 +45,7 @@ def test_no_head_is_on_a_frozen_block(library, kind, options, first):
     assert [unit.name for unit in plan.frozen] == names[: names.index(first)]
     backbone.train()  # as a runner does: nothing more is frozen
     assert len(plan.blocks) == 3 and plan.frozen_block(backbone) is None
-    for parameters in backbone.local.block_parameters(backbone):
+    for parameters in block_parameters(backbone):
         assert any(parameter.requires_grad for parameter in parameters)
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from mmengine.config import Config
 
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.errors import MisuseError
-from mmman.planning.costs import Again, MemoryPlan, peak_of
+from mmman.planning.costs import MemoryPlan, RecomputeMode, peak_of
 from mmman.planning.profile import Profile, profile_step
 from mmman.planning.search import smallest_peak
 from tests.conftest import ROOT
@@ -24,7 +24,7 @@ def load(name: str, **options: object) -> Config:
 def measured(profile: Profile, plan: MemoryPlan) -> StepMeter:
     cfg, (batch, _, height, width) = copy.deepcopy(profile.config), profile.shape
     cfg.model.backbone.update(profile.options(plan))
-    model, optim_wrapper = build_trial(cfg, height, width)
+    model, optim_wrapper = build_dummy_model(cfg, height, width)
     return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width))
 
 
@@ -69,10 +69,10 @@ def test_peak_is_that_of_a_real_step(case):
         assert peak_of(profile.step, plan).total == pytest.approx(measured(profile, plan).memory().peak, rel=0.01)
 
 
-def test_what_blocks_compute_again_is_chosen():
+def test_the_plan_chooses_what_each_block_recomputes():
     """Peak and FLOPs of a plan in which they differ; those of plans without a choice in which all do the same."""
     name, shape, _, options = CASES['stem by image']  # whose own recompute doesn't count
-    plan = MemoryPlan((2, 5), (Again.ALL, Again.NOTHING, Again.SELECTED))
+    plan = MemoryPlan((2, 5), (RecomputeMode.FULL, RecomputeMode.NONE, RecomputeMode.SELECTIVE))
     profile = profile_step(load(name, **options), *shape, may_recompute=True)
     chosen = profile.options(plan)
     assert (chosen['recompute'], chosen['selective_recompute']) == (['stem', 'layer1'], ['layer3.1', 'layer4'])
@@ -81,14 +81,14 @@ def test_what_blocks_compute_again_is_chosen():
     stock = measured(profile, MemoryPlan()).memory().flops
     assert profile.step.overhead(plan) == pytest.approx(meter.memory().flops / stock - 1, abs=0.04)
     fixed = {
-        Again.NOTHING: {'recompute': False},
-        Again.SELECTED: {'recompute': ['stem'], 'selective_recompute': UNITS[1:]},
-        Again.ALL: {'recompute': UNITS},
+        RecomputeMode.NONE: {'recompute': False},
+        RecomputeMode.SELECTIVE: {'recompute': ['stem'], 'selective_recompute': UNITS[1:]},
+        RecomputeMode.FULL: {'recompute': UNITS},
     }
-    for again, recompute in fixed.items():
+    for mode, recompute in fixed.items():
         options |= {f'model__backbone__{key}': value for key, value in recompute.items()}
         step = profile_step(load(name, **options), *shape).step
-        assert peak_of(step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (again,) * 3))
+        assert peak_of(step, MemoryPlan((2, 5))) == peak_of(profile.step, MemoryPlan((2, 5), (mode,) * 3))
         options.pop('model__backbone__selective_recompute', None)
 
 

@@ -12,8 +12,8 @@ from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
 
 from mmman.analysis import LiveBytes
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.memory.detection.focal_loss import SLICE, focal_loss_without_kernel, fused_focal_loss, summed_focal_loss
 
 ROWS, CLASSES = SLICE // 5 + 3, 7  # two slices, and a part of one
@@ -156,7 +156,7 @@ def test_retinanet_takes_less_and_loses_the_same():
     narrow = {'neck.out_channels': 16, 'bbox_head.in_channels': 16, 'bbox_head.feat_channels': 16}
     narrow |= {'backbone.base_channels': 4, 'neck.in_channels': [4, 8, 16, 32]}
     cfg.merge_from_dict({f'model.{name}': value for name, value in narrow.items()})
-    model, optim_wrapper = build_trial(cfg, 128, 128)
+    model, optim_wrapper = build_dummy_model(cfg, 128, 128)
     meter = StepMeter(model, optim_wrapper, random_batch(model, 'mmdet', 2, 128, 128))
 
     def measured():

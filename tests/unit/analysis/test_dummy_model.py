@@ -6,8 +6,8 @@ pytest.importorskip('mmdet')
 
 from mmengine.hub import get_config
 
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.analysis.trial import build_trial, random_batch
 
 
 def test_a_two_stage_detector_is_measured():
@@ -21,7 +21,7 @@ def test_a_two_stage_detector_is_measured():
         'roi_head.bbox_head': {'in_channels': 16, 'fc_out_channels': 32},
     }
     cfg.merge_from_dict({f'model.{name}': value for name, value in narrow.items()})
-    model, optim_wrapper = build_trial(cfg, 64, 96)
+    model, optim_wrapper = build_dummy_model(cfg, 64, 96)
     meter = StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, 1, 64, 96))
     memory = meter.memory()
     assert sum(memory.parts.values()) == memory.peak > meter.floor() and memory.flops > 0

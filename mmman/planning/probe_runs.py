@@ -1,4 +1,4 @@
-"""Parts of a model run on two small batches: bytes and FLOPs that are extrapolated to a larger one."""
+"""Run parts of a model on two small batches, and extrapolate bytes and FLOPs to a larger batch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Extrapolation, Trace
-from mmman.analysis.trial import build_trial, random_batch
 from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.partition import Chain, chain_of
 from mmman.partition.chain import STEM
 
-Run = Callable[['Batch', Trace], None]
-"""Runs a part of the model on a batch, and tells the trace from where on it counts, and its marks."""
+Run = Callable[['ProbeBatch', Trace], None]
+"""Runs a part of the model on a batch. It calls ``trace.begin()`` where counting starts, and ``trace.mark()``."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A batch as the loader gives it, and as the model gets it."""
+class ProbeBatch:
+    """A batch as the data loader returns it (``data``), and preprocessed: ``inputs`` (B, C, H, W) and ``samples``."""
 
     data: dict
     inputs: Tensor
@@ -34,32 +34,40 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class SmallRuns:
-    """A model in one block, and the two small batches to run parts of it on.
+class ProbeRuns:
+    """A model with a single block, and two probe batches to run parts of it on.
 
     Attributes:
+        model: The model.
+        optim_wrapper: Its optim wrapper.
         chain: The units of its backbone.
-        batches: The two batches.
-        pixels: Pixels of the two and of the batch asked for.
-        dense: What runs dense heads on a few images at a time, where the config asks for that.
+        batches: The two probe batches.
+        pixels: Pixels of each probe batch and of the requested batch.
+        dense: Runs dense heads on a few images at a time. None if the config doesn't set ``images_per_chunk``.
     """
 
     model: BaseModel
     optim_wrapper: OptimWrapper
     chain: Chain
-    batches: list[Batch]
+    batches: list[ProbeBatch]
     pixels: tuple[int, int, int]
     dense: DenseLoss | None
 
     @classmethod
-    def of(cls, cfg: Config, batch: int, height: int, width: int) -> SmallRuns:
-        """For a config in one block, and so many images of so many pixels."""
-        model, optim_wrapper = build_trial(copy.deepcopy(cfg), height, width)
+    def of(cls, cfg: Config, batch: int, height: int, width: int) -> ProbeRuns:
+        """Build the model of a config and its probe batches.
+
+        Args:
+            cfg: Config of a model with a single block.
+            batch: Images of the requested batch.
+            height, width: Size of the requested images, pixels.
+        """
+        model, optim_wrapper = build_dummy_model(copy.deepcopy(cfg), height, width)
         chain, chunk = chain_of(model.backbone), getattr(optim_wrapper, 'images_per_chunk', None)
         recompute = cfg.model.backbone.recompute if 'recompute' in cfg.model.backbone else False
         by_image = chunk is not None or (not isinstance(recompute, bool) and STEM in recompute)
-        sizes = small_batches(chain, height, width, batch if by_image else None, cfg.default_scope)
-        batches = [random_small_batch(model, cfg.default_scope, *size) for size in sizes]
+        sizes = probe_sizes(chain, height, width, batch if by_image else None, cfg.default_scope)
+        batches = [random_probe_batch(model, cfg.default_scope, *size) for size in sizes]
         pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
         dense = None if chunk is None else DenseLoss(model, chunk, lambda loss: loss)
         return cls(model, optim_wrapper, chain, batches, pixels, dense)
@@ -77,14 +85,18 @@ class SmallRuns:
         return Extrapolation(*traces, self.pixels)
 
 
-def small_batches(chain: Chain, height: int, width: int, images: int | None, scope: str) -> list[tuple[int, int, int]]:
-    """Images, height and width of two batches: of small images, or for units that see all tokens, another number of them.
+def probe_sizes(chain: Chain, height: int, width: int, images: int | None, scope: str) -> list[tuple[int, int, int]]:
+    """Choose the number of images, height and width of two probe batches.
+
+    The two batches differ in the size of the images. If ``images`` is None and either the units attend to all tokens or the
+    requested images are small, the batches differ in the number of images instead, and the images have the requested size.
 
     Args:
         chain: The backbone's units.
-        height, width: Of the images asked for.
-        images: How many there are, where some parts run on a few at a time: their tensors don't grow as the number does.
-        scope: The library; a detector's pyramid needs larger images.
+        height, width: Size of the requested images, pixels.
+        images: Number of requested images if some parts run on a few images at a time, else None. The tensors of such parts
+            don't grow with the number of images, so that number is kept.
+        scope: Default scope of the library. A detector's pyramid needs larger images.
     """
     attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.takes_grid)
     if images is None and (height * width <= 256 * 256 or attends_everywhere):
@@ -94,26 +106,26 @@ def small_batches(chain: Chain, height: int, width: int, images: int | None, sco
     return [(images, side, side), (images, side, 2 * side)]
 
 
-def random_small_batch(model: BaseModel, scope: str, size: int, height: int, width: int) -> Batch:
-    """``size`` random images, through the model's data preprocessor; both small batches of detectors have the same objects."""
+def random_probe_batch(model: BaseModel, scope: str, size: int, height: int, width: int) -> ProbeBatch:
+    """Preprocess ``size`` random images. Both probe batches of a detector have the same objects, so losses run alike."""
     data = random_batch(model, scope, size, height, width)
     side = min(height, width)
-    if scope == 'mmdet' and height != width:  # the objects of the smaller images, so that losses run alike
+    if scope == 'mmdet' and height != width:  # use the objects of the smaller images
         smaller = random_batch(model, scope, size, side, side)['data_samples']
         for sample, other in zip(data['data_samples'], smaller, strict=True):
             sample.gt_instances = other.gt_instances
-    if getattr(model.data_preprocessor, 'size', None) is not None:  # which a segmentor's pads to
+    if getattr(model.data_preprocessor, 'size', None) is not None:  # a segmentor's preprocessor pads to this
         model.data_preprocessor.size = (height, width)
     batch = model.data_preprocessor(copy.deepcopy(data), True)
-    return Batch(data, batch['inputs'], batch['data_samples'])
+    return ProbeBatch(data, batch['inputs'], batch['data_samples'])
 
 
 @contextmanager
-def outputs_told(backbone: nn.Module, chain: Chain, tell: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """While this context is open, ``tell(i, output)`` is called with the output of every unit i that runs."""
+def outputs_observed(backbone: nn.Module, chain: Chain, observe: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call ``observe(i, output)`` for every unit i that runs inside this context."""
 
     def hook(i: int):
-        return lambda module, args, output: tell(i, output)
+        return lambda module, args, output: observe(i, output)
 
     handles = [backbone.get_submodule(unit.output).register_forward_hook(hook(i)) for i, unit in enumerate(chain.units)]
     try:
@@ -124,16 +136,16 @@ def outputs_told(backbone: nn.Module, chain: Chain, tell: Callable[[int, Tensor]
 
 
 def static_bytes(module: nn.Module, state: float) -> int:
-    """Bytes of parameters, buffers and optimizer state, which is ``state`` times the trained parameters."""
+    """Bytes of parameters, buffers and optimizer state. ``state``: optimizer state per byte of trained parameters."""
     tensors = [*module.parameters(), *module.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors) + round(state * gradient_bytes(module.parameters()))
 
 
 def gradient_bytes(parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of the gradients that parameters get."""
+    """Bytes of the gradients of the trainable parameters."""
     return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
 
 
-def held_bytes(batch: Batch) -> int:
-    """Bytes of a batch, as the loader gives it and as the model gets it."""
+def held_bytes(batch: ProbeBatch) -> int:
+    """Bytes of a batch, before and after the data preprocessor."""
     return LiveBytes(batch.data, batch.inputs, batch.samples).current

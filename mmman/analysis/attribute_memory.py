@@ -1,4 +1,4 @@
-"""Which part of a training step is running: marks at the boundaries of blocks, without touching what runs."""
+"""Attribute live memory to parts of a training step, by hooks at the boundaries of blocks. The step computes the same."""
 
 from __future__ import annotations
 
@@ -18,21 +18,24 @@ TASK = 'neck, head, loss'
 
 
 def block_outputs(model: BaseModel) -> list[str]:
-    """Paths below the backbone of the modules that end the blocks with a local head; none of a model trained end to end."""
+    """Paths, relative to the backbone, of the modules that end the blocks with a local head. Empty for an end-to-end model."""
     local = getattr(model.backbone, 'local', None)
     return [block[-1].output for block in local.plan.blocks[:-1]] if isinstance(local, LocalBlocks) else []
 
 
 @contextmanager
-def parts_told(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, outputs: Sequence[str]) -> Iterator[None]:
-    """While this context is open, a training step tells ``live`` which part is running.
+def attribute_memory(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, outputs: Sequence[str]) -> Iterator[None]:
+    """Set ``live.part`` to the running part of every training step inside this context.
 
-    Parts are ``input`` until the backbone starts, ``block 1`` to ``block K`` (forward, and backward from where the gradient of
-    the block's output is there), ``local head 1`` to ``K-1``, ``neck, head, loss``, ``optimizer step`` and ``rest``. A gradient
-    belongs to ``gradients`` from the moment it is accumulated.
+    The parts are ``input`` until the backbone starts, ``block 1`` to ``block K``, ``local head 1`` to ``K-1``,
+    ``neck, head, loss``, ``optimizer step`` and ``rest``. The backward pass of a block starts when the gradient of its output
+    is available. A parameter's gradient belongs to ``gradients`` as soon as it is accumulated.
 
     Args:
-        outputs: Paths below the backbone of the modules that end the first K-1 blocks.
+        live: The counter whose parts are set.
+        model: The model to hook.
+        optim_wrapper: Its optim wrapper.
+        outputs: Paths, relative to the backbone, of the modules that end the first K-1 blocks.
     """
     marks = _Marks(live, last=len(outputs) + 1, has_heads=bool(block_outputs(model)))
     with ExitStack() as stack:
@@ -61,22 +64,24 @@ def parts_told(live: LiveParts, model: BaseModel, optim_wrapper: OptimWrapper, o
 
 
 class _Marks:
+    """The hooks, which set ``live.part``."""
+
     def __init__(self, live: LiveParts, last: int, has_heads: bool) -> None:
         self.live, self.last, self.has_heads = live, last, has_heads
         self.suspended = live.part
 
     def attach_boundary(self, module: nn.Module, block: int, attach: Callable[[Any], None]) -> None:
-        """Mark the end of a block: before its local head, and behind it."""
+        """Hook the end of a block, once before and once after its local head."""
 
         def before(module: nn.Module, args: tuple, output: Tensor) -> None:
             self.enter_backward_of(block, output)
             self.live.part = f'local head {block}' if self.has_heads else f'block {block + 1}'
 
-        def behind(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def after(module: nn.Module, args: tuple, output: Tensor) -> None:
             self.live.part = f'block {block + 1}'
 
         attach(module.register_forward_hook(before, prepend=True))
-        attach(module.register_forward_hook(behind))
+        attach(module.register_forward_hook(after))
 
     def enter_backward_of(self, block: int, output: Tensor) -> None:
         if output.requires_grad:

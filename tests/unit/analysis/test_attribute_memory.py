@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 from torch.utils.checkpoint import checkpoint
 
-from mmman.analysis.parts import TASK, parts_told
+from mmman.analysis.attribute_memory import TASK, attribute_memory
 from tests.unit.analysis.test_training import CUTS, toy_meter
 
 END = ['rest', 'optimizer step', 'rest']
@@ -33,7 +33,7 @@ class Recorder:
 
 def told_by(meter):
     recorder = Recorder()
-    with parts_told(recorder, meter.model, meter.optim_wrapper, meter.outputs):
+    with attribute_memory(recorder, meter.model, meter.optim_wrapper, meter.outputs):
         meter.step()
     told = [*recorder.told]
     meter.step()

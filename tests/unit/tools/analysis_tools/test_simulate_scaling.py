@@ -5,8 +5,8 @@ import json
 import pytest
 
 from mmman import LocalLearningError
-from mmman.experimental.scaling import Block, Link, Network, Profile
-from mmman.experimental.scaling.machine import Measured, compare
+from mmman.experimental.scaling import BlockCost, Link, Network, StageProfile
+from mmman.experimental.scaling.machine import MachineTimes, compare
 from mmman.experimental.scaling.table8 import ROWS, predict
 from tests.conftest import ROOT
 from tools.analysis_tools.simulate_scaling import main, parse_args, run
@@ -16,8 +16,8 @@ SMALL = ('--shape', '32', '32', '--batch', '2', '--cfg-options', 'model.backbone
 
 
 def profile(blocks=4, seconds=0.1):
-    part = Block(0.3 * seconds, 0.1 * seconds, 0.6 * seconds, gradients=4e6, features=1e6, first_unit=1e5)
-    return Profile(8, (part,) * blocks, (part,) * blocks)
+    part = BlockCost(0.3 * seconds, 0.1 * seconds, 0.6 * seconds, gradients=4e6, features=1e6, first_unit=1e5)
+    return StageProfile(8, (part,) * blocks, (part,) * blocks)
 
 
 def outcomes(tmp_path, *arguments, given=None):
@@ -66,7 +66,7 @@ def test_rows_go_to_a_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     'arguments, says',
     [
-        (['--times', 'nowhere.json'], 'nowhere.json is no profile'),
+        (['--times', 'nowhere.json'], 'nowhere.json is not a profile'),
         (['--paper', '--bandwidth', '25'], "write bytes as '25GB/s'"),
         (['--paper', '--latency', 'quick'], 'with its unit'),
         (['--paper', '--machine', '0'], 'at least 1'),
@@ -106,7 +106,7 @@ def test_the_papers_rows():
 def test_predicted_beside_measured():
     link = Link(1e9)
     took = {'e2e': 0.2, 'local': 0.21, 'e2e ddp': 0.5, 'stock ddp': 0.6, 'blockwise ddp': 0.7, 'pipeline': 0.3}
-    rows = {row.system: row for row in compare(Measured(profile(2), profile(2, 0.2), link, link, took, [0.1, 0.3]))}
+    rows = {row.system: row for row in compare(MachineTimes(profile(2), profile(2, 0.2), link, link, took, [0.1, 0.3]))}
     assert rows['E2E'].predicted == pytest.approx(0.2) and rows['E2E'].measured == 0.2
     assert rows['MAN++, stock DDP'].predicted > rows['MAN++, block-wise DDP'].predicted >= 0.4
     assert rows['MAN++, pipeline 1x2'].predicted == pytest.approx(0.2, rel=0.01)
@@ -119,7 +119,7 @@ def test_measuring_a_config(tmp_path):
     saved = tmp_path / 'times.json'
     arguments = [str(CONFIG), '--measure', *SMALL, '--iterations', '1', '--gpus', '2', '--save-times', str(saved)]
     rows = run(parse_args(arguments))
-    given = Profile.load(saved)
+    given = StageProfile.load(saved)
     assert len(given.blocks) == 2 and given.batch == 2
     assert given.message(0) == given.blocks[0].features + given.labels
     one = next(row for row in rows if row['system'].startswith('E2E'))

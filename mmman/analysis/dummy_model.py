@@ -1,4 +1,4 @@
-"""A config's model built without downloads, and random data to step it on: what measuring tools share."""
+"""Build a config's model without downloads, and random batches for it. Measuring tools share these functions."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mmman.errors import MisuseError
 from mmman.local.blocks import LocalBlocks
 
 OBJECTS = 10
-"""Boxes an image."""
+"""Boxes per image."""
 
 
 def without_pretrained(cfg: ConfigDict) -> ConfigDict:
-    """The config without weights to download: only sizes count here."""
+    """Copy a config without its pretrained weights, which don't affect what is measured."""
     kept = {
         key: value
         for key, value in cfg.items()
@@ -31,10 +31,11 @@ def without_pretrained(cfg: ConfigDict) -> ConfigDict:
 
 
 def model_config(cfg: Config, height: int, width: int) -> ConfigDict:
-    """The model of a config without weights to download.
+    """Copy the model of a config without its pretrained weights.
 
     Args:
-        height, width: Pixels of the images to come, which a segmentor's data preprocessor has to know.
+        cfg: The whole config.
+        height, width: Size of the images, pixels. A segmentor's data preprocessor needs it.
     """
     model = without_pretrained(cfg.model)
     model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
@@ -43,17 +44,20 @@ def model_config(cfg: Config, height: int, width: int) -> ConfigDict:
     return model
 
 
-def build_trial(cfg: Config, height: int, width: int, sizes_only: SizesOnly | None = None) -> tuple[BaseModel, OptimWrapper]:
-    """The model of a config in training mode, local heads started, and its optim wrapper with a learning rate of 0.
+def build_dummy_model(
+    cfg: Config, height: int, width: int, sizes_only: SizesOnly | None = None
+) -> tuple[BaseModel, OptimWrapper]:
+    """Build the model of a config in training mode, and its optim wrapper with a learning rate of 0.
 
-    Weights are drawn with seed 0; the same config gives the same model in every process. With ``sizes_only`` they have no data.
+    Momentum copies of local heads are initialised. Weights are random with seed 0, so a config gives the same model in every
+    process. With ``sizes_only`` the weights are fake tensors. ``cfg`` is modified: its learning rate is set to 0.
     """
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(model_config(cfg, height, width))).train()
     local = getattr(model.backbone, 'local', None)
     if isinstance(local, LocalBlocks):
-        local.is_init = True  # the values don't matter
+        local.is_init = True  # counts as initialised: the values don't matter
         for head in local.values():
             head.transfer.sync_(head.source.of(model.backbone))
     if sizes_only is not None:
@@ -63,25 +67,26 @@ def build_trial(cfg: Config, height: int, width: int, sizes_only: SizesOnly | No
 
 
 def random_batch(model: nn.Module, scope: str, size: int, height: int, width: int, seed: int = 0) -> dict:
-    """Random uint8 images with random annotations, as the data loader of the library ``scope`` gives them.
+    """Random uint8 images with random annotations, in the format of the data loader of the library ``scope``.
 
     Args:
-        model: Tells how many classes there are.
+        model: Used to find the number of classes.
         scope: ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
-        size: Images.
-        height, width: Pixels.
+        size: Number of images.
+        height, width: Size of the images, pixels.
+        seed: Seed of the random generator.
 
     Raises:
-        MisuseError: Another library, or a model without classes.
+        MisuseError: ``scope`` is another library, or no module of the model has ``num_classes``.
     """
     annotate = {'mmdet': _boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
     if annotate is None:
-        raise MisuseError(f'no random data for default_scope={scope!r}: mmdet, mmseg and mmpretrain are known')
+        raise MisuseError(f'no random data for default_scope={scope!r}: choose mmdet, mmseg or mmpretrain')
     heads = [getattr(model, name) for name in ('bbox_head', 'roi_head', 'decode_head', 'head') if hasattr(model, name)]
     parts = (part for owner in (*heads, model) for part in owner.modules())
     classes = next((part.num_classes for part in parts if getattr(part, 'num_classes', None)), None)
     if classes is None:
-        raise MisuseError(f'no random data for {type(model).__name__}: none of its modules says num_classes')
+        raise MisuseError(f'no random data for {type(model).__name__}: none of its modules has num_classes')
     generator = torch.Generator().manual_seed(seed)
     inputs, samples = [], []
     for _ in range(size):
