@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test test-gpu check fmt clean
+.PHONY: help setup demo test test-quick test-gpu check fmt clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -19,6 +19,9 @@ demo: setup  ## train a small detector by MAN++ and end to end, and compare
 
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-quick: setup  ## unit tests and the plain parity tests, to run while editing
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not whole_models" tests/unit tests/parity/test_toy.py
 
 test-gpu: setup  ## what only a GPU shows
 	MMMAN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu

@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 
 import mmman
-from mmman.analysis.trial import build_trial, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.engine.block_groups import BlockGroups
 from mmman.memory.chunks import replaced
 
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument('--functions', action='store_true', help='list them')
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
-    model, optim_wrapper = build_trial(cfg, *args.shape)
+    model, optim_wrapper = build_dummy_model(cfg, *args.shape)
     data = random_batch(model, cfg.default_scope, args.batch, *args.shape)
     torch.set_num_threads(1)
     model.train_step(data, optim_wrapper)  # what is found out once

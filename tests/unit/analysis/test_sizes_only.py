@@ -13,6 +13,8 @@ from mmman.analysis.training import StepMeter
 from mmman.errors import MisuseError
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.whole_models
+
 pytest.importorskip('mmpretrain')
 B = 'model.backbone'
 SMALL_VIT = {f'{B}.backbone.arch': 'deit-tiny', f'{B}.backbone.img_size': 32, 'model.head.in_channels': 192}

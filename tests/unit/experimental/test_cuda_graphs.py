@@ -13,6 +13,8 @@ from mmman.memory.recompute import Recomputed
 from tests.conftest import ROOT
 from tests.recorder import CPURecorder
 
+pytestmark = pytest.mark.whole_models
+
 pytest.importorskip('mmdet')
 
 R18 = 'light/retinanet_r18_k4.py'

@@ -10,6 +10,8 @@ from mmman.errors import PartitionError, UnsupportedBackboneError
 from mmman.partition import Chain, Unit, chain_of
 from tests.toy import ToyNet
 
+pytestmark = pytest.mark.whole_models
+
 HEAD = {'type': 'mmman.ToyLocalHead'}
 VIT = {'embed_dims': 24, 'num_layers': 6, 'num_heads': 3, 'feedforward_channels': 48}
 SWIN = {'embed_dims': 24, 'depths': [2, 2, 2, 2], 'num_heads': [1, 2, 4, 8]}

@@ -15,6 +15,8 @@ from mmman.planning.costs import MemoryPlan, peak_of
 from mmman.planning.profile import Profile, profile_step
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.whole_models
+
 CIFAR = Config.fromfile(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
 MEMORY = {'type': 'memory', 'model': CIFAR.model, 'batch': 16, 'shape': (32, 32)}
 

@@ -14,6 +14,8 @@ from mmman.planning.profile import Profile, profile_step
 from mmman.planning.search import smallest_peak
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.whole_models
+
 
 def load(name: str, **options: object) -> Config:
     cfg = Config.fromfile(ROOT / 'configs' / name)

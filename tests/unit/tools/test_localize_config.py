@@ -16,6 +16,8 @@ pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 from mmpretrain.models import ImageClassifier
 
+pytestmark = pytest.mark.whole_models
+
 RESNET = "_base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'\n"
 SMALL_DETECTOR = """
 model = dict(

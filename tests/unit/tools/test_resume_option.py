@@ -12,6 +12,8 @@ from mmengine.runner import EpochBasedTrainLoop
 from mmman.runtime.launch import set_resume
 from mmman.runtime.resume import use_exact_resume
 
+pytestmark = pytest.mark.whole_models
+
 
 def config(folder, **options):
     return Config({'work_dir': str(folder), **options})

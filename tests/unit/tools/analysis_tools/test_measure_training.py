@@ -18,6 +18,8 @@ from tools.analysis_tools.measure_training import (
     timed,
 )
 
+pytestmark = pytest.mark.whole_models
+
 CONFIG = str(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
 K = 'model.backbone.num_blocks'
 UNIFORM = 'model.backbone.partition=uniform'
