@@ -23,7 +23,7 @@ test: setup  ## the whole test suite
 test-quick: setup  ## unit tests and the plain parity tests, to run while editing
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not whole_models" tests/unit tests/parity/test_toy.py
 
-test-gpu: setup  ## what only a GPU shows
+test-gpu: setup  ## GPU tests
 	MMMAN_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu
 
 check: setup  ## lint, format and the order of imports, changing nothing
