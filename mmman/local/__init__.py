@@ -1,4 +1,4 @@
-"""The method: a backbone cut into gradient-isolated blocks, each trained by a local head at its boundary."""
+"""The method: cut a backbone into gradient-isolated blocks and train each one with a local head at its boundary."""
 
 from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.localize import delocalize_, localize_

@@ -1,4 +1,4 @@
-"""What localising adds to a backbone: one module, ``backbone.local``, that holds the local heads by the unit they sit on."""
+"""The module that localising adds to a backbone: ``backbone.local`` holds the local heads, keyed by the unit they follow."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mmman.partition import Chain, Plan
 class LocalBlocks(ModuleDict):
     """The local heads of blocks 1 to K-1, keyed by the block's last unit (``layer1_1``).
 
-    The key, and so every key of the state dict, names the cut and not the block's number: a checkpoint's heads fit another K
-    exactly where the cuts are the same.
+    Keys, also in the state dict, name the cut and not the block's number: a checkpoint's heads load for another K if the cuts
+    match.
 
     Args:
         chain: The backbone's units.
-        plan: Its blocks.
+        plan: The blocks of the backbone.
         heads: Local heads of the first K-1 blocks, in order.
     """
 
@@ -32,12 +32,12 @@ class LocalBlocks(ModuleDict):
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
         self.session: Session | None = None
-        self.only: int | None = None  # the one head, from 0, that trains here, where the blocks are in several processes
+        self.only: int | None = None  # in a pipeline stage: the index, from 0, of the only head trained here
         self.tapped = tuple(dict.fromkeys(chain.units[tap] for tap in chain.taps))
-        self.unfilled: list[str] | None = None  # stock tensors that pretrained weights didn't bring, once some were loaded
-        self._init_info: dict | None = None  # mmengine's, while the model that this is part of initialises its weights
-        self._initial: dict[str, Tensor] = {}  # what the heads' tensors started as, until the model is done
-        self._loaded: set[str] = set()  # the heads that a state dict brought whole
+        self.unfilled: list[str] | None = None  # stock tensors missing from the pretrained weights, once loaded
+        self._init_info: dict | None = None  # mmengine's, while the model initialises its weights
+        self._initial: dict[str, Tensor] = {}  # the heads' initial values, until the model is done
+        self._loaded: set[str] = set()  # the heads that a state dict loaded completely
         last = {unit.name for unit in plan.blocks[-1]}
         inner = {i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last}
         self._plain_inner_taps = inner - chain.norms.keys()
@@ -45,11 +45,11 @@ class LocalBlocks(ModuleDict):
 
     @property
     def _params_init_info(self) -> dict:
-        """What mmengine gives to every module when a model begins to initialise its weights, and takes away when it ends.
+        """The attribute that mmengine sets on every module while a model initialises its weights, and deletes at the end.
 
-        The end is what matters here: the heads have to be initialised by then, whatever ``init_weights`` of the backbone and
-        of the model do. Most call it for all of their children, in order. Some (mmdet's and mmseg's Swin) leave their children
-        out: the heads are initialised last. Others write over what their children started with: it is put back.
+        The deletion signals the end, by which the heads must be initialised, whatever ``init_weights`` of the backbone and the
+        model do. Most call it on all children, in order. Some (Swin in mmdet and mmseg) skip their children: the heads are then
+        initialised last. Others overwrite the children's initial values: these are restored.
         """
         if self._init_info is None:
             raise AttributeError('_params_init_info')
@@ -67,7 +67,7 @@ class LocalBlocks(ModuleDict):
         self._init_info = None
 
     def init_weights(self) -> None:
-        """Initialise all heads. Called while the model initialises its weights, once; a second call does nothing."""
+        """Initialise all heads. The model calls this when it initialises its weights; later calls do nothing."""
         is_first = not self.is_init
         super().init_weights()
         if is_first and self._init_info is not None:
@@ -89,13 +89,13 @@ class LocalBlocks(ModuleDict):
         self._initial = {}
 
     def uninitialised(self) -> list[str]:
-        """The heads with an initialisation of their own that was never run, and that no state dict brought, by their keys."""
+        """Keys of heads that define an initialisation which never ran, and that no state dict loaded."""
         if self.is_init:
             return []
         return [key for key, head in self.items() if key not in self._loaded and _has_initialisation(head)]
 
     def trained(self) -> list[LocalHead]:
-        """The heads that this process trains: all of them, but for a stage of a pipeline."""
+        """The heads that this process trains: all of them, except in a pipeline stage."""
         heads = [*self.values()]
         return heads if self.only is None else heads[self.only : self.only + 1]
 
@@ -111,13 +111,13 @@ class LocalBlocks(ModuleDict):
             head.session = None
 
     def sync_modes(self, backbone: nn.Module) -> None:
-        """Bring every local head into the mode it trains in; ``norm_eval`` of the backbone reaches into heads as well."""
+        """Set the train/eval mode of every local head; ``norm_eval`` of the backbone also applies to the copies in heads."""
         for head in self.values():
             head.train(backbone.training)
             head.transfer.follow_(head.source.of(backbone))
 
     def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple | list) -> tuple | list | None:
-        """Forward hook of the backbone: in a session, outputs from inside a non-final block carry no gradient."""
+        """Forward hook of the backbone. In a session, it detaches outputs that are taken from inside a non-final block."""
         if self.session is None or not self._plain_inner_taps:
             return None
         return type(outputs)(
@@ -125,9 +125,9 @@ class LocalBlocks(ModuleDict):
         )
 
     def detach_norm_input(self, norm: nn.Module, args: tuple) -> tuple | None:
-        """Forward pre-hook of a norm on outputs: in a session it trains with the neck, the block in front of it doesn't.
+        """Forward pre-hook of a norm on outputs. In a session, the neck's loss trains the norm but not the block before it.
 
-        A norm may serve outputs of non-final blocks and of the final one: the latter come after the last boundary.
+        One norm may process outputs of non-final blocks and of the final block; the latter come after the last boundary.
         """
         if self.session is None or not self.session.is_pending:
             return None
@@ -136,11 +136,11 @@ class LocalBlocks(ModuleDict):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        """Weight initialisation (``init_cfg``) loads the stock backbone alone: heads in its file were trained for another task.
+        """Ignore heads in the file when weight initialisation (``init_cfg``) loads it: they were trained for another task.
 
-        ``local`` is the backbone's last child, so what the stock tensors missed is known here.
+        ``local`` is the backbone's last child, so ``missing_keys`` already lists the stock tensors that were not loaded.
         """
-        if prefix == 'local.' and hasattr(self, '_params_init_info'):  # which mmengine sets while it initialises weights
+        if prefix == 'local.' and hasattr(self, '_params_init_info'):  # set by mmengine during weight initialisation
             state_dict.clear()
             state_dict.update(self.state_dict(prefix=prefix))
             self.unfilled = [*missing_keys, *re.findall(r'size mismatch for (\S+):', ' '.join(error_msgs))]
@@ -156,7 +156,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _has_initialisation(head: LocalHead) -> bool:
-    """Whether ``init_weights`` changes anything of a head but its momentum transfer, which is copied from the backbone."""
+    """Whether ``init_weights`` changes any part of a head except the momentum transfer, which is copied from the backbone."""
     copied, plain = set(head.transfer.modules()), BaseModule.init_weights
     return any(
         bool(getattr(module, 'init_cfg', None)) or getattr(type(module), 'init_weights', plain) is not plain
@@ -166,10 +166,10 @@ def _has_initialisation(head: LocalHead) -> bool:
 
 
 def localized_backbone(model: nn.Module) -> nn.Module:
-    """The localised backbone in ``model``.
+    """Return the localised backbone in ``model``.
 
     Raises:
-        MisuseError: There is none, or more than one.
+        MisuseError: The model has none, or more than one.
     """
     found = [module for module in model.modules() if isinstance(getattr(module, 'local', None), LocalBlocks)]
     if len(found) != 1:

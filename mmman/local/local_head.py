@@ -1,4 +1,4 @@
-"""What every local head is: a momentum transfer, then a task head with a loss."""
+"""The base class of local heads: a momentum transfer, then a task head with a loss."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Feature, Unit
 
 GIVEN = ('boundary', 'transfer', 'loss_weight')
-"""The arguments of a local head that :func:`mmman.localize_` passes, and no config."""
+"""Arguments of a local head that :func:`mmman.localize_` passes. A config must not set them."""
 
 
 _TASKS = {'BaseDetector': 'detector', 'BaseSegmentor': 'segmentor', 'BaseClassifier': 'classifier'}
-"""The libraries' base classes of models."""
+"""Base classes of models in the OpenMMLab libraries, and their tasks."""
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where a local head sits; measured on the backbone, never typed into a config.
+    """Where a local head sits. The values are measured on the backbone, never set in a config.
 
     Attributes:
-        block: The block it trains, 1 to K-1.
+        block: The block that the head trains, 1 to K-1.
         num_blocks: K.
         unit: Name of the block's last unit.
         source: The first unit of the next block.
         output: The shape of the block's output.
-        feature: The shape of what the task head sees (the transfer's output).
-        takes_grid: Whether units are called with the grid of their input beside it (:class:`mmman.partition.Chain`).
-        strides: The strides that the heads of all boundaries see, in order.
-        following: The units that come after what the task head sees, first to last: to be copied, never to be held.
+        feature: The shape of the task head's input (the transfer's output).
+        takes_grid: Whether units also take the grid of their input as an argument (:class:`mmman.partition.Chain`).
+        strides: The strides of the task heads' inputs at all boundaries, in order.
+        following: The units after the task head's input, first to last. A head may copy them, but must not hold them.
         following_features: The shapes of their outputs.
-        image_channels: Channels of the images that the model takes.
+        image_channels: Channels of the model's input images.
     """
 
     block: int
@@ -55,39 +55,39 @@ class Boundary:
 
     @property
     def channels(self) -> int:
-        """Channels of what the task head sees."""
+        """Channels of the task head's input."""
         return self.feature.channels
 
     @property
     def stride(self) -> int:
-        """Its stride: input pixels a feature pixel, along a side."""
+        """Stride of the task head's input: image pixels per feature pixel, along a side."""
         return self.feature.stride
 
     def at_block(self, value: float | tuple[float, float]) -> float:
-        """A weight at this block: a number, or one that is linear in the block's index, given for the first and last head."""
+        """A weight at this block: a constant, or interpolated linearly in the block's index from (first head, last head)."""
         first, last = (value, value) if isinstance(value, (int, float)) else value
         steps = self.num_blocks - 2
         return float(first + (last - first) * (self.block - 1) / steps) if steps else float(first)
 
 
 class LocalHead(BaseModule):
-    """Base of the local heads. A subclass builds its task head from ``boundary`` and implements :meth:`loss`.
+    """Base class of local heads. A subclass builds its task head from ``boundary`` and implements :meth:`loss`.
 
     Args:
-        boundary: Where it sits. Given by :func:`mmman.localize_`.
-        transfer: The momentum transfer on its input. Given by :func:`mmman.localize_`.
-        loss_weight: Factor on this head's whole loss. Given by :func:`mmman.localize_`.
+        boundary: Where the head sits. Passed by :func:`mmman.localize_`.
+        transfer: The momentum transfer on the head's input. Passed by :func:`mmman.localize_`.
+        loss_weight: Factor on this head's whole loss. Passed by :func:`mmman.localize_`.
         init_cfg: mmengine's initialisation of the task head.
     """
 
     session: Session | None = None
     task: str | None = None
-    """What the head trains, ``'detector'``, ``'segmentor'`` or ``'classifier'``; None: any model."""
+    """The model's task, ``'detector'``, ``'segmentor'`` or ``'classifier'``; None: the head fits any model."""
     uses_images = True
-    """Whether :meth:`loss` looks at the pixels of its ``inputs`` and not at their shape alone: a pipeline sends them along."""
+    """Whether :meth:`loss` reads the pixels of ``inputs``, not only their shape. If so, a pipeline sends the images along."""
     sees_channel_bias = False
-    """Whether a constant a channel of y, and a factor on y, change what :meth:`loss` computes. They don't where the head begins
-    with a convolution and BatchNorm, which removes both; then ``transfer.bias='channel'`` is refused."""
+    """Whether a per-channel constant added to y, and a factor on y, change the value of :meth:`loss`. They don't where the head
+    begins with a convolution and BatchNorm, which removes both; ``transfer.bias='channel'`` is then rejected."""
 
     def __init__(
         self, boundary: Boundary, transfer: MomentumTransfer, loss_weight: float = 1.0, init_cfg: dict | list | None = None
@@ -104,27 +104,27 @@ class LocalHead(BaseModule):
 
     @classmethod
     def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that a head of this class takes from the config of the model that it is part of.
+        """Derive options of this head from the config of the model that it is part of.
 
         Args:
             model: The model's config.
-            options: What the config of the local head sets itself.
+            options: The options that the local head's config sets explicitly.
 
         Returns:
-            Options by name, as in ``_base_.model``; nothing where the model has no head that this class can be made of.
+            Options by name, as in ``_base_.model``; empty where this class cannot derive any from the model.
         """
         return {}
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Of this head's options those that decide what it learns: without those that only size it."""
+        """The subset of ``options`` that decides what the head learns, without those that only set its size."""
         return {}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
-        """The local losses of a block.
+        """Compute the local losses of a block.
 
         Args:
-            y: What the transfer makes of the block's output, (B, C, H, W) or (B, L, C), with the block's graph behind it.
+            y: The transfer's output for the block's output, (B, C, H, W) or (B, L, C), attached to the block's autograd graph.
             inputs: The model's input batch, (B, 3, H0, W0), normalised.
             data_samples: The batch's data samples, as the model's own head gets them.
 
@@ -135,11 +135,11 @@ class LocalHead(BaseModule):
 
     @property
     def unit_copies(self) -> list[nn.Module]:
-        """Modules that are built like the backbone's units. They start as the backbone's ``init_weights`` starts its units."""
+        """Modules built like the backbone's units. Their initial values come from the backbone's ``init_weights``."""
         return [self.transfer]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where this head doesn't fit the model it is part of. Called before the first step."""
+        """Raise :class:`MisuseError` if this head doesn't fit the model it is part of. Called before the first step."""
         theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
         if self.task is not None and theirs not in (None, self.task):
             raise MisuseError(
@@ -148,20 +148,20 @@ class LocalHead(BaseModule):
             )
 
     def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
-        """What the task head sees of the block's output x, for the model's input batch."""
+        """The task head's input: the transfer applied to the block's output x, for the model's input batch ``inputs``."""
         return self.transfer(x, *self.grid_of(self.output, inputs))
 
     def grid_of(self, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
-        """What a unit is called with beside features of that shape: their grid, or nothing."""
+        """Extra arguments for a unit that runs on features of this shape: their grid (height, width), or none."""
         return [feature.grid(inputs.shape[-2:])] if self.takes_grid else []
 
     def as_map(self, y: Tensor, inputs: Tensor) -> Tensor:
-        """The transfer's output y as a map (B, C, H, W), for task heads that are convolutions; class tokens are left out."""
+        """Convert the transfer's output y to a map (B, C, H, W), without class tokens, for convolutional task heads."""
         return self.feature.as_map(y, inputs.shape[-2:])
 
     @torch.compiler.disable
     def at_boundary(self, unit: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Forward hook of the block's last unit. A bound method, so that deepcopy and pickle take it along."""
+        """Forward hook of the block's last unit. It is a bound method, so deepcopy and pickle preserve it."""
         if not torch.is_grad_enabled():
             return None
         if self.session is not None:
@@ -180,5 +180,5 @@ class LocalHead(BaseModule):
 
 
 def without(config: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
-    """A config without some of its options; empty for None."""
+    """Return a config without the given options; empty for None."""
     return {name: value for name, value in (config or {}).items() if name not in names}

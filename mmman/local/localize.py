@@ -1,4 +1,4 @@
-"""Turning a stock backbone into a locally trained one, and back, in place."""
+"""Convert a stock backbone into a locally trained one in place, and undo it."""
 
 from __future__ import annotations
 
@@ -32,33 +32,32 @@ def localize_(
 ) -> nn.Module:
     """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
 
-    What the backbone freezes in its ``train()`` is frozen first, so that blocks are counted without it.
-    All additions are under ``backbone.local``; class, forward and state-dict keys stay. Outside a training step driven by
-    :class:`mmman.LocalLearningOptimWrapper` the backbone computes what it computed before, bit by bit. Everything is planned
-    before it is built, and the backbone is changed last: an error leaves no local head, hook or recomputed unit behind.
+    Parameters that the backbone freezes in its ``train()`` are frozen first, so that they are excluded when blocks are counted.
+    All additions are under ``backbone.local``; the class, the forward and the state-dict keys don't change. Outside a training
+    step driven by :class:`mmman.LocalLearningOptimWrapper`, the backbone's outputs are bitwise unchanged. Planning comes first,
+    then building; the backbone is changed last, so an error leaves no local head, hook or recomputed unit behind.
 
     Args:
-        backbone: A backbone whose family is known (:func:`mmman.register_chain`).
+        backbone: A backbone of a known family (:func:`mmman.register_chain`).
         num_blocks: K, counted over blocks with trainable parameters; 1 is end-to-end training. Optional with named cuts.
-        local_head: Config of the local heads, e.g. ``dict(type='mmman.DetLocalHead', ...)``. Needed for K > 1.
+        local_head: Config of the local heads, e.g. ``dict(type='mmman.DetLocalHead', ...)``. Required for K > 1.
         partition: ``'stage'``, ``'uniform'`` or the names of the first K-1 blocks' last units; see
             :func:`mmman.partition.plan_blocks`.
         transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
-        recompute: The units that keep only their input for the backward pass and are computed again there, each with its copies
-            in local heads: names of units or stages, or True for all but the stem. Training ends with the same bits. A
-            ``'stem'`` in the list runs in chunks of the batch, equal but for the order of sums (:mod:`mmman.memory.stem`).
-        selective_recompute: Likewise the units that also keep what is costly to compute for its size
-            (:func:`mmman.memory.recompute.is_costly`), and compute the rest again: normalisation, activation, what widens.
+        recompute: Units that save only their input and are recomputed in the backward pass, along with their copies in local
+            heads: names of units or stages, or True for all but the stem. Results are bitwise equal. A ``'stem'`` in the list
+            runs in chunks of the batch and is equal up to the order of summation (:mod:`mmman.memory.stem`).
+        selective_recompute: Units that also save outputs that are expensive to recompute for their size
+            (:func:`mmman.memory.recompute.is_costly`). The rest is recomputed: normalisations, activations, layers that widen.
 
     Returns:
         ``backbone`` itself.
 
     Raises:
-        UnsupportedBackboneError: Its family is not known, or it accepts none of the images of the dry run.
-        PartitionError: The cuts don't fit, or leave a last block that makes no output, or a block without a trainable
-            parameter; a unit to recompute is none.
-        MisuseError: It is localised already, or options contradict each other.
+        UnsupportedBackboneError: The family is not known, or the backbone accepts none of the dry run's images.
+        PartitionError: The cuts don't fit, the last block makes no output, a block has no trainable parameter, or no such unit.
+        MisuseError: The backbone is already localised, or options contradict each other.
     """
     check_parts(transfer, local_head)
     if hasattr(backbone, 'local'):
@@ -70,7 +69,7 @@ def localize_(
     measured = measure(backbone, chain)
     ends = _find_ends(backbone, measured, recomputed)
     try:
-        for unit, selective in recomputed.items():  # before copies are made of them, which are recomputed too
+        for unit, selective in recomputed.items():  # before they are copied: the copies are recomputed too
             recompute_unit_(backbone, unit, ends, selective)
         _attach(backbone, chain, plan, _build_heads(backbone, chain, plan, measured, local_head, transfer or {}, weights))
     except BaseException:
@@ -81,7 +80,7 @@ def localize_(
 
 
 def _plan(backbone: nn.Module, chain: Chain, num_blocks: int | None, partition: str | Sequence[str] | dict) -> Plan:
-    """The blocks. Raises :class:`PartitionError` where a block's loss would train nothing."""
+    """Plan the blocks. Raises :class:`PartitionError` if a block's loss would train nothing."""
     plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
     if (frozen := plan.frozen_block(backbone)) is not None:
         raise PartitionError(
@@ -97,7 +96,7 @@ def _plan(backbone: nn.Module, chain: Chain, num_blocks: int | None, partition: 
 
 
 def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequence[float]) -> list[float]:
-    """The weight of every local loss."""
+    """The weight of each local loss."""
     count = len(plan.blocks) - 1
     if count and local_head is None:
         raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
@@ -108,7 +107,7 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
 
 
 def _find_ends(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> Ends:
-    """The ReLUs that make the outputs of recomputed modules, found by a forward pass."""
+    """Find the ReLUs that produce the outputs of recomputed modules, by a forward pass."""
     if not recomputed:
         return {}
     with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
@@ -125,7 +124,7 @@ def _build_heads(
     transfer: Mapping[str, Any],
     weights: Sequence[float],
 ) -> list[LocalHead]:
-    """The local heads of the first K-1 blocks, with copies of the units that follow."""
+    """Build the local heads of the first K-1 blocks, with copies of the units that follow."""
     features = measured.features
     modules = [unit.of(backbone) for unit in chain.units]
     has_unit = transfer.get('ema', True) or transfer.get('bias', 'unit') == 'unit'
@@ -164,7 +163,7 @@ def _build_heads(
 
 
 def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
-    """Add the local heads and the hooks that call them. Copies of units are made by now: units may carry hooks."""
+    """Add the local heads and the hooks that call them. Units are copied before this, since they may carry hooks after it."""
     keys = set(backbone.state_dict())
     backbone.local = LocalBlocks(chain, plan, heads)
     for block, head in zip(plan.blocks[:-1], heads, strict=True):
@@ -178,7 +177,7 @@ def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead
 
 
 def _detach(backbone: nn.Module) -> None:
-    """Remove what localising added: local heads, hooks, and forwards of recomputed units."""
+    """Remove everything that localising added: local heads, hooks, and the replaced forwards of recomputed units."""
     local = getattr(backbone, 'local', None)
     ours = {id(local), *(id(head) for head in local.values())} if isinstance(local, LocalBlocks) else set()
     for module in backbone.modules():
@@ -192,13 +191,13 @@ def _detach(backbone: nn.Module) -> None:
 
 
 def delocalize_(backbone: nn.Module) -> nn.Module:
-    """Undo :func:`localize_` in place: remove the local heads and every hook, so that the stock backbone is left.
+    """Undo :func:`localize_` in place: remove the local heads and all hooks, and so restore the stock backbone.
 
     Returns:
-        ``backbone`` itself, with the weights it has.
+        ``backbone`` itself, with its current weights.
 
     Raises:
-        MisuseError: It is not localised.
+        MisuseError: The backbone is not localised.
     """
     if not isinstance(getattr(backbone, 'local', None), LocalBlocks):
         raise MisuseError(f'{type(backbone).__name__} is not localised')

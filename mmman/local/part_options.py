@@ -1,4 +1,4 @@
-"""Checks of the options that a config gives to the momentum transfer and to the local heads, before any of them is built."""
+"""Check the options of the momentum transfer and the local heads before either is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mmman.registry import MODELS
 
 
 def check_parts(transfer: Mapping | None, local_head: Mapping | None, where: str = 'model.backbone') -> None:
-    """Check the options of the transfer and the local heads; also for K = 1, where nothing is built from them."""
+    """Check the options of the transfer and the local heads; also for K = 1, where neither is built."""
     if transfer:
         check_options(MomentumTransfer, transfer, f'{where}.transfer')
         check_switches(**transfer)
@@ -38,7 +38,7 @@ def _check_local_head(local_head: Mapping, where: str) -> None:
 
 
 def class_of(kind: str | type | None) -> type | None:
-    """The class or function that a config names as ``type``; None where there is none."""
+    """Return the class or function that a config's ``type`` refers to; None if ``kind`` is None or not registered."""
     if not isinstance(kind, str):
         return kind
     with MODELS.switch_scope_and_registry(None) as registry:

@@ -1,4 +1,4 @@
-"""Which block holds which tensor of a model, and which loss trains which parameter."""
+"""Map each tensor of a model to its block, and each parameter to the loss that trains it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mmman.local.blocks import localized_backbone
 
 
 def blocks_of_tensors(model: nn.Module) -> dict[str, int]:
-    """The block that each parameter and buffer of a localised model goes with, from 0, by the tensor's name in the model.
+    """Map the name of each parameter and buffer of a localised model to the index of its block, from 0.
 
-    A local head goes with its block, frozen units in front of the first block with that one, and all that belongs to no block
-    (neck, heads, norms on outputs) with the last.
+    A local head belongs to its block. Frozen units before the first block belong to the first block. Everything outside the
+    blocks (neck, heads, norms on outputs) belongs to the last.
     """
     backbone = localized_backbone(model)
     plan, local = backbone.local.plan, backbone.local
@@ -32,17 +32,17 @@ def blocks_of_tensors(model: nn.Module) -> dict[str, int]:
 
 
 def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
-    """The trainable parameters of a model by the block whose loss trains them.
+    """Group the trainable parameters of a model by the block whose loss trains them.
 
     Args:
         model: A model with one localised backbone.
 
     Returns:
-        K dicts of parameters by their name in the model. The first K-1 are a block with its local head; the last is all that
-        the task loss trains: the last block, neck and head.
+        K dicts of parameters by their name in the model. The first K-1 hold a block with its local head. The last holds
+        everything that the task loss trains: the last block, neck and head.
 
     Raises:
-        MisuseError: A parameter belongs to two of them.
+        MisuseError: A parameter belongs to two blocks.
     """
     blocks = blocks_of_tensors(model)
     scopes: list[dict[str, nn.Parameter]] = [{} for _ in localized_backbone(model).local.plan.blocks]

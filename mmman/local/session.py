@@ -1,8 +1,8 @@
-"""One training step of a localised model, seen from its boundaries.
+"""The local training logic of one step: what happens when the forward pass reaches a boundary.
 
-The optim wrapper opens a :class:`Session` around the model's forward pass. While it is open, every boundary the forward pass
-reaches runs its local head, back-propagates the local loss at once, and passes on a detached feature map. Without a session a
-boundary passes its input through untouched.
+The optim wrapper opens a :class:`Session` around the model's forward pass. While it is open, each boundary that the forward
+pass reaches runs its local head, back-propagates the local loss immediately, and returns a detached feature map. Without a
+session a boundary returns its input unchanged.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 class StepStrategy(Protocol):
-    """Another way to compute a step's losses than the model's and the local heads' own. What comes of them stays the same."""
+    """Computes a step's losses in place of the model and the local heads. The results stay the same."""
 
     def task_losses(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """Stands for the model's ``loss``: backbone, neck and head. Arguments and result as there."""
+        """Replaces the model's ``loss``: backbone, neck and head. Takes the same arguments and returns the same result."""
 
     def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
-        """Stands for ``head.loss``. Arguments and result as there."""
+        """Replaces ``head.loss``. Takes the same arguments and returns the same result."""
 
 
 class Session:
-    """Context of one forward pass.
+    """Context manager for one forward pass.
 
     Args:
-        model: The unwrapped model: its ``parse_losses`` turns local losses into one scalar.
-        local: The local heads of its backbone.
+        model: The unwrapped model. Its ``parse_losses`` turns local losses into one scalar.
+        local: The local heads of the model's backbone.
         backward: Back-propagates the local loss of a block, scaled as the optim wrapper scales the task loss.
-        strategy: What computes the losses, where the model and its local heads don't do it their own way.
+        strategy: Computes the losses in place of the model and its local heads. None: they compute their own.
 
     Attributes:
         batch: The model's inputs and data samples, during its forward pass.
@@ -85,11 +85,11 @@ class Session:
 
     @property
     def is_pending(self) -> bool:
-        """Whether the forward pass is still in front of the last boundary."""
+        """Whether the forward pass has not yet reached the last boundary."""
         return bool(self._pending)
 
     def passed(self) -> None:
-        """All boundaries were passed in another way than through the model's forward pass."""
+        """Mark all boundaries as passed. Called when the step ran without the model's forward pass."""
         self._pending.clear()
 
     def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:

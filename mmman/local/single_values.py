@@ -1,4 +1,4 @@
-"""Local heads on a batch of one image: BatchNorm of a single value a channel, which has no variance."""
+"""BatchNorm in local heads on a batch of one image, where a channel may have a single value and so no variance."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mmman.errors import MisuseError
 
 @contextmanager
 def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> Iterator[None]:
-    """While this context is open, BatchNorm layers of ``head`` that get one value a channel use their running statistics.
+    """While this context is open, BatchNorm layers of ``head`` that get one value per channel use their running statistics.
 
-    In training PyTorch refuses such an input, and a batch of one image gives it where features are pooled to a pixel. The layer
-    then normalises as in eval mode and leaves its running statistics as they are. Every other input is normalised as usual, and
-    for more than one image nothing is done at all. A synchronised BatchNorm of several processes has values of all of them.
+    PyTorch rejects such an input in training. A batch of one image produces it where features are pooled to one pixel. The
+    layer then normalises as in eval mode and does not update its running statistics. Any other input is normalised as usual,
+    and batches of two or more images are not affected. SyncBatchNorm over several processes is not affected either.
 
     Args:
-        head: A local head. Keep the context open for its backward pass, in which units may be computed again.
-        batch_size: Images.
+        head: A local head. Keep the context open for its backward pass, in which units may be recomputed.
+        batch_size: Number of images.
 
     Raises:
-        MisuseError: Inside: such a layer keeps no running statistics.
+        MisuseError: In the context, if such a layer keeps no running statistics.
     """
     if batch_size > 1:
         yield

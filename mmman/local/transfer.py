@@ -1,4 +1,4 @@
-"""The momentum transfer of MAN++: what lets a local head see a little of the block that follows."""
+"""The momentum transfer of MAN++: gives a local head information from the next block."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class MomentumTransfer(BaseModule):
 
     E is a momentum copy of the first unit of block j+1: gradients flow through it to x, the optimizer never trains it, and
     :meth:`update_` moves it towards its source after every optimizer step. B is the learnable bias, trained by the local loss
-    alone. s = 1 + delta is a learnable scalar, so that weight decay pulls to s = 1. The rows of the paper's ablation are
+    only. s = 1 + delta is a learnable scalar, so weight decay pulls s towards 1. The paper's ablation has the rows
     ``(ema, bias, scale)`` = ``(False, False, False)``: y = x; ``(True, False, False)``: y = E(x);
     ``(True, 'unit', False)``: y = E(x) + B(x), which is MAN; ``(True, 'unit', True)``: MAN++.
 
     Args:
-        source: The first unit of block j+1. It is copied, never held.
-        feature: The shape of the unit's output, for the light biases.
-        ema: Whether there is an E.
+        source: The first unit of block j+1. It is copied; no reference is kept.
+        feature: The shape of the unit's output, used by the biases that are not a copy of the unit.
+        ema: Whether to use E.
         bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'depthwise'``: B(x) is a 3x3 depthwise
-            convolution of E(x), for feature maps; it starts at zero. ``'channel'``: B(x) is one learnable value an output
-            channel (the paper's cost model), starting at zero; only for local heads that set
+            convolution of E(x), initialised to zero, for feature maps. ``'channel'``: B(x) is one learnable value per output
+            channel (the paper's cost model), initialised to zero. It is only for local heads that set
             :attr:`mmman.LocalHead.sees_channel_bias`, because a convolution with BatchNorm removes it together with the scale.
             ``False``: no B.
-        scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho starting at 1, as the authors' code
-            stores it, so that weight decay pulls towards s = 2, E alone. ``False``: s = 1.
+        scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho initialised to 1, as the authors' code
+            stores it, so weight decay pulls s towards 2, E alone. ``False``: s = 1.
 
     Raises:
-        MisuseError: A combination that has no meaning.
+        MisuseError: The options contradict each other.
     """
 
     def __init__(
@@ -58,30 +58,30 @@ class MomentumTransfer(BaseModule):
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
         sides = (1, 1) if feature.extra_tokens is None else ()
         self.channel_bias = nn.Parameter(torch.zeros(feature.channels, *sides)) if bias == 'channel' else None
-        # a parameter and no module: the initialisation of a local head's convolutions leaves it at zero
+        # a parameter, not a module: the initialisation of a local head's convolutions leaves it at zero
         self.depthwise_bias = nn.Parameter(torch.zeros(feature.channels, 1, 3, 3)) if bias == 'depthwise' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
-        self.is_loaded = False  # a state dict brought the copies along
-        self.is_synced = not self.copies  # the copies hold what training starts from
+        self.is_loaded = False  # the last loaded state dict contained the copies
+        self.is_synced = not self.copies  # the copies hold their initial values for training
 
     @property
     def s(self) -> Tensor | None:
-        """The scale s, a scalar; None where it is not learned."""
+        """The scale s, a scalar; None if it is not learnable."""
         if self.delta is not None:
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
     def forward(self, x: Tensor, *grid: tuple[int, int], run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
-        """Transfer the output x of block j to what the local head sees.
+        """Compute the task head's input from the output x of block j.
 
         Args:
             x: (B, C, H, W) or (B, L, C).
-            grid: Height and width of x in patches, where the backbone's units take them.
-            run: Runs a copy on x, where a part of its output is enough.
+            grid: Height and width of x in patches, if the backbone's units take them.
+            run: Called as ``run(copy, x)`` in place of ``copy(x, *grid)``, where part of the output is enough.
 
         Returns:
-            Shaped as the unit's output, or as what ``run`` returns.
+            Shaped as the unit's output, or as the result of ``run``.
         """
         terms = [copied(x, *grid) if run is None else run(copied, x) for copied in self.copies]
         if self.depthwise_bias is not None:
@@ -102,16 +102,16 @@ class MomentumTransfer(BaseModule):
 
     @property
     def copies(self) -> list[nn.Module]:
-        """E and B, as far as they are copies of the unit."""
+        """E and B, if they exist and are copies of the unit."""
         return [module for module in (self.momentum, self.bias) if module is not None]
 
     @torch.no_grad()
     def sync_(self, source: nn.Module, keep_loaded: bool = False) -> None:
-        """Make E and B exact copies of ``source`` as it stands. To be called once when training starts.
+        """Make E and B exact copies of the current ``source``. Call this once, when training starts.
 
         Args:
             source: The first unit of the next block.
-            keep_loaded: Leave E and B as they are where the last state dict that was loaded had them all.
+            keep_loaded: Leave E and B unchanged if the last loaded state dict contained all of their tensors.
         """
         if not (keep_loaded and self.is_loaded):
             for module in self.copies:
@@ -136,7 +136,7 @@ class MomentumTransfer(BaseModule):
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
     def follow_(self, source: nn.Module) -> None:
-        """Put every layer of E and B into the mode, train or eval, of the layer it copies (``norm_eval``, frozen layers)."""
+        """Set every layer of E and B to the train/eval mode of the layer it copies (``norm_eval``, frozen layers)."""
         for module in self.copies:
             for layer, copied in zip(module.modules(), source.modules(), strict=True):
                 if layer.training != copied.training:
@@ -150,7 +150,7 @@ class MomentumTransfer(BaseModule):
 
 
 def check_switches(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
-    """Raise :class:`MisuseError` where the switches of a :class:`MomentumTransfer` contradict each other."""
+    """Raise :class:`MisuseError` if the options of a :class:`MomentumTransfer` contradict each other."""
     if scale and not (ema and bias):
         raise MisuseError(
             'transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias, or scale=False'
@@ -160,7 +160,7 @@ def check_switches(ema: bool = True, bias: str | bool = 'unit', scale: str | boo
 
 
 def _moving(module: nn.Module) -> list[Tensor]:
-    """The floating-point tensors of a module's state dict, in the same order for modules of the same structure."""
+    """The floating-point parameters and persistent buffers of a module, in an order that depends on its structure only."""
     kept = []
     for layer in module.modules():
         kept += layer._parameters.values()
