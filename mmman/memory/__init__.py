@@ -1,1 +1,1 @@
-"""The same training in less memory: units recomputed in the backward pass, and parts that run on a few images at a time."""
+"""Reduce the memory of training: recompute units in the backward pass, and run parts of the model on a few images at a time."""

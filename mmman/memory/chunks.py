@@ -1,7 +1,7 @@
-"""A part of the model run on a few images at a time: forward and backward at once, so that only their activations are alive.
+"""Run a part of the model on a few images at a time, forward and backward, so that only their activations are in memory.
 
-What it computes is the whole batch's: losses and gradients are sums over images as soon as their normaliser is the batch's
-(:mod:`mmman.memory.detection.losses`), and no layer inside mixes images.
+Losses and gradients equal those of the whole batch: they are sums over images once the normaliser is the batch's
+(:mod:`mmman.memory.detection.losses`), and no layer in the part mixes images.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def run_in_chunks(
     size: int,
     factor: Tensor,
 ) -> Losses:
-    """Losses of a batch, computed for ``size`` images at a time, whose gradients are there when this returns.
+    """Compute the losses of a batch for ``size`` images at a time. All gradients are computed before this returns.
 
-    Back-propagating the returned losses, summed, hands the gradients to ``features`` and to the parameters of ``modules``, as
-    if the losses had been computed at once. It is possible once.
+    Back-propagating the sum of the returned losses passes the gradients to ``features`` and to the parameters of ``modules``,
+    as if the losses had been computed in one pass. It is possible only once.
 
     Args:
-        compute: From the features of some images, and which images they are, to the scalar to back-propagate and the losses by
-            name that it is the sum of. Normalised by the whole batch.
-        features: What the part reads, each (B, ...). Those that require no gradient get none.
-        modules: All modules that it runs.
-        size: Images a chunk.
-        factor: What a loss is multiplied by before it is back-propagated, so that float16 gradients don't underflow; a scalar.
+        compute: Called with the features of some images and the slice of the batch that they are. Returns the scalar to
+            back-propagate, and the losses by name that it is the sum of, normalised by the whole batch.
+        features: Inputs of the part, each (B, ...). Those that don't require a gradient get none.
+        modules: All modules that the part runs.
+        size: Images per chunk.
+        factor: Factor on a loss before it is back-propagated, so that float16 gradients don't underflow; a scalar.
 
     Returns:
         The losses by name, scalars; the first carries the gradient of their sum.
@@ -53,7 +53,7 @@ def run_in_chunks(
             loss, losses = compute(leaves, span)
             with torch.autocast(loss.device.type, enabled=False):
                 wanted = [leaf for leaf in leaves if leaf.requires_grad]
-                # not .backward(): DDP counts on one gradient a parameter and step, which it gets at the end
+                # not .backward(): DDP expects one gradient per parameter and step, which it gets at the end
                 found = torch.autograd.grad(loss * factor, [*wanted, *parameters], allow_unused=True)
             for gradient, part in zip((own for own in gradients if own is not None), found[: len(wanted)], strict=True):
                 if part is not None:
@@ -68,11 +68,11 @@ def run_in_chunks(
 
 
 def with_gradients(losses: Losses, factor: Tensor, gradients: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:
-    """Losses whose gradients are known: back-propagating their sum hands ``gradients`` to ``inputs``. It is possible once.
+    """Attach known gradients to losses: back-propagating their sum, possible once, passes ``gradients`` to ``inputs``.
 
     Args:
         losses: By name, scalars.
-        factor: What the sum was multiplied by when ``gradients`` were computed, a scalar.
+        factor: The factor on the sum when ``gradients`` were computed, a scalar.
         gradients: One for each of the inputs, or None.
         inputs: Tensors.
 
@@ -84,7 +84,7 @@ def with_gradients(losses: Losses, factor: Tensor, gradients: list[Tensor | None
 
 
 class _Computed(torch.autograd.Function):
-    """A loss whose gradients are known."""
+    """A loss whose gradients were already computed."""
 
     @staticmethod
     def forward(ctx, value: Tensor, factor: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class _Computed(torch.autograd.Function):
 
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """While this context is open, ``owner`` has ``value`` as its own attribute ``name``."""
+    """While this context is open, the instance attribute ``name`` of ``owner`` is ``value``."""
     had, own = name in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:

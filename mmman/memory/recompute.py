@@ -1,4 +1,4 @@
-"""Units that keep little for the backward pass, and are computed again there: in full, or but for their costly operators."""
+"""Recompute units in the backward pass to save memory: in full, or all but the operators that are expensive to recompute."""
 
 from __future__ import annotations
 
@@ -23,35 +23,35 @@ from mmman.partition.chain import STEM
 
 aten = torch.ops.aten
 SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
-"""Which argument of a matrix product is its second factor, (..., summed, channels)."""
+"""Index of the argument of a matrix product that is its second factor, (..., summed, channels)."""
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 Ends = dict[nn.Module, tuple[str, int]]
-"""Of modules whose output a ReLU of theirs makes: its name, and how often they call it."""
+"""For each module whose output is produced by one of its ReLUs: the ReLU's name, and how often the module calls it."""
 
 RandomStates = tuple[list[Tensor], list[int]]
-"""Of the CPU's generator and those of the devices that some tensors are on; and which devices these are."""
+"""Generator states of the CPU and of the devices that some tensors are on; and the indices of these devices."""
 
 Kept = deque[tuple[Callable, Any, list[int]]]
-"""Costly operators in the order they ran, what came out, and the versions of that."""
+"""The expensive operators in the order they ran, with their outputs and the version counters of these."""
 
 
 def units_to_recompute(
     backbone: nn.Module, chain: Chain, recompute: bool | Sequence[str], selective_recompute: bool | Sequence[str] = False
 ) -> dict[Unit, bool]:
-    """The units that are computed again, and whether selectively.
+    """Select the units to recompute. The values say whether selectively.
 
     Args:
         backbone: The backbone.
-        chain: Its units.
-        recompute: False: none. True: all but the stem. Or names of units, or of what has units in it: a stage.
+        chain: The backbone's units.
+        recompute: False: none. True: all but the stem. Or names of units, or of modules that contain units, such as a stage.
         selective_recompute: The same.
 
     Raises:
-        PartitionError: A name of neither.
-        MisuseError: A unit in both; a stem that :func:`stem_paths` doesn't know, or selectively; a unit that checkpoints itself
-            (``with_cp``) or whose forward was replaced; or no list of names.
+        PartitionError: A name matches no unit.
+        MisuseError: A unit is in both options; a stem is not supported by :func:`stem_paths`, or is in ``selective_recompute``;
+            a unit checkpoints itself (``with_cp``) or its forward was replaced.
     """
     full, selective = _named(chain, 'recompute', recompute), _named(chain, 'selective_recompute', selective_recompute)
     if both := [unit.name for unit in full if unit in selective]:
@@ -84,7 +84,7 @@ def _named(chain: Chain, option: str, names: bool | Sequence[str]) -> list[Unit]
 
 @contextmanager
 def ends_told(modules: Iterable[nn.Module]) -> Iterator[Ends]:
-    """While this context is open each module runs once, and the :data:`Ends` come to be known."""
+    """While this context is open, each module must run once. The yielded :data:`Ends` are filled as they run."""
     ends: Ends = {}
     with ExitStack() as handles:
         for module in modules:
@@ -104,7 +104,7 @@ def ends_told(modules: Iterable[nn.Module]) -> Iterator[Ends]:
 
 
 def recompute_unit_(backbone: nn.Module, unit: Unit, ends: Ends, selective: bool = False) -> None:
-    """From now on ``unit`` is computed again in the backward pass: its modules one by one, a stem in chunks of the batch."""
+    """Recompute ``unit`` in the backward pass from now on: each of its modules separately, a stem in chunks of the batch."""
     if unit.name == STEM:
         StemInChunks(backbone, stem_paths(backbone, unit)).install_()
         return
@@ -114,32 +114,34 @@ def recompute_unit_(backbone: nn.Module, unit: Unit, ends: Ends, selective: bool
 
 
 def recompute_(module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
-    """From now on ``module`` computes its forward pass again in the backward pass. Its hooks stay outside, and fire once."""
+    """Recompute the forward of ``module`` in the backward pass from now on. Its hooks are not recomputed, and fire once."""
     module.forward = Recomputed(module, selective, end)
 
 
 def keep_(module: nn.Module) -> None:
-    """Undo what was done to the forward of ``module``, if anything was."""
+    """Restore the forward of ``module`` if this package replaced it."""
     if isinstance(vars(module).get('forward'), (Recomputed, StemInChunks, StemTail)):
         del module.forward
 
 
 class Recomputed:
-    """The ``forward`` of one module: that of its class, of which the arguments alone are kept for the backward pass.
+    """Replaces the ``forward`` of one module. It runs the class's forward and saves only the arguments for the backward pass.
 
-    An object that holds the module, so that deepcopy and pickle take it along and bind it to the copy. Outside training, and
-    with gradients disabled, the forward is the plain one.
+    It is an object that holds the module, so deepcopy and pickle preserve it and bind it to the copy. In eval mode, and with
+    gradients disabled, it runs the plain forward.
 
-    The second time runs with the random numbers and the autocast of the first, and leaves buffers (running statistics) alone.
-    A ReLU that makes the output isn't part of it: it needs nothing but the output, which the next module keeps anyway.
+    Recomputation uses the random numbers and the autocast state of the first run, and doesn't update buffers (running
+    statistics). It leaves out a ReLU that produces the output: the ReLU needs only its output, which the next module saves
+    anyway.
 
     Args:
         module: A module whose class defines ``forward``.
-        selective: Whether what :func:`is_costly` is kept, and not computed again. Then a graph can be walked once.
-        end: The ReLU that makes the output, if one does: see :data:`Ends`.
+        selective: Whether :func:`is_costly` outputs are saved and not recomputed. A graph can then be back-propagated only
+            once.
+        end: The ReLU that produces the output, if one does: see :data:`Ends`.
 
     Raises:
-        MisuseError: When called in training, the module is compiled. Its children may be.
+        MisuseError: When called in training, if the module is compiled. Its children may be.
     """
 
     def __init__(self, module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
@@ -155,7 +157,7 @@ class Recomputed:
         return relu(self._twice(partial(_without_call, relu, calls, forward), *args))
 
     def instead(self, forward: Callable[..., Any], *args: Any) -> Any:
-        """Run ``forward``, which runs parts of the module, in the same way."""
+        """Run ``forward``, a function that runs parts of the module, with the same recomputation."""
         return self._twice(forward, *args) if self.module.training and torch.is_grad_enabled() else forward(*args)
 
     @torch.compiler.disable
@@ -177,16 +179,16 @@ class Recomputed:
 
 
 class _Run:
-    """One call of a module whose forward pass is computed again in the backward pass, as torch's ``checkpoint`` does it.
+    """One call of a module whose forward pass is recomputed in the backward pass, as with torch's ``checkpoint``.
 
-    The graph is that of the plain forward, with a number in the place of each saved tensor. The first that is asked for makes
-    the forward pass run again. torch's own spends more time in Python on each of them (docs/design/recompute.md has numbers).
+    The graph is that of the plain forward, with an index in place of each saved tensor. Unpacking the first one triggers
+    recomputation. torch's implementation spends more Python time per saved tensor (docs/design/recompute.md has numbers).
 
     Args:
         module: The module.
-        selective: Whether what :func:`is_costly` is kept.
-        forward: What to compute.
-        args: Its arguments: tensors, and others, in tuples, lists and dicts.
+        selective: Whether outputs for which :func:`is_costly` is true are saved.
+        forward: The function to compute.
+        args: Its arguments: tensors and other values, in tuples, lists and dicts.
     """
 
     def __init__(self, module: nn.Module, selective: bool, forward: Callable[..., Any], args: tuple) -> None:
@@ -218,7 +220,7 @@ class _Run:
         return tensor
 
     def _again(self) -> None:
-        """Run with the inputs, the random numbers and the autocast of the first time, up to the last tensor that is saved."""
+        """Recompute with the inputs, random numbers and autocast state of the first run, up to the last tensor saved."""
         if self.versions != _versions([leaf for leaf, _ in self.inputs]):
             raise MisuseError(
                 f'an input of {type(self.module).__name__} was changed in place, so it cannot run again: leave it out of '
@@ -252,8 +254,8 @@ class _Run:
         self.saved = saved
 
 
-class _AllSaved(Exception):  # noqa: N818  no error
-    """All that the backward pass asks for was computed."""
+class _AllSaved(Exception):  # noqa: N818  not an error
+    """Stops recomputation once all tensors that the backward pass needs are computed."""
 
 
 def _random_states(tensors: Sequence[Tensor]) -> RandomStates:
@@ -266,18 +268,18 @@ def _differ(before: RandomStates, after: RandomStates) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether what runs now is recorded for a CUDA graph, where the state of the device's generator is not to be had."""
+    """Whether a CUDA graph is being captured. The state of the device's generator cannot be read then."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class _Again:
-    """What a module runs in for the second time: its layers that are in training mode have other buffers to update.
+    """Context in which a module is recomputed: its layers in training mode have temporary buffers to update.
 
-    ``track_running_stats=False`` would do as well, but then BatchNorm saves two tensors less for its backward pass.
+    ``track_running_stats=False`` would also work, but BatchNorm then saves two tensors fewer for its backward pass.
 
     Args:
         module: The module.
-        kept: What was kept of the first time, to be taken in its order.
+        kept: The outputs that the first run saved, to be used in the same order.
     """
 
     def __init__(self, module: nn.Module, kept: Kept | None = None) -> None:
@@ -297,7 +299,7 @@ class _Again:
 
 
 def _spare_buffers(layer: nn.Module) -> dict[str, Tensor]:
-    """Copies; of a BatchNorm, whose output in training doesn't depend on them, without their values and so without a kernel."""
+    """Copies of a layer's buffers; uninitialised, so without a kernel, for BatchNorm, whose training output ignores them."""
     own = {name: buffer for name, buffer in layer._buffers.items() if buffer is not None}
     if type(layer) not in BATCHNORMS:
         return {name: buffer.clone() for name, buffer in own.items()}
@@ -306,14 +308,14 @@ def _spare_buffers(layer: nn.Module) -> dict[str, Tensor]:
 
 
 class _Keeping(TorchDispatchMode):
-    """Keeps what :func:`is_costly` as it is computed."""
+    """Saves the outputs of operators for which :func:`is_costly` is true."""
 
     def __init__(self, kept: Kept) -> None:
         super().__init__()
         self.kept = kept
 
     @classmethod
-    def ignore_compile_internals(cls) -> bool:  # compiled layers run in this mode
+    def ignore_compile_internals(cls) -> bool:  # so that compiled layers may run in this mode
         return True
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -325,7 +327,7 @@ class _Keeping(TorchDispatchMode):
 
 
 class _Taking(_Keeping):
-    """Gives what was kept in the place of computing it."""
+    """Returns the saved outputs instead of computing them."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if not is_costly(op, args):
@@ -342,7 +344,7 @@ class _Taking(_Keeping):
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The tensor without its graph, with the counter of its versions."""
+    """Return the tensor detached from its graph, sharing its version counter."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
@@ -353,7 +355,7 @@ def _versions(tensors: Any) -> list[int]:
 
 
 def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args: Any) -> Any:
-    """Run ``forward``, in which the call of ``relu`` with this number, counted from 1, passes its input on."""
+    """Run ``forward``, with the given call of ``relu`` (counted from 1) returning its input."""
     count = 0
 
     def counted(x: Tensor) -> Tensor:
@@ -366,11 +368,11 @@ def _without_call(relu: nn.ReLU, number: int, forward: Callable[..., Any], *args
 
 
 def is_costly(op: Callable, args: Sequence[Any]) -> bool:
-    """Whether an operator's output is dear to compute for its size.
+    """Whether the output of an operator is expensive to recompute for its size.
 
-    That is attention; and a convolution or matrix product that adds up at least as many values for an element of its output as
-    the output has channels. So it is not a 1x1 convolution or a linear layer that widens, nor a depthwise convolution
-    over many channels.
+    True for attention, and for a convolution or matrix product that sums at least as many values per output element as the
+    output has channels. It is therefore false for a 1x1 convolution or a linear layer that widens, and for a depthwise
+    convolution over many channels.
     """
     weigh = _weigher(op)
     return weigh is not None and weigh(args)
@@ -378,7 +380,7 @@ def is_costly(op: Callable, args: Sequence[Any]) -> bool:
 
 @cache
 def _weigher(op: Callable) -> Callable[[Sequence[Any]], bool] | None:
-    """Says of the arguments of ``op`` whether it is costly; None where it never is."""
+    """A function of the arguments of ``op`` that says whether it is costly; None if it never is."""
     if op is aten.convolution.default:
         return lambda args: not args[6] and args[1].shape[1:].numel() >= args[1].shape[0]
     if (index := SECOND_FACTOR.get(op)) is not None:

@@ -1,8 +1,8 @@
-"""A stem of convolution, BatchNorm, ReLU and pooling, run on a few images at a time in both directions.
+"""Run a stem of convolution, BatchNorm, ReLU and pooling on a few images at a time, forward and backward.
 
-Its maps are the largest of a backbone. BatchNorm mixes a batch only through the mean and variance of each channel; so with one
-pass more over the images in each direction everything is computed for a chunk of the batch at a time, and the only map of the
-whole batch is the pooled one. Results are those of the stem at once, but for the order of sums.
+The stem's feature maps are the largest of a backbone. BatchNorm mixes images only through the mean and variance of each
+channel. With one more pass over the images in each direction, everything is computed for one chunk of the batch at a time, and
+only the pooled map exists for the whole batch. Results equal those of the stem in one pass, up to the order of summation.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from mmman.partition import Unit
 Post = Callable[[Tensor], Tensor]
 
 CHUNKS = 8
-"""Parts of a batch: more of them save little, and cost a GPU time to start their operators."""
+"""Number of parts of a batch. More save little memory, and cost a GPU more kernel launches."""
 
 
 class StemInChunks:
-    """The ``forward`` of a backbone's first convolution: runs the whole stem, whose other modules pass the result on.
+    """Replaces the ``forward`` of a backbone's first convolution and runs the whole stem; its other modules return the result.
 
-    The backbone's own forward calls convolution, norm, ReLU and pooling one after the other. This looks them up in every call,
-    because conversions (SyncBN) replace modules. Outside training, and with gradients disabled, it runs the convolution alone.
+    The backbone's own forward calls convolution, norm, ReLU and pooling in turn. This object looks the modules up in every
+    call, because conversions (SyncBN) replace them. In eval mode, and with gradients disabled, it runs the convolution only.
 
     Args:
         backbone: The backbone.
-        paths: Its convolution, norm, and what follows up to the stem's output.
+        paths: Paths of its convolution, its norm, and the modules up to the stem's output.
 
     Attributes:
-        output: The stem's output, from the end of this call until the stem's last module has passed it on.
+        output: The stem's output, from the end of this call until the stem's last module has returned it.
     """
 
     def __init__(self, backbone: nn.Module, paths: tuple[str, ...]) -> None:
@@ -44,7 +44,7 @@ class StemInChunks:
         self.output: Tensor | None = None
 
     def install_(self) -> None:
-        """Make this the forward of the convolution, and let the stem's other modules pass its output on."""
+        """Set this object as the forward of the convolution, and :class:`StemTail` as that of the stem's other modules."""
         conv, *others = (self.backbone.get_submodule(path) for path in self.paths)
         conv.forward = self
         for module in others:
@@ -73,12 +73,13 @@ def _without_hooks(modules: list[nn.Module], x: Tensor) -> Tensor:
 
 
 class StemTail:
-    """The ``forward`` of a stem's norm, ReLU or pooling: passes the stem's output on, and runs the module on any other input.
+    """Replaces the ``forward`` of a stem's norm, ReLU or pooling. Returns the stem's output unchanged.
 
-    So an error between the convolution and this module leaves nothing behind that a later forward pass could meet.
+    On any other input it runs the module. An error between the convolution and this module therefore doesn't affect a later
+    forward pass.
 
     Args:
-        stem: What runs the stem.
+        stem: The object that runs the stem.
         module: The module.
     """
 
@@ -94,7 +95,7 @@ class StemTail:
 
 
 def stem_paths(backbone: nn.Module, stem: Unit) -> tuple[str, ...] | None:
-    """Paths of a stem's convolution, norm, ReLU and, if it has one, pooling; None where it is something else."""
+    """Paths of a stem's convolution, norm, ReLU and, if it has one, pooling; None if the stem is built differently."""
     if stem.modules[0] != 'conv1' or len(stem.modules) != 3:
         return None
     conv, norm = (backbone.get_submodule(path) for path in stem.modules[:2])
@@ -103,16 +104,16 @@ def stem_paths(backbone: nn.Module, stem: Unit) -> tuple[str, ...] | None:
 
 
 def run_stem(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, post: Post) -> Tensor:
-    """``post(norm(conv(x)))`` with only x kept for the backward pass, computed for an eighth of the batch at a time.
+    """``post(norm(conv(x)))``, computed for an eighth of the batch at a time. Only x is saved for the backward pass.
 
     Args:
         x: (B, C, H, W).
         conv: A convolution without bias.
         norm: Affine BatchNorm in either mode; in training mode its running statistics are updated once.
-        post: What follows, without parameters, e.g. ReLU and max pooling; it must treat every image by itself.
+        post: The rest of the stem, without parameters, e.g. ReLU and max pooling. It must process every image independently.
 
     Returns:
-        What ``post`` makes of the batch.
+        The output of ``post`` for the batch.
     """
     return _Stem.apply(x, conv.weight, norm.weight, norm.bias, conv, norm, post)
 
@@ -217,7 +218,7 @@ def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
 
 
 def precision_of(x: Tensor) -> Callable[[], AbstractContextManager]:
-    """The autocast that is on now, for the backward pass, where it is off."""
+    """Capture the current autocast state, to restore it in the backward pass, where autocast is off."""
     kind = x.device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)

@@ -1,7 +1,7 @@
-"""Anchors and targets of an anchor-based dense head, for all images in one pass.
+"""Anchors and targets of an anchor-based dense head, computed for all images in one pass.
 
-mmdet finds them image by image and object by object, in some 170 operators an image, of which dozens wait for the device; and a
-step of local learning has a dense head for each block. Here they are the same tensors, bit by bit.
+mmdet computes them per image and per object, with about 170 operators per image, dozens of which force a device-to-host sync;
+and a step of local learning has a dense head for each block. The tensors computed here are bitwise equal.
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from torch.nn.utils.rnn import pad_sequence
 from mmman.errors import MisuseError
 
 ELEMENTS = 2**20
-"""Of a map of overlaps, (images, objects, anchors), that are computed at once; or one image's."""
+"""Maximum size of a map of overlaps, (images, objects, anchors), computed in one pass; at least one image is."""
 
 Found = tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]
-"""What anchors are matched to, (B, A), see :func:`_matched`; image and anchor of the P positive ones, (P,) each; their labels,
-(P,), and box targets, (P, 4); and how many they are, at least one an image, a scalar."""
+"""The match of each anchor, (B, A), see :func:`_matched`; image and anchor index of the P positive anchors, (P,) each; their
+labels, (P,), and box targets, (P, 4); and the number of positive anchors, at least one per image, a scalar."""
 
 
 def find_targets(
     head: nn.Module, sizes: list[tuple[int, int]], data_samples: list, device: torch.device | str
 ) -> tuple[list[list[Tensor]], list[list[Tensor]], float]:
-    """Anchors and targets of a head that has them as mmdet's ``AnchorHead`` does.
+    """Compute the anchors and targets of a dense head with the interface of mmdet's ``AnchorHead``.
 
-    They are found for all images in one pass for a head that computes them as ``AnchorHead`` does, with a ``MaxIoUAssigner``, a
-    ``PseudoSampler`` and a ``DeltaXYWHBBoxCoder`` in the options that RetinaNet uses; by the head itself for others.
+    They are computed for all images in one pass if the head computes them as ``AnchorHead`` does, with a ``MaxIoUAssigner``, a
+    ``PseudoSampler`` and a ``DeltaXYWHBBoxCoder`` with the options that RetinaNet uses. Otherwise the head itself computes
+    them.
 
     Args:
         head: The dense head.
         sizes: Height and width of its feature maps, by level.
-        data_samples: Of the batch.
-        device: Of the targets.
+        data_samples: Data samples of the batch.
+        device: Device of the targets.
 
     Returns:
         Anchors by image and level, (A, 4). Labels, (B, A), their weights, (B, A), box targets and their weights, (B, A, 4),
-        each by level. The number to divide losses by.
+        each by level. The number that losses are divided by.
     """
     from mmdet.models.utils import unpack_gt_instances
 
@@ -53,7 +54,7 @@ def find_targets(
 
 
 def check_known(head: nn.Module | None, model: nn.Module) -> None:
-    """Raise :class:`MisuseError` where the targets of a dense head of ``model`` can't be computed ahead of its losses."""
+    """Raise :class:`MisuseError` if the targets of a dense head of ``model`` can't be computed ahead of its losses."""
     if head is None or not is_known(head):
         raise MisuseError(
             f"cuda_graphs is for detectors that have dense heads with targets like RetinaNet's (MaxIoUAssigner, PseudoSampler, "
@@ -63,7 +64,7 @@ def check_known(head: nn.Module | None, model: nn.Module) -> None:
 
 
 def is_known(head: nn.Module) -> bool:
-    """Whether the targets of a dense head are found for all images in one pass."""
+    """Whether the targets of a dense head are computed for all images in one pass."""
     from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
 
@@ -88,7 +89,7 @@ def is_known(head: nn.Module) -> bool:
 
 
 def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], device: torch.device | str) -> tuple:
-    """As ``AnchorHead.get_anchors``; images padded to the same shape share their flags."""
+    """Follows ``AnchorHead.get_anchors``; images padded to the same shape share their flags."""
     anchors = head.prior_generator.grid_priors(sizes, device=device)
     flags = {tuple(meta['pad_shape']): None for meta in metas}
     flags = {shape: head.prior_generator.valid_flags(sizes, shape, device) for shape in flags}
@@ -98,7 +99,7 @@ def _anchors(head: nn.Module, sizes: list[tuple[int, int]], metas: list[dict], d
 def _targets(
     head: nn.Module, anchors: list[list[Tensor]], flags: list[list[Tensor]], instances: list
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
-    """As ``AnchorHead.get_targets``."""
+    """Follows ``AnchorHead.get_targets``."""
     levels = [len(level) for level in anchors[0]]
     priors, valid = _on_all_levels(anchors, flags)
     found = _find(head, priors, valid, instances)
@@ -108,18 +109,18 @@ def _targets(
 
 
 def _on_all_levels(anchors: list[list[Tensor]], flags: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """Anchors, (A, 4), and which of them are valid, (B, A)."""
+    """Concatenate levels: the anchors, (A, 4), and which of them are valid, (B, A)."""
     return torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags])
 
 
 class AnchorTargets:
-    """Targets of a dense head that :func:`check_known` accepts, for feature maps of given sizes.
+    """Computes targets of a dense head that :func:`check_known` accepts, for feature maps of given sizes.
 
     Args:
         head: The dense head.
         sizes: Height and width of its feature maps, by level.
-        size_range: The objects it is shown: the least and the most square root of a box's area, in pixels. None: all.
-        device: Of the targets.
+        size_range: Objects to use: lower and upper bound of the square root of a box's area, in pixels. None: all.
+        device: Device of the targets.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class AnchorTargets:
         self._shapes: list[tuple[int, ...]] = []
 
     def find(self, data_samples: list) -> Found:
-        """Match the anchors of a batch. The CPU waits for the device here."""
+        """Match the anchors of a batch. Forces a device-to-host sync."""
         metas = [sample.metainfo for sample in data_samples]
         shapes = [(*meta['pad_shape'],) for meta in metas]
         if shapes != self._shapes:
@@ -143,12 +144,12 @@ class AnchorTargets:
         return _find(self.head, self._priors, self._valid, instances, self.size_range)
 
     def write(self, found: Found, places: Sequence[Tensor]) -> None:
-        """Write targets in their places, without waiting.
+        """Write targets to the given memory, without a device-to-host sync.
 
         Args:
-            found: What :meth:`find` found.
-            places: Labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets and their weights,
-                (B, A, 4); and the number of positive anchors, at least one an image, a scalar, int64.
+            found: The result of :meth:`find`.
+            places: Destination tensors: labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets
+                and their weights, (B, A, 4); and the number of positive anchors, at least one per image, a scalar, int64.
         """
         *targets, factor = places
         _write(self.head, found, *targets)
@@ -190,12 +191,12 @@ def _write(head: nn.Module, found: Found, label: Tensor, label_weight: Tensor, b
 
 
 def _matched(assigner: object, boxes: Tensor, taken: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
-    """What each anchor is matched to, (B, A): an object's number from 1, 0 for background, -1 for nothing.
+    """Match each anchor, (B, A): to an object, numbered from 1, to background, 0, or to nothing, -1.
 
     Args:
         assigner: A ``MaxIoUAssigner``.
         boxes: (B, G, 4).
-        taken: Which of them take part, (B, G).
+        taken: Whether an object takes part, (B, G).
         priors: (A, 4).
         valid: Whether an anchor takes part, (B, A).
     """
@@ -211,6 +212,6 @@ def _matched(assigner: object, boxes: Tensor, taken: Tensor, priors: Tensor, val
     matched = torch.where(most_of_anchor < assigner.neg_iou_thr, 0, -1)
     matched = torch.where(most_of_anchor >= assigner.pos_iou_thr, which + 1, matched)
     best = (overlaps == most_of_object) & (most_of_object >= assigner.min_pos_iou) & taken
-    of_object = (best * number[:, None]).amax(dim=1)  # of several the last, as mmdet's loop leaves it
+    of_object = (best * number[:, None]).amax(dim=1)  # the last of several objects wins, as in mmdet's loop
     matched = torch.where(of_object > 0, of_object, matched)
     return matched.masked_fill_(~valid, -1)

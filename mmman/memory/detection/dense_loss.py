@@ -1,4 +1,4 @@
-"""Dense heads, the model's own and those of local heads, run on a few images at a time."""
+"""Run dense heads, the model's own and those of local heads, on a few images at a time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class _Read(TorchDispatchMode):
-    """Which tensors, or views of them, were read by operators while this mode was active."""
+    """Tracks which tensors, or views of them, operators read while this mode is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,9 +41,9 @@ class DenseLocalHead(Protocol):
 
     Attributes:
         dense_head: The dense head of mmdet.
-        transfer: The momentum transfer, which runs before and for the whole batch.
-        gt_size_range: The objects that :meth:`filter_gt` keeps: the least and the most square root of a box's area, in pixels.
-            None: all.
+        transfer: The momentum transfer, which runs first, on the whole batch.
+        gt_size_range: Objects that :meth:`filter_gt` keeps: lower and upper bound of the square root of a box's area, in
+            pixels. None: all.
     """
 
     dense_head: nn.Module
@@ -51,36 +51,36 @@ class DenseLocalHead(Protocol):
     gt_size_range: tuple[float, float] | None
 
     def maps(self, y: Tensor, inputs: Tensor) -> Sequence[Tensor]:
-        """The dense head's feature maps, from what the transfer makes of the block's output."""
+        """Compute the dense head's feature maps from the transfer's output for the block."""
 
     def filter_gt(self, data_samples: list) -> list:
-        """The data samples with the objects that this head learns to find."""
+        """Return the data samples with only the objects that this head learns to detect."""
 
     def children(self) -> Iterable[nn.Module]: ...
 
 
 MakeLoss = Callable[['DenseLocalHead | None', nn.Module, Sizes, list, Tensor], BatchLoss]
-"""Makes the loss of a batch, of a local head or None, its dense head, and what :class:`BatchLoss` takes."""
+"""Makes the loss of a batch from a local head or None, its dense head, and the arguments of :class:`BatchLoss`."""
 
 
 def make_batch_loss(owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
-    """The loss of a batch with its targets."""
+    """Make the loss of a batch, with its targets."""
     return batch_loss(head, sizes, data_samples if owner is None else owner.filter_gt(data_samples), like)
 
 
 class DenseLoss:
-    """Computes the losses of single-stage detectors in chunks of a batch; gradients and values are those of the whole batch.
+    """Computes the losses of single-stage detectors in chunks of a batch. Gradients and values equal those of the whole batch.
 
     A :class:`mmman.local.session.StepStrategy`.
 
     Args:
         model: The detector.
-        size: Images a chunk of the model's own neck and head. None: all of a batch at once.
-        scaled: Multiplies a loss as the loss scaler does.
+        size: Images per chunk of the model's own neck and head. None: the whole batch in one pass.
+        scaled: Scales a loss as the loss scaler does.
         make_loss: Makes the loss of a batch.
 
     Raises:
-        MisuseError: The model is no single-stage detector.
+        MisuseError: The model is not a single-stage detector.
     """
 
     def __init__(
@@ -101,16 +101,16 @@ class DenseLoss:
         self._known: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
     def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:
-        """Stands for the model's ``loss``. Arguments and result as there."""
+        """Replaces the model's ``loss``. Takes the same arguments and returns the same result."""
         return self.neck_and_head([*self.model.backbone(inputs)], data_samples)
 
     def neck_and_head(self, features: list[Tensor], data_samples: list, dry_run: bool = False) -> Losses:
-        """The model's losses from the outputs of its backbone, which this empties of what nothing reads.
+        """Compute the model's losses from the outputs of its backbone. Frees the ``features`` that nothing reads.
 
         Args:
-            features: Each (B, C, H, W).
-            data_samples: Of the batch.
-            dry_run: Only find out once what is needed of features of these shapes.
+            features: Each (B, C, H, W). The list is modified in place.
+            data_samples: Data samples of the batch.
+            dry_run: Only determine, once, which features of these shapes are needed, and return no losses.
         """
         model = self.model
         if self.size is None:
@@ -124,9 +124,9 @@ class DenseLoss:
         return self.model.neck(tuple(features)) if self.model.with_neck else tuple(features)
 
     def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
-        """Stands for ``head.loss``: all of it in chunks, each with as many positions as one of the model's own head.
+        """Replaces ``head.loss`` and computes it in chunks, each with as many positions as a chunk of the model's own head.
 
-        Arguments and result as there; ``dry_run`` as of :meth:`neck_and_head`.
+        Takes the same arguments and returns the same result; ``dry_run`` is as in :meth:`neck_and_head`.
         """
         dense = getattr(head, 'dense_head', None)
         if dense is None:
@@ -162,7 +162,7 @@ class DenseLoss:
         sizes, is_read = self._probe(make_maps, features, head)
         if dry_run:
             return {}
-        # nothing else holds what neck and head don't read
+        # free the features that neck and head don't read: nothing else refers to them
         features[:] = [
             feature if read else feature.new_zeros(()).expand(feature.shape)
             for feature, read in zip(features, is_read, strict=True)
@@ -179,7 +179,7 @@ class DenseLoss:
     def _probe(
         self, make_maps: Callable[[list[Tensor]], Sequence[Tensor]], features: list[Tensor], head: nn.Module
     ) -> tuple[Sizes, list[bool]]:
-        """Of features of these shapes: the sizes of the head's maps, and which are read. One image tells, once."""
+        """Sizes of the head's maps for features of these shapes, and which features are read. Probed once, on one image."""
         key = (head, *(feature.shape[1:] for feature in features))
         if key not in self._known:
             with torch.no_grad(), _Read() as read:
@@ -189,5 +189,5 @@ class DenseLoss:
 
 
 def _positions(head: nn.Module) -> float:
-    """Of all feature maps of a dense head, for one pixel of the image."""
+    """Number of positions on all feature maps of a dense head, per pixel of the image."""
     return sum(1 / (x * y) for x, y in head.prior_generator.strides)

@@ -1,7 +1,8 @@
-"""mmdet's focal loss as one operator that keeps its inputs, on any device.
+"""mmdet's focal loss as one operator that saves only its inputs, on any device.
 
-On a GPU mmdet takes an operator of mmcv. It looks at the labels, for which the CPU waits, so no CUDA graph can hold it. On a
-CPU mmdet takes a chain of operators, which keeps several maps of (anchors x classes): far more than a GPU would need.
+On a GPU mmdet uses an operator of mmcv. It inspects the labels, which forces a device-to-host sync, so a CUDA graph can't
+capture it. On a CPU mmdet uses a chain of operators, which saves several maps of (anchors x classes): far more memory than on a
+GPU.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from mmman.memory.chunks import replaced
 
 SLICE = 1 << 16
 SLICE_ON_GPU = 1 << 20
-"""Values that are computed at a time: in a cache, and with few kernels."""
+"""Number of values computed in one pass: few enough for the cache on a CPU, enough for few kernel launches on a GPU."""
 
 EXACT = 40
-"""From this x on log(1 + exp(x)) is x, in double precision too."""
+"""For x above this threshold log(1 + exp(x)) equals x, in double precision too."""
 
 
 @contextmanager
 def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
-    """While this context is open, every ``FocalLoss`` of mmdet has the memory of mmcv's kernel on any device.
+    """While this context is open, every ``FocalLoss`` of mmdet needs as much memory as with mmcv's kernel, on any device.
 
-    It takes the path that it takes on a GPU: class indices go to the kernel; one-hot targets and probabilities don't. Logits in
-    bfloat16 are taken like those in float16, though mmcv 2.1's kernel refuses them.
+    It takes the path that mmdet uses on a GPU: class indices go to the kernel; one-hot targets and probabilities don't. Logits
+    in bfloat16 are handled like those in float16, though mmcv 2.1's kernel rejects them.
 
     Args:
-        with_kernel: Whether mmcv's kernel itself is taken on a GPU.
+        with_kernel: Whether mmcv's kernel itself runs on a GPU.
 
     Raises:
         MisuseError: mmdet is not installed.
@@ -64,17 +65,17 @@ def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
 def summed_focal_loss(
     loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor | None = None, avg_factor: float | Tensor | None = None
 ) -> Tensor:
-    """``loss(pred, target, weight, avg_factor=avg_factor)``; mmdet's focal loss is summed up as it is computed.
+    """``loss(pred, target, weight, avg_factor=avg_factor)``, where mmdet's focal loss is summed as it is computed.
 
-    It makes no map of losses then. That is for class indices and a loss that is averaged by a given number; another loss, or
-    other arguments, are computed by ``loss`` itself.
+    No map of losses is allocated then. This applies to class indices and a loss that is averaged by a given number. For another
+    loss or other arguments, ``loss`` itself is called.
 
     Args:
         loss: The class loss of a dense head.
         pred: (N, C) logits.
-        target: (N,) int64; C and more is background.
+        target: (N,) int64; values of C and above are background.
         weight: (N,).
-        avg_factor: What the sum is divided by.
+        avg_factor: Divisor of the sum.
     """
     by_row = pred.dim() == target.dim() + 1 and (weight is None or weight.shape == target.shape)
     if not _is_stock(loss) or not by_row or avg_factor is None or loss.reduction != 'mean':
@@ -86,7 +87,7 @@ def summed_focal_loss(
 def focal_loss_without_kernel(
     loss: nn.Module, pred: Tensor, target: Tensor, weight: Tensor | None = None, avg_factor: float | Tensor | None = None
 ) -> Tensor:
-    """The same without mmcv's kernel, which waits for the device, and with a map of losses. Arguments as above."""
+    """The same without mmcv's kernel, which forces a device-to-host sync, and with a map of losses. Arguments as above."""
     if not _is_stock(loss) or pred.dim() == target.dim():
         return loss(pred, target, weight, avg_factor=avg_factor)
     from mmdet.models.losses.utils import weight_reduce_loss
@@ -102,19 +103,19 @@ def _is_stock(loss: nn.Module) -> bool:
     return type(loss) is FocalLoss and not loss.activated
 
 
-# Operators of their own: what they allocate inside is as little seen, and counted, as a kernel's workspace.
+# Custom operators: their internal allocations are invisible to memory accounting, like a kernel's workspace.
 
 
 @torch.library.custom_op('mmman::sigmoid_focal_loss', mutates_args=())
 def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
-    """The focal loss, unreduced.
+    """The unreduced focal loss.
 
     Args:
         pred: (N, C) logits.
-        target: (N,) int64; C and more is background.
+        target: (N,) int64; values of C and above are background.
 
     Returns:
-        (N, C), of the dtype of ``pred``.
+        (N, C), with the dtype of ``pred``.
     """
     loss = torch.empty_like(pred)
     for rows in _slices(pred):
@@ -124,11 +125,11 @@ def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
 
 @torch.library.custom_op('mmman::sigmoid_focal_loss_backward', mutates_args=())
 def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
-    """The gradient of ``pred``, (N, C), from that of the loss, (N, C) or (N, 1)."""
+    """The gradient of ``pred``, (N, C), from the gradient of the loss, (N, C) or (N, 1)."""
     pred, target = pred.contiguous(), target.contiguous()
     result = torch.empty_like(pred)
     if pred.is_cuda and pred.dtype == _wide(pred.dtype):
-        from mmcv.ops.focal_loss import ext_module  # this kernel, unlike that of the loss, doesn't look at the labels
+        from mmcv.ops.focal_loss import ext_module  # unlike the forward kernel, it doesn't inspect the labels
 
         ext_module.sigmoid_focal_loss_backward(pred, target, pred.new_empty(0), result, gamma=gamma, alpha=alpha)
         return result.mul_(grad)
@@ -139,7 +140,7 @@ def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: f
 
 @torch.library.custom_op('mmman::sigmoid_focal_loss_sum', mutates_args=())
 def _sum(pred: Tensor, target: Tensor, weight: Tensor | None, gamma: float, alpha: float) -> Tensor:
-    """The sum of the focal loss over all classes, and over all rows, weighted by ``weight``, (N,). A scalar."""
+    """The sum of the focal loss over all classes and all rows, weighted by ``weight``, (N,). A scalar."""
     total = pred.new_zeros((), dtype=_wide(pred.dtype))
     for rows in _slices(pred):
         of_row = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
@@ -167,12 +168,12 @@ def _with_objects(pred: Tensor, target: Tensor, alpha: float, function: Callable
 
 
 def _focal(gamma: float, wrong: Tensor) -> Tensor:
-    """``-q^gamma * log(1 - q)`` of logits of the probability q of being wrong."""
+    """``-q^gamma * log(1 - q)``, where q = sigmoid(``wrong``) is the probability of being wrong."""
     return softplus(wrong, threshold=EXACT).mul_(wrong.sigmoid().pow_(gamma))
 
 
 def _slope(gamma: float, wrong: Tensor) -> Tensor:
-    """Its derivative: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
+    """The derivative of :func:`_focal`: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
     q = wrong.sigmoid()
     return softplus(wrong, threshold=EXACT).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 

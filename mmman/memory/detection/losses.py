@@ -1,7 +1,7 @@
 """Losses of mmdet's dense heads for some images of a batch, normalised by the whole batch.
 
-One adapter a way of computing losses (``loss_by_feat``), written for mmdet 3.3. What they divide by doesn't depend on
-predictions, so it is known before any of the head's outputs: targets are found once for the batch.
+There is one adapter for each way of computing losses (``loss_by_feat``), written for mmdet 3.3. The normalisers don't depend on
+predictions, so they are known before the head runs: targets are computed once for the batch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mmman.memory.detection.focal_loss import summed_focal_loss
 
 Sizes = list[tuple[int, int]]
 Outputs = tuple[list[Tensor], ...]
-"""Of a dense head: scores, boxes, and for some heads centerness, each a list of maps (B, C, H, W) by level."""
+"""Outputs of a dense head: scores, boxes, and for some heads centerness, each a list of maps (B, C, H, W) by level."""
 
 ALL = slice(None)
 MMDET = '3.3'
@@ -30,24 +30,24 @@ class BatchLoss:
         head: The dense head.
         sizes: Height and width of its feature maps, by level.
         data_samples: All data samples of the batch.
-        like: A tensor that has the device and dtype of the head's outputs.
+        like: A tensor with the device and dtype of the head's outputs.
     """
 
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         raise NotImplementedError
 
     def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
-        """The losses by name.
+        """Compute the losses by name.
 
         Args:
-            outputs: What the head gives for these images.
+            outputs: The head's outputs for these images.
             images: Which images of the batch they are.
         """
         raise NotImplementedError
 
 
 class AnchorLoss(BatchLoss):
-    """As ``AnchorHead.loss_by_feat``: RetinaNet's head and those built on it."""
+    """Follows ``AnchorHead.loss_by_feat``: RetinaNet's head and those derived from it."""
 
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         self.head = head
@@ -65,13 +65,13 @@ class AnchorLoss(BatchLoss):
     def level_losses(
         self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Class and box loss of one level, as ``AnchorHead.loss_by_feat_single`` computes them."""
+        """Class and box loss of one level, computed as in ``AnchorHead.loss_by_feat_single``."""
         anchors = torch.stack([own[level] for own in self.anchors[images]])
         return self.head.loss_by_feat_single(scores, boxes, anchors, *targets, avg_factor=self.avg_factor)
 
 
 class SummedAnchorLoss(AnchorLoss):
-    """The same with a focal loss that is summed up as it is computed: no map of losses is kept."""
+    """An :class:`AnchorLoss` whose focal loss is summed as it is computed, so that no map of losses is kept."""
 
     def level_losses(
         self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
@@ -95,7 +95,7 @@ class SummedAnchorLoss(AnchorLoss):
 
 
 class ATSSLoss(BatchLoss):
-    """As ``ATSSHead.loss_by_feat``, with a focal loss that is summed up as it is computed."""
+    """Follows ``ATSSHead.loss_by_feat``, with a focal loss that is summed as it is computed."""
 
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         from mmdet.models.utils import unpack_gt_instances
@@ -112,7 +112,7 @@ class ATSSLoss(BatchLoss):
         self.box_factor = reduce_mean(total).clamp_(min=1).item()
 
     def _centerness(self, anchors: Tensor, labels: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Which anchors, (A, 4), are positive, and the centerness that these should have."""
+        """Indices of the positive anchors among (A, 4), and their target centerness."""
         positive = ((labels >= 0) & (labels < self.head.num_classes)).nonzero().squeeze(1)
         if len(positive) == 0:
             return positive, boxes.new_tensor(0.0)
@@ -138,7 +138,7 @@ class ATSSLoss(BatchLoss):
         label_weights: Tensor,
         box_targets: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of one level, the box loss not yet divided, as ``ATSSHead.loss_by_feat_single`` computes them."""
+        """The losses of one level, the box loss not yet divided, computed as in ``ATSSHead.loss_by_feat_single``."""
         head = self.head
         scores = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels).contiguous()
         boxes = boxes.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -153,7 +153,7 @@ class ATSSLoss(BatchLoss):
 
 
 class FCOSLoss(BatchLoss):
-    """As ``FCOSHead.loss_by_feat``, with a focal loss that is summed up as it is computed."""
+    """Follows ``FCOSHead.loss_by_feat``, with a focal loss that is summed as it is computed."""
 
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         from mmdet.models.utils import unpack_gt_instances
@@ -161,7 +161,7 @@ class FCOSLoss(BatchLoss):
 
         self.head = head
         instances, _, _ = unpack_gt_instances(data_samples)
-        boxes = like.new_empty(0).float()  # the head has its boxes in single precision, also under autocast
+        boxes = like.new_empty(0).float()  # the head's boxes are float32, also under autocast
         self.points = head.prior_generator.grid_priors(sizes, dtype=boxes.dtype, device=like.device)
         labels, boxes = head.get_targets(self.points, instances)
         count = len(data_samples)
@@ -200,20 +200,20 @@ class FCOSLoss(BatchLoss):
 
 
 _ADAPTERS: dict[str, type[BatchLoss]] = {'AnchorHead': SummedAnchorLoss, 'ATSSHead': ATSSLoss, 'FCOSHead': FCOSLoss}
-"""By the class of mmdet that defines ``loss_by_feat``."""
+"""Adapters by the name of the mmdet class that defines ``loss_by_feat``."""
 
 
 def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
-    """The losses of a dense head that :func:`check_chunks` accepts. Arguments as of :class:`BatchLoss`."""
+    """Make the losses of a dense head that :func:`check_chunks` accepts. Takes the arguments of :class:`BatchLoss`."""
     return _adapter(head)(head, sizes, data_samples, like)
 
 
 def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Raise :class:`MisuseError` where losses of a dense head can't be computed for a few images at a time.
+    """Raise :class:`MisuseError` if the losses of a dense head can't be computed for a few images at a time.
 
     Args:
         head: The dense head.
-        modules: All modules that would run on a few images.
+        modules: All modules that would run on a few images at a time.
     """
     if _adapter(head) is None:
         raise MisuseError(
@@ -232,13 +232,13 @@ def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
 def dense_head_losses(
     head: nn.Module, maps: Sequence[Tensor], make: Callable[[Sizes, Tensor], BatchLoss]
 ) -> dict[str, Tensor | list[Tensor]]:
-    """The losses of a whole batch at once; targets are found after the head has run, as mmdet does."""
+    """The losses of a whole batch in one pass. Targets are computed after the head has run, as in mmdet."""
     outputs = head(maps)
     return make(map_sizes(maps), outputs[0][0])(outputs)
 
 
 def map_sizes(maps: Sequence[Tensor]) -> Sizes:
-    """Height and width of feature maps."""
+    """Height and width of each feature map."""
     return [(*level.shape[-2:],) for level in maps]
 
 
@@ -260,6 +260,6 @@ def _adapter(head: nn.Module) -> type[BatchLoss] | None:
 
 
 def _is_stock(head: nn.Module, name: str, owner: str) -> bool:
-    """Whether a head has a method from the mmdet class ``owner``, or from a base class of that."""
+    """Whether a head inherits a method from the mmdet class ``owner``, or from a base class of ``owner``."""
     stock = next(cls for cls in type(head).__mro__ if cls.__name__ == owner)
     return getattr(type(head), name, None) is getattr(stock, name, None)
