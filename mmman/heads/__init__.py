@@ -1,4 +1,4 @@
-"""The local heads: what is trained at a boundary, by task and by method."""
+"""The local heads, which train a block at its boundary, by task and method."""
 
 from mmman.heads.auglocal import AugLocalHead
 from mmman.heads.cls import ClsLocalHead, DGLLocalHead

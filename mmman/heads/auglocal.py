@@ -1,4 +1,4 @@
-"""AugLocal: an auxiliary network that looks like the layers that follow."""
+"""AugLocal: an auxiliary network built like the layers that follow in the backbone."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from mmman.registry import MODELS
 class AugLocalHead(ClsLocalHead):
     """The local head of Ma et al., "Scaling Supervised Local Learning with Augmented Auxiliary Networks" (2024).
 
-    A network of ``depth`` layers built like units that are spread evenly over what follows in the backbone, the last one
-    included, with weights of their own; then pooling and the classifier. Where two neighbours don't fit, a 1x1 convolution
-    with BN, strided as needed, goes between them.
+    The network has ``depth`` layers built like units of the backbone, with their own weights. The units are spread evenly over
+    those that follow, and include the last one. Pooling and the classifier come after them. Where shapes of consecutive layers
+    don't match, a 1x1 convolution with BN, strided as needed, is inserted.
 
     Args:
-        depth: Number of units; fewer where fewer follow.
+        depth: Number of units; fewer if fewer follow.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
@@ -61,7 +61,7 @@ class AugLocalHead(ClsLocalHead):
 
 
 class _Adapter(nn.Module):
-    """Brings features into the shape that a unit expects; nothing where they have it."""
+    """Converts features to the shape that a unit expects. Does nothing if the shapes are equal."""
 
     def __init__(self, source: Feature, target: Feature) -> None:
         super().__init__()

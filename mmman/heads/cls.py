@@ -1,4 +1,4 @@
-"""The local heads of classifiers: any classification head of mmpretrain behind a small network; DGL's network."""
+"""Local heads of classifiers: any classification head of mmpretrain after a small network, e.g. DGL's."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mmman.registry import MODELS
 
 
 class ClsLocalHead(LocalHead):
-    """Transfer, a network that a subclass gives by :meth:`embed`, then a linear classifier built from the model's own head.
+    """Transfer, then a subclass's network (:meth:`embed`), then a linear classifier built from the model's own head.
 
-    Number of classes, loss (label smoothing, focal, multi-label), top-k and soft targets (Mixup, CutMix) are those of the
+    The number of classes, loss (label smoothing, focal, multi-label), top-k and soft targets (Mixup, CutMix) are those of the
     model's head; its ``in_channels`` is replaced.
 
     Args:
-        in_channels: Features that :meth:`embed` returns.
+        in_channels: Number of features that :meth:`embed` returns.
         head: Config of the model's classification head, ``_base_.model.head``: a linear one of mmpretrain.
         boundary, transfer, loss_weight, init_cfg: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``head`` isn't such a head, or doesn't say its ``num_classes``.
+        MisuseError: ``head`` isn't such a head, or doesn't set ``num_classes``.
     """
 
     task = 'classifier'
@@ -53,7 +53,7 @@ class ClsLocalHead(LocalHead):
     def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if 'head' not in model:
             return {}
-        stock = model['backbone'].get('backbone') or {}  # which has the classifier of a VGG
+        stock = model['backbone'].get('backbone') or {}  # VGG's classifier is in the backbone
         return {'head': {**({'num_classes': stock['num_classes']} if 'num_classes' in stock else {}), **model['head']}}
 
     @classmethod
@@ -63,7 +63,7 @@ class ClsLocalHead(LocalHead):
         return {'head': {**head, 'type': _LINEAR.get(name, name)}}
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
-        """Features for the classifier.
+        """Compute features for the classifier.
 
         Args:
             y: The transfer's output, (B, C, H, W) or (B, L, C).
@@ -79,7 +79,7 @@ class ClsLocalHead(LocalHead):
         return self.head.loss((self.embed(y, inputs),), data_samples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the model is no classifier, or has another number of classes."""
+        """Raise :class:`MisuseError` if the model is not a classifier, or has another number of classes."""
         super().check_model(model)
         owners = [getattr(model, name, None) for name in ('head', 'backbone')]
         theirs = next((n for owner in owners if (n := getattr(owner, 'num_classes', None)) and n > 0), None)
@@ -95,8 +95,8 @@ class ClsLocalHead(LocalHead):
 class DGLLocalHead(ClsLocalHead):
     """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
 
-    Average pooling to 8x8, three 1x1 convolutions, global pooling, three linear layers, each with BN and ReLU, and the
-    classifier. Its cost hardly depends on the image's size.
+    It consists of average pooling to 8x8, three 1x1 convolutions, global pooling and three linear layers, each with BN and
+    ReLU, and the classifier. Its cost is nearly independent of the image size.
 
     Args:
         pool_size: Height and width that larger features are pooled to.
@@ -133,7 +133,7 @@ _LINEAR = {
     'MultiLabelClsHead': 'MultiLabelLinearClsHead',
     'DeiTClsHead': 'VisionTransformerClsHead',
 }
-"""Heads that only hold a loss, or that take a particular backbone's output, and the linear head that stands for them."""
+"""Heads that only hold a loss, or that take the output of a particular backbone, and the linear heads that replace them."""
 
 
 def _classifier(head: dict, in_channels: int) -> nn.Module:

@@ -38,21 +38,23 @@ from mmman.registry import MODELS
 class DetLocalHead(LocalHead):
     """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
 
-    The head predicts on the levels that :func:`assign_levels` gives it. An anchor-based head is shown the objects whose size
-    its levels' anchors can match (:func:`size_range`); a point-based one has its ``regress_ranges`` for that.
+    The head predicts on the levels that :func:`assign_levels` returns. An anchor-based head is trained only on objects whose
+    size the anchors of its levels can match (:func:`size_range`); a point-based head has ``regress_ranges`` for this purpose.
 
     Args:
         bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
             ATSSHead, GFLHead.
         train_cfg: Its training config, which mmdet injects at model level: ``_base_.model.train_cfg``.
-        num_classes: In place of ``bbox_head`` and ``train_cfg``, for two-stage detectors: RetinaNet's head for so many classes.
-        stacked_convs: Convolutions a tower; the model's own head usually has 4.
-        downsample: Pool the features by this factor along a side: the dense head sits on a grid so much coarser, with anchors
-            of the same sizes, and takes its square less memory and time. Not in the paper.
+        num_classes: Replaces ``bbox_head`` and ``train_cfg`` for two-stage detectors: RetinaNet's head with this number of
+            classes.
+        stacked_convs: Convolutions per tower; the model's own head usually has 4.
+        downsample: Factor by which features are pooled along a side. The dense head then runs on a grid that much coarser, with
+            anchors of the same sizes, and its memory and time shrink by the factor squared. Not in the paper.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``bbox_head`` is no dense head of that kind, by name; or both or none of it and ``num_classes`` are given.
+        MisuseError: ``bbox_head`` isn't a dense head of that kind (the message names it); or both or neither of ``bbox_head``
+            and ``num_classes`` are given.
     """
 
     task = 'detector'
@@ -111,7 +113,7 @@ class DetLocalHead(LocalHead):
             )
 
     def _dry_run(self, config: dict) -> tuple[str, ...]:
-        """Parameters of the dense head that its loss doesn't reach; refuses a head that can't be built, or has no loss."""
+        """Parameters of the dense head that its loss doesn't reach. Rejects a head that can't be built, or whose loss fails."""
         scope = DefaultScope.get_current_instance()
         key = repr((config, self.level_strides, scope and scope.scope_name))
         if key not in _UNREACHED:
@@ -127,7 +129,7 @@ class DetLocalHead(LocalHead):
     @classmethod
     def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get('num_classes') is not None and 'bbox_head' in model:
-            return {}  # chosen in place of the model's own dense head
+            return {}  # replaces the model's own dense head
         if isinstance(model.get('bbox_head'), Mapping):
             return {'bbox_head': model['bbox_head'], 'train_cfg': model.get('train_cfg')}
         boxes = (model.get('roi_head') or {}).get('bbox_head')
@@ -146,7 +148,7 @@ class DetLocalHead(LocalHead):
         return _losses_of(self.bbox_head, self.maps(y, inputs), self.filter_gt(data_samples))
 
     def maps(self, y: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The dense head's feature maps, (B, C, H, W) by level, from what the transfer makes of the block's output."""
+        """The dense head's feature maps, (B, C, H, W) by level, from the transfer's output for the block."""
         y = self.as_map(y, inputs)
         if self.downsample > 1:
             y = F.avg_pool2d(y, self.downsample, ceil_mode=True)
@@ -162,7 +164,7 @@ class DetLocalHead(LocalHead):
         return self.bbox_head
 
     def filter_gt(self, data_samples: list) -> list:
-        """Views of the data samples with the objects of this head's sizes; the samples themselves stay whole."""
+        """Views of the data samples with only the objects of this head's sizes; the samples themselves are not modified."""
         if self.gt_size_range is None:
             return data_samples
         from mmdet.structures.bbox import cat_boxes, get_box_wh
@@ -170,7 +172,7 @@ class DetLocalHead(LocalHead):
         instances = [sample.gt_instances for sample in data_samples]
         width, height = get_box_wh(cat_boxes([own.bboxes for own in instances]))
         size, (low, high) = (width * height).sqrt(), self.gt_size_range
-        is_kept = ((size >= low) & (size <= high)).tolist()  # one wait for the device; selecting by it here needs no other
+        is_kept = ((size >= low) & (size <= high)).tolist()  # the only device-to-host sync: the selection below needs no other
         views = []
         for sample, own in zip(data_samples, instances, strict=True):
             flags, is_kept = is_kept[: len(own)], is_kept[len(own) :]
@@ -180,7 +182,7 @@ class DetLocalHead(LocalHead):
         return views
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the model is no detector, or its own head has another ``num_classes``."""
+        """Raise :class:`MisuseError` if the model is not a detector, or its own head has another ``num_classes``."""
         super().check_model(model)
         own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
         own = own[0] if isinstance(own, nn.ModuleList) else own
@@ -222,13 +224,13 @@ _RETINANET_TRAINING = {
 }
 
 _UNREACHED: dict[str, tuple[str, ...]] = {}
-"""What dry runs found, by the config of the dense head and its strides: the same answer for every model of a process."""
+"""Results of dry runs by dense-head config and strides. They are the same for every model in a process."""
 
 
 def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
-    """Parameters of a dense head that its loss doesn't reach.
+    """Parameters of a dense head that get no gradient from its loss.
 
-    What fails on small maps (deformable convolutions) is tried on larger ones, and what fails without masks with them.
+    If the loss fails on small maps (deformable convolutions), larger maps are tried, then larger maps with masks.
     """
 
     def build() -> nn.Module:
@@ -244,14 +246,14 @@ def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
 
 
 def _losses_of(head: nn.Module, maps: tuple[Tensor, ...], data_samples: list) -> dict[str, Tensor | list[Tensor]]:
-    """``head.loss(maps, data_samples)``, with targets that are found for all images in one pass where that is known."""
+    """``head.loss(maps, data_samples)``, with targets computed for all images in one pass where :func:`is_known` allows it."""
     if not is_known(head):
         return head.loss(maps, data_samples)
     return dense_head_losses(head, maps, lambda sizes, like: AnchorLoss(head, sizes, data_samples, like))
 
 
 def _losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
-    """Losses of a dense head on random features, ``cells`` or more along a side, with objects of all sizes and without any."""
+    """Losses of a dense head on random features, ``cells`` or more along a side: with objects of all sizes, then with none."""
     device = next(head.parameters()).device
     side = max(64, cells * max(strides))
     for along in (5, 0):

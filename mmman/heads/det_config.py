@@ -1,4 +1,4 @@
-"""Configs of mmdet's dense heads, adapted to a local head: which can stand alone, and on some levels of the pyramid."""
+"""Adapt configs of mmdet's dense heads to a local head: reject or replace unsuitable heads, and select pyramid levels."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ UNFIT = {
     'FSAFHead': "it chooses an object's level by comparing the losses of all levels",
     'RepPointsHead': "its point assigner needs the levels' scales to start at the pyramid's",
 }
-"""Dense heads that build and run on some of the levels, and train something else there."""
+"""Dense heads that build and run on a subset of the levels, but train something different there."""
 _INSTEAD = {
     'LDHead': ('GFLHead', 'without its teacher'),
     'LADHead': ('PAAHead', 'without its teacher'),
     'CondInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
     'BoxInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
 }
-"""Heads that compute their loss with, or for, another network, and the head that they are without it."""
+"""Heads whose loss involves another network, the head that replaces them without that network, and how the two differ."""
 _LEVEL_COUNTS = ('num_ins',)
-"""Options that are the number of levels."""
+"""Options that hold the number of levels."""
 _OF_GENERATORS = {'strides', 'base_sizes', 'centers'}
-"""Options of generators that may have a value a level."""
+"""Options of generators that may have one value per level."""
 
 
 def refusal(kind: str | type, reason: str) -> str:
-    """Says that a dense head, named as in a config, can't be a local head, why, and what to set instead."""
+    """Error message: why a dense head, named as in a config, can't be a local head, and what to set instead."""
     name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
     others = [head for head in ('RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead') if head != name]
     return (
@@ -42,7 +42,7 @@ def refusal(kind: str | type, reason: str) -> str:
 
 
 def standing_alone(config: dict) -> dict:
-    """The config of the head itself, or, of one that another network takes part in, of the head that it is without it."""
+    """Return the config itself or, if the head's loss involves another network, that of the head that does without it."""
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
     if cls is None or cls.__name__ not in _INSTEAD:
@@ -56,7 +56,7 @@ def standing_alone(config: dict) -> dict:
 
 
 def throw_away(config: dict) -> nn.Module:
-    """A head that knows the whole pyramid, values included, also when building on meta."""
+    """Build a temporary head on the whole pyramid, on the CPU, so that its values are available even when building on meta."""
     try:
         with torch.device('cpu'):
             return MODELS.build(copy.deepcopy(config))
@@ -65,7 +65,7 @@ def throw_away(config: dict) -> nn.Module:
 
 
 def _options(cls: type) -> dict[str, object]:
-    """The options of a class by name, those that it passes on included, with their defaults."""
+    """The options of a class by name with their defaults, including those that it passes to base classes."""
     found: dict[str, object] = {}
     for base in cls.__mro__:
         for name, option in inspect.signature(base.__init__).parameters.items():
@@ -74,13 +74,13 @@ def _options(cls: type) -> dict[str, object]:
 
 
 def anchors_by_level(whole: nn.Module) -> list[Tensor] | None:
-    """Base anchors of every level, (A, 4), where objects are assigned to anchors; None where they are to points."""
+    """Base anchors of every level, (A, 4), if objects are assigned to anchors; None if they are assigned to points."""
     generators = [whole.prior_generator, *(value for name, value in vars(whole).items() if name.endswith('prior_generator'))]
     return next((generator.base_anchors for generator in generators if hasattr(generator, 'base_anchors')), None)
 
 
 def at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
-    """The dense head's config with every option that has a value a level, given or default, cut down to ``levels``."""
+    """The dense head's config with every per-level option, set or default, restricted to ``levels``."""
     count = len(whole.prior_generator.strides)
     options = _options(type(whole))
     own = {name: value for name, value in vars(whole).items() if name in options and _is_per_level(value, count)}
@@ -95,7 +95,7 @@ def at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
 
 
 def coarser(config: dict, factor: int) -> dict:
-    """The dense head's config on grids ``factor`` times coarser, with anchors as large as before."""
+    """The dense head's config for grids ``factor`` times coarser, with anchors of the same sizes."""
     if factor == 1:
         return config
     generators = [value for value in config.values() if _has_strides(value)]

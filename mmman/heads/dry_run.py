@@ -1,4 +1,4 @@
-"""One training step of a task head on random features, before it is used: does it work, and what does its loss not reach."""
+"""Run a training step of a task head on random features before it is used: check its loss and find untrained parameters."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from mmman.errors import MisuseError
 from mmman.messages import one_line
 
 IMAGES = 2
-"""Images in a batch: one is too few for BatchNorm behind a global pooling."""
+"""Number of images in a batch: one is too few for BatchNorm after global pooling."""
 
 
 class DryRunError(MisuseError):
-    """A head can't be built, or its loss fails; the message is the reason, on one line."""
+    """Raised when a head can't be built or its loss fails. The message is the reason, on one line."""
 
 
 def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Module], Iterable[dict]]) -> tuple[str, ...]:
-    """Run the losses of a head forward and backward, and find the parameters that get no gradient.
+    """Run the losses of a head forward and backward, and return the parameters that get no gradient.
 
-    The head is built for this alone, on the CPU (on the GPU in a job over NCCL, because losses may be averaged over processes).
-    The random state stays as it is.
+    A temporary head is built for this on the CPU (on the GPU in a job over NCCL, because losses may be averaged over
+    processes). The random state doesn't change.
 
     Args:
         build: Builds the head.
         losses: Yields the head's losses by name, batch by batch.
 
     Returns:
-        Names of the parameters that no batch gives a gradient.
+        Names of the parameters that get no gradient from any batch.
 
     Raises:
         DryRunError: The head can't be built, or one of its losses fails.
@@ -52,25 +52,25 @@ def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Mo
 
 
 def total_loss(losses: dict[str, Tensor | list[Tensor]]) -> Tensor:
-    """The sum of the losses among a head's outputs, as a model's ``parse_losses`` takes it."""
+    """The sum of the losses among a head's outputs, computed as in a model's ``parse_losses``."""
     chosen = [value for name, value in losses.items() if 'loss' in name]
     return sum(part.mean() for value in chosen for part in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and message of an error on one line."""
+    """The type and message of an error on one line."""
     return one_line(f'{type(error).__name__}: {error}', 240)
 
 
 def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5, masks: bool = False) -> list:
-    """Data samples of :data:`IMAGES` square images with objects of all sizes.
+    """Create data samples of :data:`IMAGES` square images with objects of all sizes.
 
     Args:
         side: Height and width of the images, in pixels.
         classes: Number of classes.
-        device: Of the tensors.
-        along: Objects of one size along a side, at most, without overlap; 0: no objects.
-        masks: The objects have masks, as data for instance segmentation.
+        device: Device of the tensors.
+        along: Maximum number of objects of one size along a side, without overlap; 0: no objects.
+        masks: Whether the objects have masks, as in data for instance segmentation.
     """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -100,7 +100,7 @@ def _grid(size: int, side: int, along: int) -> Tensor:
 
 
 def _inside(boxes: Tensor, side: int) -> Tensor:
-    """Which pixels of a square image are in which box, (N, side, side)."""
+    """Mask of each box in a square image, (N, side, side)."""
     centres = torch.arange(side) + 0.5
     across, down = ((centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None]) for i in (0, 1))
     return down[:, :, None] & across[:, None]

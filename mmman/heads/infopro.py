@@ -1,4 +1,4 @@
-"""InfoPro: a local classifier, or supervised contrast, beside a reconstruction of the image."""
+"""InfoPro: a local classifier or a supervised contrastive loss, with a reconstruction of the image."""
 
 from __future__ import annotations
 
@@ -24,16 +24,17 @@ from mmman.registry import MODELS
 class InfoProLocalHead(ClsLocalHead):
     """The local head of information propagation (Wang et al., "Revisiting Locally Supervised Learning", 2021).
 
-    ``lambda_rec * BCE(reconstruction, image) + lambda_task * (cross entropy or supervised contrast)``, both lambdas linear in
-    the block's index from the first local block to the last.
+    ``lambda_rec * BCE(reconstruction, image) + lambda_task * (cross entropy or supervised contrast)``. Both lambdas are linear
+    in the block's index from the first local block to the last.
 
     Args:
         classifier: ``'1c2f'``, for small images: a 3x3 convolution to min(2C, 64) channels, pooling, a linear layer to 128.
-            ``'imagenet'``: 1x1 to C/4, 3x3 of stride 2 to 256 and to 512, 1x1 to 2048, pooling. The decoder goes with it.
+            ``'imagenet'``: 1x1 to C/4, 3x3 of stride 2 to 256 and to 512, 1x1 to 2048, pooling. The option also selects the
+            decoder.
         lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block.
-        lambda_task: Weight of the classification or contrast, likewise.
-        contrast: Whether the task is supervised contrast instead of classification. It needs hard labels.
-        temperature: Of the contrast.
+        lambda_task: Weight of the classification or contrast, in the same format.
+        contrast: Whether to use supervised contrast instead of classification. It needs hard labels.
+        temperature: Temperature of the contrast.
         pixel_range: The lowest and the highest value of a pixel in the images that the data preprocessor gets; see
             :class:`mmman.heads.reconstruction.ReconstructionTarget`.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
@@ -99,7 +100,7 @@ class InfoProLocalHead(ClsLocalHead):
         }
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the classes differ, or the images can't be restored."""
+        """Raise :class:`MisuseError` if the classes differ, or the images can't be restored."""
         super().check_model(model)
         self.target.check_model(model)
 
@@ -108,12 +109,12 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
     """Supervised contrastive loss (Khosla et al., 2020, L_out) over one view of each image of the batch.
 
     Args:
-        features: (B, D), normalised here.
+        features: (B, D). They are normalised in this function.
         labels: Class indices, (B,).
         temperature: Divides the cosine similarities.
 
     Returns:
-        A scalar: the mean over all images that have another of their class in the batch; 0 where none has.
+        A scalar: the mean over all images whose class has another image in the batch; 0 if there are none.
     """
     features = F.normalize(features.float(), dim=1)
     itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)

@@ -1,4 +1,4 @@
-"""The layers that local heads are made of, and how they start."""
+"""Layers of local heads, and their initialisation."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ INIT = [
     {'type': 'TruncNormal', 'layer': 'Linear', 'std': 0.02},
     {'type': 'Constant', 'layer': ['_BatchNorm', 'LayerNorm'], 'val': 1},
 ]
-"""mmengine's initialisation of the networks in local heads: He for convolutions, as mmpretrain's backbones start."""
+"""mmengine's initialisation of the networks in local heads: He for convolutions, as in mmpretrain's backbones."""
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
-    """A convolution that keeps the size, or divides it by ``stride``, with BN and ReLU."""
+    """A convolution with BN and ReLU that keeps the spatial size, or divides it by ``stride``."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
         nn.BatchNorm2d(outputs),

@@ -1,4 +1,4 @@
-"""Which pyramid levels, and so which object sizes, each local detection head supervises: one rule for every cut and stride."""
+"""Assign pyramid levels, and so object sizes, to each local detection head, by one rule for every cut and stride."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from torch import Tensor, nn
 
 
 def assign_levels(stride: int, strides: Sequence[int], level_strides: Sequence[int]) -> list[int]:
-    """The levels of the detector's pyramid that a local head on features of ``stride`` predicts on.
+    """Return the levels of the detector's pyramid that a local head on features of ``stride`` predicts on.
 
-    Every level goes to the heads with the largest stride that isn't above the level's own; a level finer than all heads goes to
-    the finest. So the heads together cover every level. A head that is left without one (stride 4 beside a head of stride 8,
-    on a pyramid that starts at 8) takes the finest level that isn't finer than itself, or else the coarsest.
+    Each level is assigned to the heads with the largest stride that is not above the level's stride. A level finer than all
+    heads is assigned to the finest head. The heads together therefore cover every level. A head without a level (stride 4
+    beside a head of stride 8, on a pyramid that starts at 8) gets the finest level that isn't finer than the head, or else the
+    coarsest.
 
     Args:
         stride: This head's stride, in pixels.
-        strides: The strides of all local heads, this one included.
+        strides: The strides of all local heads, including this one.
         level_strides: The strides of the pyramid's levels, ascending.
 
     Returns:
@@ -35,17 +36,17 @@ def assign_levels(stride: int, strides: Sequence[int], level_strides: Sequence[i
 def size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The object sizes (square root of the area, pixels) that anchors of ``levels`` can match in the full pyramid.
 
-    An anchor and an object of the same centre and shape have an IoU of at least 0.5 while their sizes differ by at most a
-    factor sqrt(2). Beyond that, an assigner that gives every object its best anchor (``min_pos_iou=0``, ATSS) would force it
-    onto a level that never sees it in the full pyramid. Between two levels further apart than that the geometric mean divides;
-    the finest level is open below and the coarsest above, so every size belongs to some level.
+    An anchor and an object with the same centre and shape have an IoU of at least 0.5 if their sizes differ by at most a factor
+    sqrt(2). Beyond this factor, an assigner that gives every object its best anchor (``min_pos_iou=0``, ATSS) would force it
+    onto a level that never gets it in the full pyramid. Between two levels that are further apart, the geometric mean is the
+    limit. The finest level has no lower and the coarsest no upper limit, so every size belongs to some level.
 
     Args:
         levels: Consecutive level indices of one head, ascending.
         prior_sizes: For every level of the pyramid, the smallest and the largest anchor size.
 
     Returns:
-        Lower and upper bound, inclusive; 0 and infinity where open.
+        Lower and upper bound, inclusive; 0 and infinity if there is no limit.
     """
     first, last = levels[0], levels[-1]
     low, high = 0.0, math.inf
@@ -57,15 +58,15 @@ def size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, float]]
 
 
 class LevelProjection(BaseModule):
-    """Feature maps for the assigned levels, from one map: a 1x1 convolution, then a factor 2 at a time.
+    """Feature maps for the assigned levels from one map: a 1x1 convolution, then steps by a factor of 2.
 
-    Coarser levels come from 3x3 convolutions of stride 2, as an FPN makes its extra ones; a finer level by nearest upsampling.
+    Coarser levels come from 3x3 convolutions of stride 2, like an FPN's extra levels; finer levels from nearest upsampling.
 
     Args:
         in_channels: Channels of the map.
         out_channels: Channels of every level.
         stride: The map's stride in pixels.
-        level_strides: The strides of the levels to make, ascending, each the map's stride times a power of two.
+        level_strides: The strides of the output levels, ascending, each the map's stride times a power of two.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, level_strides: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""PredSim: a linear prediction beside similarity matching."""
+"""PredSim: a linear classifier with a similarity matching loss."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mmman.options import Range, checked
 from mmman.registry import MODELS
 
 MAX_FEATURES = 2048
-"""The linear classifier sees the map pooled to at most that many values."""
+"""The linear classifier's input is the map, pooled to at most this number of values."""
 
 
 @MODELS.register_module()
 @checked('model.backbone.local_head', given=GIVEN)
 class PredSimLocalHead(ClsLocalHead):
-    """The local head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019), its ``predsim``.
+    """The ``predsim`` head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019).
 
-    ``(1 - beta) * cross entropy of a linear classifier + beta * mean (S(conv(y)) - S(labels))^2``, where S is the matrix of
-    cosine similarities between the batch's images: of the spatial standard deviations of their channels (of their values, on a
-    map of one pixel), or of their labels.
+    ``(1 - beta) * cross entropy of a linear classifier + beta * mean (S(conv(y)) - S(labels))^2``. S is the matrix of cosine
+    similarities between the batch's images. For conv(y) it compares the spatial standard deviation of each channel, or the
+    value itself on a map of one pixel.
 
     Args:
         beta: Share of the similarity matching, from 0 to 1.
@@ -61,7 +61,7 @@ class PredSimLocalHead(ClsLocalHead):
         return {'loss_pred': (1 - self.beta) * prediction, 'loss_sim': self.beta * matching}
 
     def _targets(self, data_samples: list) -> Tensor:
-        """Class scores, (B, num_classes): one for every label of an image, or what Mixup made of them."""
+        """Class scores, (B, num_classes): one for each label of an image, or the mixed scores of Mixup."""
         if 'gt_score' in data_samples[0]:
             return torch.stack([sample.gt_score for sample in data_samples]).float()
         labels = [sample.gt_label for sample in data_samples]
@@ -71,6 +71,6 @@ class PredSimLocalHead(ClsLocalHead):
 
 
 def similarity_matrix(features: Tensor) -> Tensor:
-    """Cosine similarities (B, B) between centred rows of (B, D)."""
+    """Cosine similarities (B, B) between the centred rows of (B, D)."""
     centred = F.normalize(features - features.mean(1, keepdim=True), dim=1, eps=1e-8)
     return centred @ centred.T

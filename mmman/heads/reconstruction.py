@@ -1,4 +1,4 @@
-"""Reconstruction of the input image from a block's output: the half of InfoPro that keeps information for later blocks."""
+"""Reconstruct the input image from a block's output: the part of InfoPro that preserves information for later blocks."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from mmman.errors import MisuseError
 from mmman.heads.layers import conv_bn_relu
 
 CHECKED_SIDE = 64
-"""About so many rows and columns of every image are looked at where pixels are checked."""
+"""Approximate number of rows and of columns of every image that the pixel check reads."""
 
 MOST_OUTSIDE = 0.25
-"""Share of a channel's pixels that may be outside the range: augmentations in floating point overshoot."""
+"""Maximum share of a channel's pixels outside the range: floating-point augmentations may overshoot."""
 
 LEAST_SPREAD = 0.02
-"""Share of the range that the values of a channel have to take up."""
+"""Minimum share of the range that the values of a channel must span."""
 
 ROUNDING = 1e-3
-"""How far outside [0, 1] a restored pixel may be by rounding."""
+"""How far outside [0, 1] a restored pixel may be due to rounding."""
 
 
 class ReconstructionDecoder(BaseModule):
-    """Logits of the image's pixels from a feature map.
+    """Computes logits of the image's pixels from a feature map.
 
     Args:
         in_channels: Channels C of the map.
-        stride: Its stride in pixels.
+        stride: Stride of the map in pixels.
         stepwise: False, for small images: bilinear upsampling to the image's size, then 3x3 convolutions to 12 and to the
             image's channels. True: a 1x1 convolution to C/4, then for every doubling bilinear upsampling and a 3x3 convolution;
             the last four have 64, 32, 12 and the image's channels (InfoPro on ImageNet).
@@ -65,10 +65,10 @@ class ReconstructionDecoder(BaseModule):
 
 
 class ReconstructionTarget:
-    """What a local head reconstructs: the images that a data preprocessor made the model's inputs from, in [0, 1].
+    """Computes the target of the reconstruction: the images before the data preprocessor, scaled to [0, 1].
 
-    The first batch that isn't blank is checked: a wrong ``pixel_range`` would make the target a constant. Later batches aren't,
-    so that nothing waits for the device.
+    The first batch that isn't blank is checked: a wrong ``pixel_range`` would make the target a constant. Later batches aren't
+    checked, to avoid device-to-host syncs.
 
     Args:
         pixel_range: The lowest and the highest value of a pixel in the images that the data preprocessor gets: ``(0, 255)`` for
@@ -90,16 +90,16 @@ class ReconstructionTarget:
         self.is_checked = False
 
     def __call__(self, inputs: Tensor, data_preprocessor: nn.Module) -> Tensor:
-        """The target for a batch.
+        """Compute the target for a batch.
 
         Args:
-            inputs: What the model sees, (B, channels, H0, W0), normalised by ``data_preprocessor`` or not.
+            inputs: The model's inputs, (B, channels, H0, W0), normalised by ``data_preprocessor`` or not.
 
         Returns:
             Shaped as ``inputs``, in [0, 1].
 
         Raises:
-            MisuseError: The pixels of the first batch aren't in the range, or take up next to nothing of it.
+            MisuseError: Pixels of the first batch are outside the range, or span almost none of it.
         """
         images = pixels(inputs, data_preprocessor, (self.low, self.high))
         if not self.is_checked:
@@ -107,7 +107,7 @@ class ReconstructionTarget:
         return images.clamp_(0, 1)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the images can't be restored from the model's inputs."""
+        """Raise :class:`MisuseError` if the images can't be restored from the model's inputs."""
         preprocessor = getattr(model, 'data_preprocessor', None)
         name = type(preprocessor).__name__
         if not hasattr(preprocessor, '_enable_normalize'):
@@ -127,7 +127,7 @@ class ReconstructionTarget:
             raise MisuseError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
 
     def _check(self, images: Tensor) -> None:
-        """Look at some pixels of every image, by channel: a channel of one value says nothing."""
+        """Check a sample of the pixels of every image, by channel. A channel with a single value is skipped."""
         rows, columns = (max(1, side // CHECKED_SIDE) for side in images.shape[-2:])
         seen = images.detach()[..., ::rows, ::columns].transpose(0, 1).flatten(1)  # (channels, pixels)
         is_blank = seen.amin(1) == seen.amax(1)
@@ -149,13 +149,13 @@ class ReconstructionTarget:
 
 
 def pixels(inputs: Tensor, data_preprocessor: nn.Module, pixel_range: tuple[float, float] = (0, 255)) -> Tensor:
-    """The images that a data preprocessor made ``inputs`` from, with ``pixel_range`` mapped to [0, 1] and nothing cut off.
+    """Restore the images before the data preprocessor, with ``pixel_range`` mapped to [0, 1] and no clamping.
 
     Args:
         inputs: (B, C, H0, W0).
 
     Returns:
-        Shaped as ``inputs``, in memory of its own.
+        Shaped as ``inputs``, in newly allocated memory.
     """
     low, high = pixel_range
     if not data_preprocessor._enable_normalize:

@@ -1,4 +1,4 @@
-"""The local head of segmentors: any single-level decode head of mmseg, and, for InfoPro, a reconstruction of the image."""
+"""The local head of segmentors: any single-level decode head of mmseg and, for InfoPro, a reconstruction of the image."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from mmman.options import NonNegative, checked
 from mmman.registry import MODELS
 
 SHARED = ('num_classes', 'ignore_index', 'align_corners')
-"""What a local head takes from the model's own decode head, of any kind."""
+"""Options that a local head takes from the model's own decode head, whatever its kind."""
 OF_PIXELS = ('out_channels', 'threshold', 'sampler', 'loss_decode', 'norm_cfg')
-"""What it takes too of a head that classifies pixels. A head that predicts masks (Mask2Former) means other things by these."""
+"""Further options, only from a head that classifies pixels. They mean other things in one that predicts masks (Mask2Former)."""
 
 FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input': False}
 """A 3x3 convolution with norm and ReLU, dropout, a 1x1 convolution."""
@@ -33,27 +33,27 @@ FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input':
 @MODELS.register_module()
 @checked('model.backbone.local_head', given=GIVEN)
 class SegLocalHead(LocalHead):
-    """Transfer, then a decode head, and beside it a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
+    """Transfer, then a decode head and, as an option, a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
 
-    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``, both lambdas linear in the block's
-    index. Classes, ignored index, ``align_corners``, pixel sampler (OHEM), losses with their class weights, and the norm layers
-    are those of the model's own head.
+    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``. Both lambdas are linear in the
+    block's index. Classes, ignored index, ``align_corners``, pixel sampler (OHEM), losses with their class weights, and norm
+    layers are those of the model's own head.
 
     Args:
-        decode_head: Config of the model's decode head, ``_base_.model.decode_head``; of a cascade the last counts, of K-Net the
-            one that generates its kernels.
-        network: Config of the local decode head, without what it shares with the model's: a single-level head of mmseg.
+        decode_head: Config of the model's decode head, ``_base_.model.decode_head``. For a cascade the last head is used, for
+            K-Net the head that generates its kernels.
+        network: Config of the local decode head, without the options shared with the model's: a single-level head of mmseg.
             Default: an FCN head with one 3x3 convolution to 256 channels.
-        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 leaves it
-            out. InfoPro on Cityscapes: 1.5.
-        lambda_task: Weight of the decode head's losses, likewise.
+        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 disables it.
+            InfoPro on Cityscapes: 1.5.
+        lambda_task: Weight of the decode head's losses, in the same format.
         pixel_range: With a reconstruction, the lowest and the highest value of a pixel in the images that the data preprocessor
             gets; see :class:`mmman.heads.reconstruction.ReconstructionTarget`.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``decode_head`` doesn't say ``num_classes``; or ``network`` needs several feature levels or another head's
-            prediction, or its losses fail in a dry run, by name.
+        MisuseError: ``decode_head`` doesn't set ``num_classes``; or ``network``, which the message names, needs several feature
+            levels or another head's prediction, or its losses fail in a dry run.
     """
 
     task = 'segmentor'
@@ -111,7 +111,7 @@ class SegLocalHead(LocalHead):
         return losses
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` where the task or the classes differ, or the images can't be restored."""
+        """Raise :class:`MisuseError` if the task or the classes differ, or the images can't be restored."""
         super().check_model(model)
         theirs = getattr(model, 'num_classes', None)
         if theirs not in (None, self.decode_head.num_classes):
@@ -124,7 +124,7 @@ class SegLocalHead(LocalHead):
 
 
 def _shared(decode_head: dict | list) -> dict:
-    """What the model's own head says of classes, labels and losses; of a cascade its last head, of K-Net its first."""
+    """Options of the model's own head on classes, labels and losses; of a cascade its last head, of K-Net its first."""
     own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
     own = own if 'num_classes' in own else own.get('kernel_generate_head', own)
     if 'num_classes' not in own:
@@ -174,7 +174,7 @@ def _single_level(config: dict, is_default: bool) -> nn.Module:
 
 
 def _dry_run(config: dict, is_default: bool) -> tuple[str, ...]:
-    """Parameters that the decode head's losses don't reach; refuses a head whose losses fail."""
+    """Parameters that the decode head's losses don't train. Rejects a head whose losses fail."""
     scope = DefaultScope.get_current_instance()
     key = repr((config, scope and scope.scope_name))
     if key not in _UNREACHED:
@@ -199,7 +199,7 @@ def _refusal(config: dict, reason: str, is_default: bool) -> str:
 
 
 _UNREACHED: dict[str, tuple[str, ...]] = {}
-"""What dry runs found, by the config of the decode head: the same answer for every model of a process."""
+"""Results of dry runs by decode-head config. They are the same for every model in a process."""
 
 
 def _losses(head: nn.Module) -> Iterator[dict]:

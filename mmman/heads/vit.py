@@ -25,17 +25,17 @@ from mmman.registry import MODELS
 class ViTLocalHead(ClsLocalHead):
     """Transfer, one more learnable layer, LayerNorm, class token, linear classifier (MAN++ on ViT).
 
-    The layer is built like the unit that runs next in the backbone on what the head sees; where none follows there is none.
-    Without a class token (Swin, ``with_cls_token=False``) the mean of the patch tokens is classified. Where it is the class
-    token, nothing else is computed of the last layer (:func:`class_token`).
+    The layer is built like the backbone's unit that follows the head's input; if none follows, there is no such layer. Without
+    a class token (Swin, ``with_cls_token=False``) the mean of the patch tokens is classified. If the class token is classified,
+    the last layer computes only that token (:func:`class_token`).
 
     Args:
-        layers: Further learnable layers behind the transfer. 0 takes the least memory and time; not in the paper.
-        pool: ``'cls_token'`` or ``'mean'`` over the patch tokens. Default: the class token where there is one.
+        layers: Number of further learnable layers after the transfer. 0 needs the least memory and time; not in the paper.
+        pool: ``'cls_token'`` or ``'mean'`` over the patch tokens. Default: the class token if there is one.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
 
     Raises:
-        MisuseError: The backbone has maps, not tokens, or no class token to take.
+        MisuseError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
     """
 
     sees_channel_bias = True
@@ -82,12 +82,13 @@ class ViTLocalHead(ClsLocalHead):
 
 
 def class_token(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a transformer layer makes of the first token, and nothing else: it alone asks, and all of them answer.
+    """Compute a transformer layer's output for the first token only: attention is computed for this token's query only.
 
-    It equals ``layer(x)[:, :1]``, to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer numbers.
+    The result equals ``layer(x)[:, :1]`` up to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer
+    random numbers.
 
     Args:
-        layer: A layer of mmpretrain's ViT; any other is run as it is.
+        layer: A layer of mmpretrain's ViT; any other layer runs in full.
         x: (B, L, C).
 
     Returns:
@@ -111,10 +112,10 @@ def _first_token(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _first_attends(attn: nn.Module, x: Tensor) -> Tensor:
-    """``attn(x)[:, :1]`` of mmpretrain's ``MultiheadAttention``, without keys and values of all tokens.
+    """``attn(x)[:, :1]`` of mmpretrain's ``MultiheadAttention``, without computing keys and values of all tokens.
 
-    With a single query q a head's scores q·(W_k x + b_k) are (W_kᵀ q)·x and a number that softmax drops, and its answer
-    Σ a (W_v x + b_v) is W_v (Σ a x) + b_v Σ a.
+    With a single query q, a head's scores q·(W_k x + b_k) are (W_kᵀ q)·x plus a constant that softmax cancels. Its output Σ a
+    (W_v x + b_v) is W_v (Σ a x) + b_v Σ a.
 
     Args:
         attn: The attention.
