@@ -1,8 +1,8 @@
-"""A training step as CUDA graphs: recorded once for every shape of a batch, then started part by part.
+"""Run a training step as CUDA graphs: captured once for each batch shape, then launched segment by segment.
 
-A fast GPU waits for the CPU that starts its operators one by one, and a step that takes images a few at a time and computes
-units again has many of them. A graph starts them at once. A part ends with the backward pass of a block, so that blocks step in
-between as ever; and where a dense head asks for its targets, which depend on the data in another way than by value.
+A fast GPU waits for the CPU to launch its kernels one by one, and a step that runs in chunks of images and recomputes units has
+many kernel launches. A graph launches them in one call. A segment ends after the backward pass of a block, so that blocks step
+in between as usual. A segment also ends where a dense head needs its targets, which have data-dependent shapes.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ T = TypeVar('T')
 
 
 class Recorder(Protocol):
-    """Records what runs on the device between :meth:`begin` and :meth:`end`."""
+    """Captures the device operations between :meth:`begin` and :meth:`end`."""
 
     def begin(self) -> None: ...
 
     def end(self) -> Callable[[], None]:
-        """What runs the recorded operators, on the memory they were recorded with."""
+        """End the capture. Returns a function that launches the captured operations on the memory used in the capture."""
 
     def cancel(self) -> None:
-        """End a recording that failed, if one is going on."""
+        """End a capture that failed, if one is in progress."""
 
     def place_of(self, tensor: Tensor) -> Tensor:
-        """The memory of a tensor that a recording made, which isn't kept from being used again by a later part."""
+        """A view of the memory of a tensor from a capture. It doesn't keep later segments from reusing the memory."""
 
     def start(self) -> None:
-        """From now on what runs aside sees what was made before."""
+        """Make the current stream's work so far visible to later calls of :meth:`aside`."""
 
     def aside(self, compute: Callable[[], T]) -> T:
-        """Run ``compute``, which gives tensors, without waiting for the recordings that were started."""
+        """Run ``compute``, which returns tensors, without waiting for segments launched since :meth:`start`."""
 
     def nbytes(self) -> int:
-        """Bytes that the recordings' memory takes of the device, in use or not."""
+        """Bytes of device memory that the captures reserve, in use or not."""
 
 
 class CUDARecorder:
-    """Records CUDA graphs that share their memory: what a part leaves free is the next part's, of every shape."""
+    """Captures CUDA graphs that share a memory pool: memory freed by one segment is reused by the next, for any batch shape."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
@@ -67,7 +67,7 @@ class CUDARecorder:
         self._recording: torch.cuda.graph | None = None
 
     def begin(self) -> None:
-        # other threads, which load data, may go on
+        # thread_local: other threads, which load data, continue
         recording = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
         recording.__enter__()
         self._recording = recording
@@ -107,28 +107,28 @@ class CUDARecorder:
 
 
 class _Raw:
-    """Bytes on the device, as other libraries hand them over."""
+    """Bytes on the device, exposed through the CUDA array interface."""
 
     def __init__(self, pointer: int, size: int) -> None:
         self.__cuda_array_interface__ = {'shape': (size,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
 
 
 class _LossWithoutKernel(SummedAnchorLoss):
-    """With a focal loss that doesn't wait for the device."""
+    """Losses with a focal loss that doesn't force a device-to-host sync."""
 
     def class_loss(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         return focal_loss_without_kernel(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
 
 
 class _RecordedLoss(SummedAnchorLoss):
-    """Losses of a dense head in a recording. Their targets are memory that is filled before the part runs.
+    """Losses of a dense head in a capture. Their targets are read from memory that is filled before the segment runs.
 
     Args:
         head: An anchor-based dense head that :func:`check_known` accepts.
         sizes: Height and width of its feature maps, by level.
-        count: Images.
-        device: Of the targets.
-        is_summed: Whether the focal loss is summed up as it is computed; it keeps a map of losses otherwise.
+        count: Number of images.
+        device: Device of the targets.
+        is_summed: Whether the focal loss is summed as it is computed; otherwise a map of losses is kept.
     """
 
     def __init__(self, head: nn.Module, sizes: Sizes, count: int, device: torch.device, is_summed: bool) -> None:
@@ -149,7 +149,7 @@ class _RecordedLoss(SummedAnchorLoss):
         return loss(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
 
     def box_loss(self, boxes: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """mmdet's; of its ``L1Loss`` without the look whether any weight is positive: if none is, this is zero as well."""
+        """mmdet's box loss. Omits ``L1Loss``'s check for a positive weight: without one, the result is zero as well."""
         from mmdet.models.losses import L1Loss, l1_loss
 
         loss = self.head.loss_bbox
@@ -161,14 +161,14 @@ class _RecordedLoss(SummedAnchorLoss):
 
 @dataclass
 class _Part:
-    """What runs from one cut of a recording to the next.
+    """A segment: the operations from one cut of a capture to the next.
 
     Attributes:
-        replay: Runs it.
-        targets: Of a dense head whose losses it computes.
-        places: Where it reads these.
-        gradients: The memory of the gradients that are there at its end, and weren't before.
-        block: The block that they are of; None of the last one, and where there are none.
+        replay: Launches the segment.
+        targets: Targets of the dense head whose losses the segment computes; None if it computes none.
+        places: The memory that the segment reads these targets from.
+        gradients: The memory of the gradients that exist at the segment's end, but not before it.
+        block: The block that these gradients belong to; None for the last block, and if there are no gradients.
     """
 
     replay: Callable[[], None]
@@ -185,7 +185,7 @@ class _Part:
 
 @dataclass
 class _Step:
-    """A recorded step: where its inputs go, its parts in order, and where its losses are found."""
+    """A captured step: the memory of its inputs, its segments in order, and the memory of its losses."""
 
     inputs: Tensor
     parts: list[_Part]
@@ -194,21 +194,21 @@ class _Step:
 
 
 class StepGraphs:
-    """Runs the training steps of a single-stage detector, each shape of a batch from the second time on, as recorded graphs.
+    """Runs training steps of a single-stage detector as CUDA graphs, captured the first time that a batch shape occurs.
 
-    The first step is an ordinary one. What is computed is what is computed without graphs, but for the rounding of the focal
-    loss, which here isn't mmcv's operator, and of the division by the number of positive anchors.
+    The very first step runs without graphs. Results equal those without graphs, up to the rounding of the focal loss, which
+    doesn't use mmcv's operator here, and of the division by the number of positive anchors.
 
     Args:
         model: The detector.
-        size: Images a chunk, as of :class:`DenseLoss`.
-        local: Its local heads.
+        size: Images per chunk, as in :class:`DenseLoss`.
+        local: The model's local heads.
         backward: Back-propagates the local loss of a block.
-        stepped: What follows a block's backward pass.
-        recorder: What records.
+        stepped: Called after a block's backward pass.
+        recorder: Captures the graphs.
 
     Raises:
-        MisuseError: A dense head whose targets can't be computed in advance.
+        MisuseError: The targets of a dense head can't be computed in advance.
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class StepGraphs:
         self._backward, self._stepped = backward, stepped
         self._local = local.trained()
         self._dense = DenseLoss(model, size, lambda loss: loss, self._make_loss)
-        self._cut: Callable[[], None] | None = None  # in a recording
+        self._cut: Callable[[], None] | None = None  # set during a capture
         self._asked: tuple[_RecordedLoss, AnchorTargets] | None = None
         self._steps: dict[tuple, _Step] = {}
         self._is_warm = False
@@ -232,7 +232,7 @@ class StepGraphs:
             check_known(head, model)
 
     def in_session(self, session: Session) -> _GraphStrategy:
-        """What computes the losses of a step in a session."""
+        """Return the strategy that computes the losses of a step in a session."""
         return _GraphStrategy(self, session)
 
     def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
@@ -242,18 +242,18 @@ class StepGraphs:
         self, owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor
     ) -> BatchLoss:
         is_summed = self._dense.size is not None
-        if self._cut is None:  # an ordinary step
+        if self._cut is None:  # a step without graphs
             samples = data_samples if owner is None else owner.filter_gt(data_samples)
             return (SummedAnchorLoss if is_summed else _LossWithoutKernel)(head, sizes, samples, like)
-        self._cut()  # nothing in the part that begins here uses the memory of the targets before
+        self._cut()  # nothing in the segment that begins here uses the memory of the previous targets
         loss = _RecordedLoss(head, sizes, len(data_samples), like.device, is_summed)
         size_range = None if owner is None else owner.gt_size_range
         self._asked = loss, AnchorTargets(head, sizes, size_range, like.device)
         return loss
 
     def task_losses(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
-        """Stands for the model's ``loss`` in a session. Arguments and result as there."""
-        if not self._is_warm:  # libraries set themselves up
+        """Replaces the model's ``loss`` in a session. Takes the same arguments and returns the same result."""
+        if not self._is_warm:  # libraries initialise in the first step
             self._is_warm = True
             return self._dense.task_losses(inputs, data_samples)
         self.recorder.start()
@@ -275,10 +275,10 @@ class StepGraphs:
         return with_gradients(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
 
     def _key(self, inputs: Tensor) -> tuple:
-        """What a recording holds for: the shape, which modules train, and the memory of the model, without gradients so far."""
+        """What a capture is valid for: shape, dtype, training modes and the model's memory. Gradients must not exist yet."""
         found: list[int] = []
         modules = [self.model]
-        while modules:  # far faster than the iterators of nn.Module, for which the GPU would wait
+        while modules:  # far faster than nn.Module's iterators, which would leave the GPU idle
             module = modules.pop()
             modules += filter(_is_there, module._modules.values())
             found.append(module.training)
@@ -292,7 +292,7 @@ class StepGraphs:
         return inputs.shape, inputs.dtype, *found
 
     def _record(self, session: Session, inputs: Tensor, data_samples: list) -> _Step:
-        """Record a step, and run each part of it as soon as it is there."""
+        """Capture a step, and launch each segment as soon as it is captured."""
         recorder, place_of = self.recorder, self.recorder.place_of
         parts: list[_Part] = []
         known: set[nn.Parameter] = set()
@@ -309,7 +309,7 @@ class StepGraphs:
             known.update(gradients)
             if not parts:
                 place.copy_(inputs)
-                only_shape = inputs.new_empty(()).expand(inputs.shape)  # nothing reads more of them from here on
+                only_shape = inputs.new_empty(()).expand(inputs.shape)  # from here on only the shape is read
                 session.batch = only_shape, data_samples
             parts.append(_Part(replay, targets, places, gradients, block))
             parts[-1].run(recorder, data_samples)
@@ -375,7 +375,7 @@ def _is_there(value: object) -> bool:
 
 
 def _unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Memory, into which a recording doesn't write by itself: ``torch.empty`` does where algorithms are to be deterministic."""
+    """Uninitialised memory, without the fill that ``torch.empty`` adds (and a capture includes) in deterministic mode."""
     options, before = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
     options.fill_uninitialized_memory = False
     try:
