@@ -35,9 +35,9 @@ from mmman.watchdog.hook import WatchdogHook
 class EMABiasHook(Hook):
     """Initialises the copies E and B of all local heads, updates E after every optimizer step, and logs every s_j.
 
-    When training starts, E (momentum) and B (bias) are set to their source unit, after weight initialisation, pretrained weights and
-    ``load_from``. Copies that the loaded checkpoint contains are kept, and a resumed run never resets them. After every
-    iteration in which the optimizer stepped, ``E <- lerp(E, source, 1 - momentum)``.
+    When training starts, E (momentum) and B (bias) are set to their source unit, after weight initialisation, pretrained
+    weights and ``load_from``. Copies that the loaded checkpoint contains are kept, and a resumed run never resets them. After
+    every iteration in which the optimizer stepped, ``E <- lerp(E, source, 1 - momentum)``.
 
     Args:
         momentum: m, from 0 (the copy equals its source) to 1 (the copy never changes). Paper: 0.995.
