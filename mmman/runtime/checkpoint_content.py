@@ -206,7 +206,8 @@ def _check_names(mapping: dict, where: str) -> None:
 def _drop_programs(checkpoint: dict) -> list[str]:
     """Remove what mmengine would execute, which is the text of configs, except for plain data. Return what was removed."""
     left_out = []
-    if 'config' in checkpoint.get('meta', {}):  # runner.resume executes it, for checkpoints of mmcv of 2021
+    # runner.resume executes meta.config to compare the number of GPUs, for checkpoints of mmcv of 2021.
+    if 'config' in checkpoint.get('meta', {}):
         del checkpoint['meta']['config']
         left_out.append('meta.config')
     for *parents, name in _CONFIG_TEXTS:

@@ -61,7 +61,7 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
     if cfg.get('default_scope') == 'mmpretrain':
         _set_mmpretrain_loaders(cfg)
-    # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, every MPI process would be the first.
+    # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, all MPI processes would have rank 0.
     local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'
     os.environ.setdefault('LOCAL_RANK', os.environ.get(local_rank, str(args.local_rank)))
     return cfg

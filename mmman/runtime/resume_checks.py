@@ -145,7 +145,7 @@ def _optimizer_parts(
         if values != {}
     }
     with_state = (record.get('parameters with state') or {}).get(name)
-    if with_state is None:  # saved by another version: parameters without a gradient have no state, others do
+    if with_state is None:  # other version: without a gradient a parameter has no state; not all lack it
         stepped = state.get('steps', meta['iter'] // wrapper._accumulative_counts)
         with_state = [i for i, parameter in enumerate(own) if labels[i] in theirs or (stepped and not theirs)]
     expected = _expected_state(wrapper, state['param_groups'], with_state)
