@@ -1,20 +1,20 @@
-"""What can go wrong, in types that a caller can tell apart. Every message says what to change."""
+"""The exceptions that mmman raises. Every message says what to change."""
 
 
 class LocalLearningError(Exception):
-    """Base of all errors that mmman raises on purpose."""
+    """Base class of all exceptions that mmman raises."""
 
 
 class UnsupportedBackboneError(LocalLearningError, TypeError):
-    """The backbone's forward pass is not known as a chain of units."""
+    """The backbone is not supported: its forward pass is not known as a chain of units."""
 
 
 class PartitionError(LocalLearningError, ValueError):
-    """The asked cuts don't fit the backbone's units."""
+    """The requested cuts don't fit the backbone's units."""
 
 
 class MisuseError(LocalLearningError, RuntimeError):
-    """Parts of local learning were combined in a way that would train something else than asked."""
+    """An option, or a combination of components, is invalid and would train the model incorrectly."""
 
 
 class NonFiniteLossError(LocalLearningError, FloatingPointError):
@@ -22,20 +22,20 @@ class NonFiniteLossError(LocalLearningError, FloatingPointError):
 
 
 class CheckpointError(LocalLearningError, ValueError):
-    """A checkpoint can't be published as asked, or a run can't go on from it."""
+    """A checkpoint can't be read, can't be published as requested, or a run can't resume from it."""
 
 
 class CheckpointWriteError(CheckpointError):
-    """A checkpoint, or what belongs to it, can't be written; the message names the path, the reason and the remedy."""
+    """A checkpoint, or a file that belongs to it, can't be written. The message names the path, the reason and the remedy."""
 
 
 class ScalingError(LocalLearningError, ValueError):
-    """A plan for several GPUs doesn't fit together, or a number in it can't be read."""
+    """A plan for several GPUs is inconsistent, or a number in it can't be parsed."""
 
 
 class CostError(LocalLearningError, ValueError):
-    """A question to the cost model that has no meaning, or no answer."""
+    """The input of the cost model is invalid, or the model has no result for it."""
 
 
 class PeerError(LocalLearningError, ConnectionError):
-    """Another process of the job has failed; the message says which and why."""
+    """Another process of the job has failed. The message names the process and the reason."""

@@ -1,8 +1,8 @@
-"""Options that a config gives, checked against the typed signature of the component that takes them.
+"""Checks options from a config against the typed signature of the component that takes them.
 
-The signature is the description: its parameters are the known options, its annotations their types, and
-``Annotated[float, Range(above=0)]`` and ``Literal['block', 'global']`` their values. :func:`checked` applies that wherever a
-component is built; :func:`check_options` applies it to a config that isn't built yet.
+The parameters of the signature are the known options. Their annotations give the types, and
+``Annotated[float, Range(above=0)]`` and ``Literal['block', 'global']`` the allowed values. :func:`checked` checks the options
+whenever a component is built; :func:`check_options` checks a config before anything is built.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from mmman.errors import MisuseError
 Component = TypeVar('Component', bound=Callable)
 
 Elsewhere = Callable[[str, Mapping[str, Any]], str | None]
-"""Called with an unknown option and all options given; says where that option belongs, or returns None."""
+"""Called with an unknown option and all given options. Returns a message that says where the option belongs, or None."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number or of the length of a sequence; used as ``Annotated[int, Range(1)]``. Numbers are always finite.
+    """Bounds of a number or of the length of a sequence, used as ``Annotated[int, Range(1)]``. Numbers are always finite.
 
     Attributes:
-        least: Smallest value.
-        most: Largest value.
-        above: The value is larger than this.
-        below: The value is smaller than this.
+        least: Minimum, included.
+        most: Maximum, included.
+        above: Lower bound, excluded.
+        below: Upper bound, excluded.
     """
 
     least: float | None = None
@@ -56,7 +56,7 @@ class Range:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where the options of a component stand in a config; which parameters don't come from there; where others belong."""
+    """The arguments of :func:`checked` for a component: the place of its options, and which parameters are no options."""
 
     where: str
     component: Callable
@@ -64,23 +64,23 @@ class _Place:
     elsewhere: Elsewhere | None
 
 
-_PLACES: dict[Callable, _Place] = {}  # what is decorated by checked(), by the function whose signature describes it
+_PLACES: dict[Callable, _Place] = {}  # components decorated by checked(), by the function that has the signature
 
 Positive = Annotated[float, Range(above=0)]
 """A finite number above 0."""
 NonNegative = Annotated[float, Range(0)]
-"""A finite number from 0."""
+"""A finite number, at least 0."""
 Count = Annotated[int, Range(1)]
-"""A whole number from 1."""
+"""An integer, at least 1."""
 
 
 def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None = None) -> Callable[[Component], Component]:
-    """Decorate a class or a builder function: its arguments are checked each time that it is called.
+    """Decorate a class or a builder function so that its arguments are checked on every call.
 
     Args:
-        where: How error messages name the component: the place of its options in a config, e.g. ``'optim_wrapper'``.
-        given: Parameters that other code passes, and no config.
-        elsewhere: Says where an unknown option belongs.
+        where: The place of the component's options in a config, e.g. ``'optim_wrapper'``, for error messages.
+        given: Parameters that other code passes, not the config.
+        elsewhere: Returns a message that says where an unknown option belongs, or None.
 
     Returns:
         A decorator. A decorated call raises :class:`MisuseError` for an option that is unknown, missing or of a wrong type or
@@ -93,7 +93,7 @@ def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None =
         @functools.wraps(call)
         def with_check(*args, **kwargs) -> Any:
             own, values = (args[:1], args[1:]) if inspect.isclass(component) else ((), args)
-            if not own or type(own[0]).__init__ is with_check:  # else a subclass describes the options
+            if not own or type(own[0]).__init__ is with_check:  # otherwise a subclass defines the options
                 options = {**dict(zip(names, values, strict=False)), **kwargs}
                 check_options(component, {name: value for name, value in options.items() if name not in given}, where)
             return call(*args, **kwargs)
@@ -113,13 +113,13 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
 
     Args:
         component: A class or function.
-        options: Its arguments by name.
-        where: How error messages name their place in a config.
-        given: Parameters that other code passes, beside those that :func:`checked` was told. They are no options.
+        options: The arguments by name.
+        where: The place of the options in a config, for error messages.
+        given: Parameters that other code passes, in addition to those passed to :func:`checked`. They are not options.
 
     Raises:
-        MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and says what to
-            choose; for an unknown one it suggests the nearest known one.
+        MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and the
+            allowed values; for an unknown option it suggests the closest known one.
     """
     parameters, hints, name = option_parameters(component), _hints(component), component.__name__
     place = _PLACES.get(_signature_owner(component), _Place(where, component, (), None))
@@ -140,7 +140,7 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
 
 
 def _unknown(option: object, known: Sequence[str], name: str) -> str:
-    """Say that a component has no such option, and which one may be meant."""
+    """Return the message for an unknown option, with a suggestion."""
     near = difflib.get_close_matches(str(option), known, 1)
     owners = [one.where for one in _PLACES.values() if option in {*option_parameters(one.component)} - {*one.given}]
     if near:
@@ -153,7 +153,7 @@ def _unknown(option: object, known: Sequence[str], name: str) -> str:
 
 
 def option_parameters(component: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of a class or function by name, without ``self``."""
+    """Return the parameters of a class or function by name, without ``self``."""
     parameters = dict(inspect.signature(component).parameters)
     parameters.pop('self', None)
     return parameters
@@ -195,7 +195,7 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, Mapping)
     if inspect.isclass(hint) and not getattr(hint, '_is_protocol', False):
         return isinstance(value, hint)
-    return True  # a kind of annotation that isn't checked
+    return True  # other annotations are not checked
 
 
 def _measure(value: Any) -> float:

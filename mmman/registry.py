@@ -1,4 +1,4 @@
-"""mmman's registries: children of mmengine's, so that ``type='mmman.X'`` resolves from any library's config.
+"""mmman's registries, which are children of mmengine's, so that ``type='mmman.X'`` works in the config of any library.
 
 mmengine imports this module by name the first time a config names the scope ``mmman``.
 """

@@ -1,4 +1,4 @@
-"""What a config names: the localised backbone, and models whose local heads follow their own head."""
+"""Components for configs: the localised backbone, and models whose local heads take their options from the model's head."""
 
 from mmman.builder.backbone import LocalBackbone
 from mmman.builder.model import LocalModel

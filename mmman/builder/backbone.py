@@ -1,4 +1,4 @@
-"""``mmman.LocalBackbone``: a stock backbone built from its config and localised."""
+"""``mmman.LocalBackbone``: builds a stock backbone from its config and localises it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmman.registry import MODELS
 
 
 def _stock_option(option: str, options: Mapping[str, Any]) -> str | None:
-    """Say where an option of the stock backbone belongs, which a stock config sets in ``model.backbone``."""
+    """Return a hint if ``option`` belongs to the stock backbone. Stock configs set such options in ``model.backbone``."""
     stock = options.get('backbone')
     kind = class_of(stock.get('type')) if isinstance(stock, Mapping) else None
     if any(option in inspect.signature(cls.__init__).parameters for cls in getattr(kind, '__mro__', ())[:-1]):
@@ -37,17 +37,17 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     selective_recompute: bool | Sequence[str] = False,
     pretrained: str | None = None,
 ) -> nn.Module:
-    """Build a stock backbone and localise it. What a config names: ``type='mmman.LocalBackbone'``.
+    """Build a stock backbone and localise it. Used in a config as ``type='mmman.LocalBackbone'``.
 
     Args:
         backbone: Config of the stock backbone, built in the default scope of the config.
-        pretrained: Passed on to ``backbone``; mmseg's segmentors set it.
+        pretrained: Passed to ``backbone``. mmseg's segmentors set it.
         partition: As in :func:`localize_`, or ``dict(type='memory', ...)`` with the arguments of
-            :class:`mmman.planning.memory_cuts.MemoryCuts`: the cuts with the smallest peak of a training step.
+            :class:`mmman.planning.memory_cuts.MemoryCuts`: the cuts with the smallest peak memory of a training step.
         num_blocks, local_head, transfer, loss_weight, recompute, selective_recompute: See :func:`localize_`.
 
     Returns:
-        The backbone: an instance of its own class.
+        The backbone, an instance of the stock class.
     """
     check_parts(transfer, local_head)
     if pretrained is not None:
@@ -69,11 +69,11 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
 
 
 def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backbone') -> None:
-    """Check the options of :func:`LocalBackbone`, those of the transfer and the local heads included, without building it.
+    """Check the options of :func:`LocalBackbone`, including those of transfer and local heads, without building it.
 
     Args:
-        options: By name, without ``type``.
-        where: Their place in the config, for error messages.
+        options: The options by name, without ``type``.
+        where: The place of the options in the config, for error messages.
 
     Raises:
         MisuseError: An option is unknown, missing or of a wrong type or value, or contradicts another.

@@ -1,4 +1,4 @@
-"""Local heads that follow the model's own head, whatever a later config changes of it."""
+"""``mmman.LocalModel``: builds a model whose local heads take their options from the model's own head."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mmman.registry import MODELS
 @MODELS.register_module()
 @checked('model')
 def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel:  # noqa: N802  named as a config writes it
-    """Build a stock detector, segmentor or classifier whose local heads take their options from its own head.
+    """Build a stock detector, segmentor or classifier whose local heads take their options from the model's own head.
 
     In a config that inherits a stock one::
 
@@ -35,9 +35,9 @@ def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel: 
             ),
         )
 
-    ``bbox_head`` and ``train_cfg`` (detectors), ``num_classes`` (two-stage detectors), ``decode_head`` (segmentors) or ``head``
-    (classifiers) of the local head are those of the model as it is built, also where a config that inherits this one changes
-    them. What ``local_head`` sets itself wins, key by key.
+    The local head uses the ``bbox_head`` and ``train_cfg`` (detectors), ``num_classes`` (two-stage detectors), ``decode_head``
+    (segmentors) or ``head`` (classifiers) of the final model config, including changes made by a config that inherits this
+    one. Keys set in ``local_head`` override them.
 
     Args:
         model_type: The stock model's own ``type``.
@@ -45,22 +45,22 @@ def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel: 
         **options: The stock model's options.
 
     Returns:
-        The model: an instance of its own class.
+        The model, an instance of the stock class.
 
     Raises:
-        MisuseError: ``backbone`` is no ``mmman.LocalBackbone``.
+        MisuseError: ``backbone`` is not a ``mmman.LocalBackbone``.
     """
     backbone = _following({**options, 'backbone': backbone})
     return MODELS.build(ConfigDict({**options, 'type': model_type, 'backbone': backbone}))
 
 
 def _following(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model's localised backbone, with what its local heads take from the model's own head."""
+    """Return the config of the localised backbone, with the options that local heads take from the model's own head."""
     backbone = model['backbone']
     if class_of(backbone.get('type')) is not LocalBackbone:
         raise MisuseError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel takes 'mmman.LocalBackbone'")
     local_head = backbone.get('local_head')
-    if not isinstance(local_head, Mapping) or 'type' not in local_head:  # LocalBackbone says what is missing
+    if not isinstance(local_head, Mapping) or 'type' not in local_head:  # LocalBackbone raises
         return dict(backbone)
     follow = getattr(class_of(local_head['type']), 'follow', None)
     followed = follow(model, local_head) if follow else {}
@@ -68,13 +68,13 @@ def _following(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed_options(model: Mapping[str, Any]) -> list[str]:
-    """Options of the model's own head that its local heads, made from another config, don't have.
+    """Return the options in which the local heads differ from the model's own head.
 
     Args:
         model: Config of a model whose backbone is a ``mmman.LocalBackbone``.
 
     Returns:
-        Their keys below ``local_head``, e.g. ``bbox_head.anchor_generator.ratios``. Options that only size a head don't count.
+        The keys below ``local_head``, e.g. ``bbox_head.anchor_generator.ratios``. Excludes options that only set a head's size.
     """
     local_head = model['backbone'].get('local_head')
     kind = class_of(local_head['type']) if local_head else None
@@ -86,7 +86,7 @@ def changed_options(model: Mapping[str, Any]) -> list[str]:
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """``base`` with ``changes``, dict by dict; a dict of another type replaces the one in ``base``."""
+    """Merge ``changes`` into ``base`` recursively. A dict with another ``type`` replaces the one in ``base``."""
     for name, value in changes.items():
         old = base.get(name)
         inherits = (

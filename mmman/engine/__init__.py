@@ -1,4 +1,4 @@
-"""The training step: backward and optimizer step, momentum copies, and checks of model and config before the first step."""
+"""The training step: backward pass, optimizer step and momentum copies; checks of model and config before the first step."""
 
 from mmman.engine.ema_hook import EMABiasHook
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper

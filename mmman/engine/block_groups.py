@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, by the block whose loss trains a parameter."""
+"""Restricts an optimizer's parameter groups to the parameters of one block."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 
 
 class BlockGroups:
-    """Lets an optimizer step one block as if it had no other parameters.
+    """Makes an optimizer step the parameters of one block only.
 
     Args:
-        optimizer: The optimizer of all blocks.
+        optimizer: The optimizer over the parameters of all blocks.
         blocks: The trainable parameters of the first K-1 blocks and their local heads, in order.
 
     Attributes:
-        block_of: The block, 1 to K-1, of these parameters. Others belong to the final block.
+        block_of: Maps a parameter of ``blocks`` to its block, 1 to K-1. All other parameters belong to the final block.
     """
 
     def __init__(self, optimizer: Optimizer, blocks: Sequence[Iterable[nn.Parameter]]) -> None:
@@ -26,7 +26,7 @@ class BlockGroups:
         self._groups = {j: self._groups_of(j) for j in range(1, len(blocks) + 1)}
 
     def _groups_of(self, block: int) -> dict[int, list[nn.Parameter]]:
-        """A block's parameters by the index of their group."""
+        """Return the parameters of ``block``, by the index of their parameter group."""
         own = {
             i: [parameter for parameter in group['params'] if self.block_of.get(parameter) == block]
             for i, group in enumerate(self.optimizer.param_groups)
@@ -35,7 +35,7 @@ class BlockGroups:
 
     @contextmanager
     def restrict(self, block: int) -> Iterator[None]:
-        """While this context is open, the optimizer has the parameters of ``block`` alone, 1 to K-1."""
+        """Context in which the optimizer holds only the parameters of ``block``, 1 to K-1."""
         optimizer = self.optimizer
         groups, parameters = optimizer.param_groups, [group['params'] for group in optimizer.param_groups]
         optimizer.param_groups = [groups[i] for i in self._groups[block]]

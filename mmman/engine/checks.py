@@ -1,4 +1,4 @@
-"""Combinations that would train something else than asked, refused by name before the first step."""
+"""Checks a model before the first step, and rejects combinations that would train it incorrectly."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
 
     Args:
         model: The model.
-        update: That option of :class:`mmman.LocalLearningOptimWrapper`.
+        update: The ``update`` option of :class:`mmman.LocalLearningOptimWrapper`.
 
     Raises:
-        MisuseError: No localised backbone, or more than one; local heads that don't fit the model, or were never initialised;
-            blocks without a trainable parameter; momentum copies that were never started; DDP options or activation
-            checkpointing that break local backward passes.
+        MisuseError: The model has no localised backbone, or more than one; local heads don't fit the model or were never
+            initialised; a block has no trainable parameter; momentum copies were never initialised; DDP options or activation
+            checkpointing break local backward passes.
     """
     module = model
     if is_model_wrapper(model):
@@ -46,7 +46,7 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
 
 
 def _check_blocks_train(backbone: nn.Module) -> None:
-    """What was frozen after the blocks were planned."""
+    """Raise if a block has no trainable parameter because it was frozen after the blocks were planned."""
     local = backbone.local
     if (frozen := local.plan.frozen_block(backbone, local.only)) is not None:
         raise MisuseError(
@@ -57,6 +57,7 @@ def _check_blocks_train(backbone: nn.Module) -> None:
 
 
 def _check_ddp(model: nn.Module, update: str) -> None:
+    """Raise if a model wrapper, or one of its options, doesn't support local backward passes."""
     ours = "model_wrapper_cfg = dict(type='mmman.LocalDistributedDataParallel')"
     if hasattr(model, 'block_reducers'):  # LocalDistributedDataParallel, or a wrapper with the same attributes
         return
@@ -78,7 +79,7 @@ def _check_ddp(model: nn.Module, update: str) -> None:
 
 
 def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
-    """A boundary inside a checkpointed module would run twice; inside a unit checkpointing is fine."""
+    """Raise if a module that contains a boundary is checkpointed, as the boundary would run twice. Inside a unit it is fine."""
     path = next(name for name, module in model.named_modules() if module is backbone)
     for block in backbone.local.plan.blocks[:-1]:
         parts = [*filter(None, [*path.split('.'), *block[-1].output.split('.')])]

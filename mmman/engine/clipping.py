@@ -1,4 +1,4 @@
-"""The options of gradient clipping, which mmengine passes on to torch unchecked."""
+"""Checks the options of gradient clipping, which mmengine passes to torch unchecked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mmman.options import Positive, checked
 @checked('optim_wrapper.clip_grad')
 @dataclass(frozen=True)
 class ClipByNorm:
-    """Options of ``clip_grad`` by norm, those of :func:`torch.nn.utils.clip_grad_norm_`."""
+    """Options for clipping by norm: the arguments of :func:`torch.nn.utils.clip_grad_norm_`."""
 
     max_norm: Positive
     norm_type: Positive | Literal[math.inf, 'inf'] = 2.0
@@ -24,14 +24,14 @@ class ClipByNorm:
 @checked('optim_wrapper.clip_grad')
 @dataclass(frozen=True)
 class ClipByValue:
-    """Options of ``clip_grad`` by value, those of :func:`torch.nn.utils.clip_grad_value_`."""
+    """Options for clipping by value: the arguments of :func:`torch.nn.utils.clip_grad_value_`."""
 
     clip_value: Positive
     foreach: bool | None = None
 
 
 def check_clipping(clip_grad: dict | None) -> None:
-    """Raise :class:`MisuseError` where the options of ``clip_grad`` are none of torch's, or out of range."""
+    """Raise :class:`MisuseError` if an option of ``clip_grad`` is unknown to torch or out of range."""
     if clip_grad is None:
         return
     options = dict(clip_grad)

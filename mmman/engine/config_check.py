@@ -1,4 +1,4 @@
-"""All of mmman's options in a config, checked before anything is built from it."""
+"""Checks all of mmman's options in a config before anything is built from it."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _REGISTRIES = (
 @checked('pipeline')
 @dataclass(frozen=True)
 class PipelineOptions:
-    """What ``cfg.pipeline`` sets.
+    """Options of ``cfg.pipeline``.
 
     Attributes:
-        staleness: S, how many batches a stage may be ahead of the next one.
+        staleness: S, the number of batches that a stage may be ahead of the next one.
         timeout: Seconds without a heartbeat after which a process is considered lost and the job ends.
     """
 
@@ -44,15 +44,15 @@ class PipelineOptions:
 
 
 def check_config(cfg: Config | Mapping[str, Any]) -> None:
-    """Check every component of mmman that a config names, and options that stand where nothing reads them.
+    """Check every mmman component that a config names, and reject options in places where nothing reads them.
 
     Args:
-        cfg: A whole config, as a runner gets it.
+        cfg: The complete config, as passed to a runner.
 
     Raises:
-        MisuseError: It names the option by its place in the config and says what to change.
+        MisuseError: An option is invalid. The message gives its place in the config and says what to change.
     """
-    cfg = dict(cfg.items())  # a Config is no mapping
+    cfg = dict(cfg.items())  # a Config is not a Mapping
     components = [*_components(cfg, '')]
     for where, node in components:
         if _component(node['type']) is None:
@@ -79,7 +79,7 @@ def _check_component(component: Any, node: Mapping[str, Any], where: str) -> Non
 
 
 def _components(node: Any, where: str) -> Iterator[tuple[str, Mapping]]:
-    """Every dict below a node whose type is mmman's, with its place."""
+    """Yield the place and content of every dict in ``node`` whose ``type`` belongs to mmman."""
     if isinstance(node, Mapping):
         if _is_ours(node.get('type')):
             yield where, node
@@ -102,7 +102,7 @@ def _component(kind: Any) -> Any:
 
 
 def _registered() -> dict[str, Any]:
-    """Everything that a config can name with the scope mmman."""
+    """Return everything that a config can name with the scope ``mmman``, by name."""
     for registry in _REGISTRIES:
         registry.import_from_location()
     return {name: component for registry in _REGISTRIES for name, component in registry.module_dict.items()}
@@ -136,9 +136,9 @@ def _check_pipeline(cfg: Mapping[str, Any]) -> None:
 
 
 def _check_places(cfg: Mapping[str, Any]) -> None:
-    """Refuse options of the backbone or the optim wrapper that stand in the config itself, or in its model.
+    """Reject options of the backbone or the optim wrapper that are set at the top level of the config, or in its model.
 
-    A config may use such a name for a variable of its own; then the value is the one in force.
+    A config may use such a name for a variable at its top level if the value equals the option's.
     """
     model = cfg.get('model')
     backbone = model.get('backbone') if isinstance(model, Mapping) else None

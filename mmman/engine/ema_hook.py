@@ -1,4 +1,4 @@
-"""The hook that keeps the momentum copies of local heads."""
+"""The hook that initialises and updates the momentum copies of local heads."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from mmman.watchdog.hook import WatchdogHook
 @HOOKS.register_module()
 @checked('EMABiasHook')
 class EMABiasHook(Hook):
-    """Starts the momentum copies and biases of all local heads, moves the copies after every step, logs every s_j.
+    """Initialises the copies E and B of all local heads, updates E after every optimizer step, and logs every s_j.
 
-    The copies start as what their source unit is when training starts: after weight init, pretrained weights and ``load_from``,
-    unless the loaded checkpoint carries them; never on resume. Then ``E <- lerp(E, source, 1 - momentum)`` after every
-    iteration on which the optimizer really stepped.
+    When training starts, E (momentum) and B (bias) are set to their source unit, after weight initialisation, pretrained
+    weights and ``load_from``. Copies that the loaded checkpoint contains are kept, and a resumed run never resets them. After
+    every iteration in which the optimizer stepped, ``E <- lerp(E, source, 1 - momentum)``.
 
     Args:
-        momentum: m, from 0 (the copy is the source) to 1 (it never moves). Paper: 0.995.
-        interval: Update every that many optimizer steps.
+        momentum: m, from 0 (the copy equals its source) to 1 (the copy never changes). Paper: 0.995.
+        interval: Number of optimizer steps between updates.
 
     Raises:
-        MisuseError: The run isn't set up for local learning, or pretrained weights (``init_cfg`` of the backbone) don't fit it.
-        CheckpointError: The checkpoint to resume has other local heads.
+        MisuseError: The run isn't set up for local learning, or pretrained weights (``init_cfg``) don't fit the backbone.
+        CheckpointError: The checkpoint to resume has different local heads.
     """
 
     priority = 'NORMAL'
@@ -57,7 +57,7 @@ class EMABiasHook(Hook):
         self._loaded_checkpoint = False
 
     def before_run(self, runner: Runner) -> None:
-        """Refuse what local learning can't run under. mmengine calls this before weights are initialised."""
+        """Reject settings that local learning doesn't support. mmengine calls this before weights are initialised."""
         if type(runner).__name__ == 'FlexibleRunner':
             raise MisuseError(
                 'FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale'
@@ -69,17 +69,17 @@ class EMABiasHook(Hook):
         check_config(runner.cfg)
         watched = _is_stage(runner.model) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
         if not watched and dist.is_initialized():
-            runner.register_hook(WatchdogHook())  # of the lowest priority, so its own before_run follows
+            runner.register_hook(WatchdogHook())  # has the lowest priority, so its own before_run still runs
         backbone = localized_backbone(_unwrap(runner.model))
-        if isinstance(runner._train_loop, BaseLoop):  # else this is a test run, which initialises and trains nothing
+        if isinstance(runner._train_loop, BaseLoop):  # a test run initialises and trains nothing
             _warn_of_changed_heads(runner.cfg)
             check_prefix(backbone)
             separate_local_heads(runner)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Forget what weight initialisation loaded: only this checkpoint may bring the copies along.
+        """Keep only the momentum copies that this checkpoint contains, not those that weight initialisation loaded.
 
-        Local heads that nothing has initialised are initialised now, so that they have values where the checkpoint has none.
+        Local heads that are not initialised yet are initialised here, so that they have values if the checkpoint has none.
         """
         self._loaded_checkpoint = True
         _initialise_heads(runner)
@@ -90,7 +90,7 @@ class EMABiasHook(Hook):
             check_local_heads(checkpoint['state_dict'], _unwrap(runner.model).state_dict())
 
     def before_train(self, runner: Runner) -> None:
-        """Say what pretrained weights brought; make the copies exact where the checkpoint brought none."""
+        """Log which pretrained weights were loaded, and set copies to their source unless the checkpoint contains them."""
         if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
             raise MisuseError(
                 f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
@@ -108,7 +108,7 @@ class EMABiasHook(Hook):
                 runner.model.comm.follow = partial(self._follow, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        """Move the copies where the optimizer stepped."""
+        """Update the copies if the optimizer stepped, and log the scales s_j."""
         backbone = localized_backbone(_unwrap(runner.model))
         heads = backbone.local.trained()
         steps = runner.optim_wrapper.steps
@@ -122,7 +122,7 @@ class EMABiasHook(Hook):
                 runner.message_hub.update_scalar(name, value)
 
     def _follow(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
-        """In a pipeline the next stage sends what its first unit is after each of its steps."""
+        """Update a copy in a pipeline: after each step, the next stage sends the state of its first unit."""
         if steps % self.interval == 0:
             head.transfer.update_(unit, self.momentum)
 
@@ -142,14 +142,14 @@ def _warn_of_changed_heads(cfg: Config) -> None:
 
 
 def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) -> None:
-    """Check that a checkpoint to resume has the local heads of this run.
+    """Check that a checkpoint to resume has the same local heads as this run.
 
     Args:
-        theirs: The checkpoint's weights.
-        ours: The model's.
+        theirs: The checkpoint's state dict.
+        ours: The model's state dict.
 
     Raises:
-        CheckpointError: It has others. An optimizer's state would belong to other parameters then.
+        CheckpointError: The local heads differ. The optimizer's state would then be loaded for the wrong parameters.
     """
     theirs, ours = ({key for key in state if '.local.' in key} for state in (theirs, ours))
     if ours != theirs:
@@ -162,20 +162,20 @@ def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) 
 
 
 def _initialise_heads(runner: Runner) -> None:
-    """Before training starts or goes on: initialise the local heads where ``init_weights`` of the model didn't reach them.
+    """Initialise the local heads before training starts or resumes, if ``init_weights`` of the model didn't initialise them.
 
-    Where mmengine's ``BaseModule`` runs the initialisation, :class:`mmman.local.blocks.LocalBlocks` has taken care of it.
+    If mmengine's ``BaseModule`` runs the initialisation, :class:`mmman.local.blocks.LocalBlocks` has already done it.
     """
     local = localized_backbone(_unwrap(runner.model)).local
     if local.is_init or not isinstance(runner._train_loop, BaseLoop):
         return
     local.init_weights()
-    for value in local.state_dict().values():  # as the runner does with the model, which has happened by now
+    for value in local.state_dict().values():  # the runner has already broadcast the model
         broadcast(value)
 
 
 def _is_stage(model: nn.Module) -> bool:
-    """Whether this process trains one stage of a pipeline, whose copies move by what the next stage sends."""
+    """Whether this process trains a pipeline stage, whose copies are updated from what the next stage sends."""
     return hasattr(model, 'comm')
 
 

@@ -1,4 +1,4 @@
-"""The local losses of an iteration: logged, and checked to be finite."""
+"""Logs the local losses of an iteration and checks that they are finite."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from torch import Tensor
 from mmman.errors import NonFiniteLossError
 
 NON_FINITE_STEPS = 20
-"""Under a loss scaler, a local loss that isn't finite for so many steps in a row ends the run."""
+"""Under a loss scaler, this many consecutive steps with a non-finite local loss end the run."""
 
 
 class LocalLossLog:
     """Writes local losses to a message hub.
 
     Args:
-        is_scaled: Whether a loss scaler skips steps whose gradients aren't finite, so that one such loss is no error.
+        is_scaled: Whether a loss scaler skips steps with non-finite gradients. If so, a single non-finite loss is no error.
     """
 
     def __init__(self, is_scaled: bool) -> None:
         self._is_scaled = is_scaled
-        self._non_finite_steps = 0  # in a row
+        self._non_finite_steps = 0  # consecutive
 
     def report(self, losses: Mapping[str, Tensor], hub: MessageHub) -> None:
-        """Write the losses of one iteration, in one transfer from the device.
+        """Write the losses of one iteration, with one device-to-host transfer.
 
         Args:
             losses: Scalars by name, ``local/<block>/<loss>``.
-            hub: Where they are written, as ``train/<name>``.
+            hub: The message hub. Losses are written as ``train/<name>``.
 
         Raises:
-            NonFiniteLossError: One is NaN or infinite; under a loss scaler, in :data:`NON_FINITE_STEPS` iterations in a row.
+            NonFiniteLossError: A loss is NaN or infinite; under a loss scaler,
+                in :data:`NON_FINITE_STEPS` consecutive iterations.
         """
         if not losses:
             return

@@ -1,4 +1,4 @@
-"""The one owner of backward and step: mmengine's optim wrapper, with local losses and mixed precision."""
+"""The optim wrapper for local learning: runs all backward passes and optimizer steps, with local losses and mixed precision."""
 
 from __future__ import annotations
 
@@ -34,37 +34,39 @@ if TYPE_CHECKING:
 @OPTIM_WRAPPERS.register_module()
 @checked('optim_wrapper', given=('optimizer',))
 class LocalLearningOptimWrapper(OptimWrapper):
-    """Trains a localised model: every local loss is back-propagated at its boundary, the optimizer steps once an iteration.
+    """Trains a localised model: back-propagates every local loss at its boundary, and steps once per iteration.
 
-    Gradient accumulation, clipping and param-wise options are mmengine's. Mixed precision is an option of this wrapper, with
-    the keywords of mmengine's ``AmpOptimWrapper``.
+    Gradient accumulation, clipping and param-wise options work as in mmengine. Mixed precision is an option of this wrapper,
+    with the keywords of mmengine's ``AmpOptimWrapper``.
 
     Args:
-        optimizer: The optimizer over all of the model's parameters, those of the local heads included.
-        clip_scope: What one gradient norm is taken over, where ``clip_grad`` clips by norm. ``'block'``: each of the first K-1
-            blocks with its local head, and the final block with neck and head, so that no block's loss scales another
-            block's step. ``'global'``: all parameters, as the stock wrapper does.
-        update: When a block steps. ``'synchronous'``: all of them together, after the task loss's backward. ``'immediate'``:
-            each right after its own backward, and its gradients are dropped; over several processes at the next boundary, when
-            they are reduced. Both come to the same parameters with an optimizer that updates each parameter by itself, as
-            torch's do. A local loss that isn't finite is noticed when the first K-1 blocks have stepped.
-        images_per_chunk: Run neck and dense head of a detector forward and backward on so many images at a time, and the dense
-            heads of its blocks on as many as have no more positions: losses and gradients stay those of the batch, only a
-            chunk's activations are alive. For heads like RetinaNet's, FCOS's and ATSS's, without BatchNorm. None: all at once.
-        cuda_graphs: Run the steps of a detector with RetinaNet-like heads, on one GPU, as CUDA graphs: recorded once for each
-            shape that a batch comes in, and started as a whole from then on, so that a fast GPU doesn't wait for its CPU.
-            Without accumulation and loss scaler.
+        optimizer: The optimizer over all of the model's parameters, including those of the local heads.
+        clip_scope: The parameters over which one gradient norm is computed, if ``clip_grad`` clips by norm. ``'block'``: one
+            norm for each of the first K-1 blocks with its local head, and one for the final block with neck and head. No
+            block's loss then scales another block's step. ``'global'``: all parameters, as the stock wrapper does.
+        update: When a block steps. ``'synchronous'``: all blocks together, after the backward pass of the task loss.
+            ``'immediate'``: each block right after its own backward pass, and its gradients are freed; in data parallel
+            training at the next boundary, when its gradients are reduced. Both give the same parameters if the optimizer
+            updates each parameter independently, as torch's do. With ``'immediate'``, a non-finite local loss is detected
+            after the first K-1 blocks have stepped.
+        images_per_chunk: Number of images for which a detector's neck and dense head run forward and backward at a time. The
+            dense heads of its blocks run on as many images as have no more positions. Losses and gradients are those of the
+            whole batch, but only one chunk's activations are alive. For heads like RetinaNet's, FCOS's and ATSS's, without
+            BatchNorm. None: the whole batch in one pass.
+        cuda_graphs: Run the steps of a detector with RetinaNet-like heads as CUDA graphs, on one GPU. Graphs are captured once
+            for each batch shape and replayed from then on, so that kernel launches on the CPU don't limit a fast GPU. Not
+            with gradient accumulation or a loss scaler.
         dtype: ``'float16'`` or ``'bfloat16'`` (or the torch dtype) to run the forward pass under autocast. None: full
-            precision, unless ``loss_scale`` asks for float16. On a CPU autocast takes bfloat16 only.
+            precision, unless ``loss_scale`` implies float16. On a CPU, autocast supports bfloat16 only.
         loss_scale: ``'dynamic'``, a fixed number, or a dict of ``torch.amp.GradScaler`` options. Default: dynamic for
             float16, none for bfloat16.
         accumulative_counts, clip_grad: See :class:`mmengine.optim.OptimWrapper`.
 
     Attributes:
-        steps: How often the optimizer really stepped: not while accumulating, not where the loss scaler skipped.
+        steps: Number of optimizer steps. Iterations that accumulate and steps that the loss scaler skips don't count.
 
     Raises:
-        MisuseError: An option that has no meaning here; or, at the first iteration, a model that can't be trained so.
+        MisuseError: An option is not supported; or, at the first iteration, the model can't be trained with these options.
         NonFiniteLossError: A local loss is NaN or infinite. Under a loss scaler the step is skipped with a warning instead.
     """
 
@@ -110,18 +112,18 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._blocks: BlockGroups | None = None
         self._dense: DenseLoss | None = None
         self._graphs: StepGraphs | None = None
-        self._due: int | None = None  # a block whose gradients are being reduced, to step at the next boundary
+        self._due: int | None = None  # the block whose gradients are being reduced; it steps at the next boundary
         self._local_log: dict[str, Tensor] = {}
         self._loss_log = LocalLossLog(is_scaled=self.loss_scaler is not None)
 
     @property
     def graph_bytes(self) -> int:
-        """What the memory of CUDA graphs takes of the GPU, in bytes."""
+        """GPU memory of the CUDA graphs, in bytes."""
         return 0 if self._graphs is None else self._graphs.recorder.nbytes()
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """The context of a forward pass: gradient synchronisation, autocast and the session of local learning.
+        """Context of a forward pass: gradient synchronisation, autocast and the local learning session.
 
         Args:
             model: The model, or its DDP wrapper.
@@ -149,11 +151,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._local_log = session.log
 
     def local_backward(self, loss: Tensor, block: int) -> None:
-        """Back-propagate a local loss, scaled as the task loss will be, without counting an iteration.
+        """Back-propagate a local loss, scaled like the task loss, without counting an iteration.
 
         Args:
             loss: A scalar.
-            block: The block that it trains, 1 to K-1.
+            block: The block that the loss trains, 1 to K-1.
         """
         self._back_propagate(loss, block)
         self._block_done(block)
@@ -173,19 +175,19 @@ class LocalLearningOptimWrapper(OptimWrapper):
                 self._step_block(due)
 
     def backward(self, loss: Tensor, **kwargs) -> None:
-        """Back-propagate the task loss, then report the iteration's local losses, in one transfer from the device."""
+        """Back-propagate the task loss, then log the iteration's local losses, with one device-to-host transfer."""
         self._scaled(loss).backward(**kwargs)
         self._end_iteration()
 
     def finish_iteration(self, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
-        """End an iteration that has no task loss: all that :meth:`update_params` does after the task loss's backward.
+        """End an iteration without a task loss: does what :meth:`update_params` does after the task loss's backward pass.
 
-        The iteration is counted and its local losses are reported; where it completes an accumulation, gradients are clipped,
-        the optimizer steps, and the gradients are zeroed.
+        Counts the iteration and logs its local losses. If the iteration completes an accumulation, clips the gradients, steps
+        the optimizer and zeroes the gradients.
 
         Args:
             step_kwargs: Arguments of the optimizer's ``step``.
-            zero_kwargs: Arguments of its ``zero_grad``.
+            zero_kwargs: Arguments of the optimizer's ``zero_grad``.
         """
         self._end_iteration()
         if self.should_update():
@@ -193,7 +195,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self.zero_grad(**(zero_kwargs or {}))
 
     def step(self, **kwargs) -> None:
-        """Clip and step; under a loss scaler unscale first, and skip where a gradient isn't finite."""
+        """Clip and step. Under a loss scaler, unscale the gradients first and skip the step if one isn't finite."""
         if self.loss_scaler is None:
             super().step(**kwargs)
             return
@@ -222,7 +224,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         return loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
 
     def _count_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        # A fused optimizer is always called, and skips by itself where the scaler has left a mark.
+        # The scaler always calls a fused optimizer, which itself skips the step if the scaler has set found_inf.
         skipped = getattr(optimizer, 'found_inf', None)
         if skipped is None or not skipped.item():
             self.steps += 1
@@ -241,7 +243,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         return None if self._parallel is None else self._parallel.block_reducers.get(block)
 
     def _step_block(self, block: int) -> None:
-        """Clip, step and drop the gradients of one block, as the optimizer would if it had no other parameters."""
+        """Clip the gradients of one block, step its parameters only, and free its gradients."""
         reducer = self._reducer(block)
         if reducer is not None:
             reducer.wait()
@@ -249,7 +251,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         with self._blocks.restrict(block):
             self.step()
             self.zero_grad()
-        self.steps = steps  # the iteration's step is the one that follows the task loss
+        self.steps = steps  # an iteration counts one step: the one after the task loss
 
     def _step_graphs(self, model: nn.Module) -> StepGraphs:
         device = next(model.parameters()).device.type

@@ -1,8 +1,8 @@
-"""One rule for learning rates by parameter: to an optim wrapper's constructor, local heads are no part of the backbone.
+"""Excludes local heads from the learning rates and weight decay that ``paramwise_cfg`` sets for the backbone.
 
-A stock config fine-tunes a pretrained backbone slowly (``'backbone': dict(lr_mult=0.1)``, or a layer-wise decay). Local heads
-are new layers, as the model's own head is, but their parameters' names begin with ``backbone.local``. So the constructor is run
-once more with the local heads beside the backbone.
+A stock config often fine-tunes a pretrained backbone at a lower learning rate (``'backbone': dict(lr_mult=0.1)``, or a
+layer-wise decay). Local heads are new layers, like the model's own head, but their parameter names begin with
+``backbone.local``. This module therefore runs the constructor again with the local heads moved out of the backbone.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch.optim import Optimizer
 from mmman.local.blocks import localized_backbone
 
 LOCAL_HEADS = 'local_heads'
-"""The name of the local heads, beside the backbone, that constructors see."""
-_KEY = 'backbone.local'  # how a config names them in paramwise_cfg.custom_keys
+"""The name under which the constructor sees the local heads, as a sibling of the backbone."""
+_KEY = 'backbone.local'  # the name of the local heads in paramwise_cfg.custom_keys
 
 
 def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
-    """Build an optim wrapper by its constructor, to which the local heads are a module beside the backbone.
+    """Build an optim wrapper with its constructor, which sees the local heads as a sibling of the backbone.
 
-    What ``paramwise_cfg`` says of the backbone doesn't apply to local heads; what it says of all layers (``norm_decay_mult``)
-    and what its ``custom_keys`` say of ``backbone.local`` does.
+    Settings of ``paramwise_cfg`` for the backbone don't apply to local heads. Settings for all layers (``norm_decay_mult``) and
+    ``custom_keys`` for ``backbone.local`` do.
 
     Args:
         model: A localised model, or its wrapper.
         cfg: The config of the optim wrapper.
 
     Returns:
-        The optim wrapper. Its parameter groups have the order of the model's parameters.
+        The optim wrapper. Its parameter groups are in the order of the model's parameters.
     """
     cfg = copy.deepcopy(cfg)
     if keys := (cfg.get('paramwise_cfg') or {}).get('custom_keys'):
@@ -50,12 +50,12 @@ def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
 
 
 def separate_local_heads(runner: Runner) -> None:
-    """Give local heads their own learning rates and weight decay in a run that is set up, and log which.
+    """Give the local heads of a run their own learning rates and weight decay, and log the rates.
 
-    Nothing happens where the constructor has given them these already, as without ``paramwise_cfg``.
+    Does nothing if the local heads already have these values, for example without ``paramwise_cfg``.
 
     Args:
-        runner: Before its first iteration, with optim wrapper and schedulers built.
+        runner: The runner, before its first iteration, with optim wrapper and schedulers built.
     """
     cfg = runner.cfg.get('optim_wrapper')
     if not cfg or not (cfg.get('paramwise_cfg') or cfg.get('constructor')):
@@ -81,6 +81,7 @@ def separate_local_heads(runner: Runner) -> None:
 
 @contextmanager
 def _beside_backbone(model: nn.Module) -> Iterator[None]:
+    """Context in which the local heads are a child of the model, not of its backbone."""
     backbone = localized_backbone(model)
     local = backbone.local
     del backbone.local
@@ -93,7 +94,7 @@ def _beside_backbone(model: nn.Module) -> Iterator[None]:
 
 
 def _options(model: nn.Module, names: list[str], optimizer: Optimizer) -> dict[str, dict]:
-    """The optimizer's options for each of the named parameters, without what a scheduler has done to them."""
+    """Return the initial learning rate and the weight decay of each named parameter."""
     found = {}
     for group in optimizer.param_groups:
         options = {'lr': group.get('initial_lr', group['lr']), 'weight_decay': group.get('weight_decay')}

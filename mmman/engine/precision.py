@@ -1,4 +1,4 @@
-"""Mixed precision: the dtype of autocast and the loss scaler that the options of the optim wrapper ask for."""
+"""Mixed precision: selects the autocast dtype and builds the loss scaler from the optim wrapper's options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mmman.options import Count, Positive, Range, checked
 @checked('optim_wrapper.loss_scale')
 @dataclass(frozen=True)
 class DynamicScale:
-    """Options of a dynamic ``loss_scale``, those of :class:`torch.amp.GradScaler`."""
+    """Options of a dynamic ``loss_scale``: the arguments of :class:`torch.amp.GradScaler`."""
 
     init_scale: Positive = 2.0**16
     growth_factor: Annotated[float, Range(above=1)] = 2.0
@@ -26,14 +26,14 @@ class DynamicScale:
 
 
 def autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | dict | None) -> torch.dtype | None:
-    """The dtype that forward passes run in under autocast; None for full precision.
+    """Return the autocast dtype of forward passes, or None for full precision.
 
     Args:
-        dtype: As a config gives it.
-        loss_scale: Asks for float16 where ``dtype`` is None.
+        dtype: The value in the config.
+        loss_scale: The value in the config. Unless it is None, it implies float16 if ``dtype`` is None.
 
     Raises:
-        MisuseError: float16 on a CPU.
+        MisuseError: The dtype is float16 and the device is a CPU.
     """
     if dtype is None:
         dtype = None if loss_scale is None else 'float16'
@@ -47,7 +47,7 @@ def autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | di
 def make_loss_scaler(
     dtype: torch.dtype | None, loss_scale: str | float | dict | None
 ) -> tuple[torch.amp.GradScaler | None, float | None]:
-    """The scaler and, for a fixed scale, the value that it keeps."""
+    """Return the loss scaler, or None, and the fixed scale, or None if the scale is dynamic."""
     if loss_scale is None:
         loss_scale = 'dynamic' if dtype is torch.float16 else None
     if loss_scale is None:

@@ -1,6 +1,7 @@
-"""What ``init_cfg=dict(type='Pretrained', ...)`` brings into a localised backbone: said in one line, or refused.
+"""Checks and logs what ``init_cfg=dict(type='Pretrained', ...)`` loads into a localised backbone.
 
-mmengine loads what fits by name and shape. Where nothing fits, for want of a ``prefix``, it trains on from random weights.
+mmengine loads the tensors that match by name and shape. If none matches, for example because ``prefix`` is missing, mmengine
+continues with random weights; this module raises an error instead.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from mmman.errors import MisuseError
 
 
 def check_prefix(backbone: nn.Module) -> None:
-    """Before weights are initialised: refuse a prefix that no tensor of the file has.
+    """Check, before weights are initialised, that the file has tensors below the configured prefix.
 
     Raises:
-        MisuseError: It names the file, the prefix that is in it, and what to change.
+        MisuseError: No tensor of the file has the prefix. The message names the file and what to change.
     """
     config = _config(backbone)
     if config and config.get('prefix'):
@@ -33,16 +34,16 @@ def check_prefix(backbone: nn.Module) -> None:
 
 
 def report_pretrained(backbone: nn.Module) -> None:
-    """After weights are initialised: log in one line what was taken and what was left.
+    """Log in one line, after weights are initialised, which tensors were loaded and which were not.
 
     Raises:
-        MisuseError: Nothing was taken.
+        MisuseError: No tensor was loaded.
     """
     config, unfilled = _config(backbone), backbone.local.unfilled
     if config is None or unfilled is None:
         return
     own, tensors = _stock(backbone), _read(config)
-    counted = [name for name in own if not name.endswith('num_batches_tracked')]  # BatchNorm does without, and so does mmengine
+    counted = [name for name in own if not name.endswith('num_batches_tracked')]  # optional for BatchNorm and for mmengine
     missed = [name for name in counted if name in unfilled]
     taken = len(counted) - len(missed)
     if not taken:
@@ -81,7 +82,7 @@ def _stock(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def _prefix_of(names: Iterable[str], own: dict[str, Tensor]) -> str | None:
-    """Below which prefix at least half of the backbone's names are found; None where they are not."""
+    """Return the prefix below which at least half of the backbone's names are found, or None."""
     counts = Counter()
     for name in names:
         parts = name.split('.')
@@ -96,7 +97,7 @@ def _group(name: str, prefix: str) -> str:
 
 
 def _hint(backbone: nn.Module, config: dict, tensors: dict[str, Tensor]) -> str:
-    """What to change so that the file fits."""
+    """Say what to change so that the file fits the backbone."""
     own, kind = _stock(backbone), type(backbone).__name__
     prefix = _prefix_of(tensors, own)
     if prefix is None:

@@ -1,4 +1,4 @@
-"""Runs: launching, exact resume, seeds, checkpoints. Useful without local learning too."""
+"""Training runs: launching, exact resume, seeding and checkpoints. Also usable without local learning."""
 
 from mmman.runtime.checkpoint_hook import CheckpointHook
 from mmman.runtime.loops import EpochBasedTrainLoop, IterBasedTrainLoop

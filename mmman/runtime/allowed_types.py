@@ -1,9 +1,9 @@
-"""The types that a checkpoint may name beside tensors, each bound to a stand-in of ours that checks what it is given.
+"""The types that a checkpoint may name besides tensors, each bound to a stand-in that validates its arguments.
 
 ``torch.load(weights_only=True)`` reads tensors and plain containers. mmengine's training checkpoints also hold log buffers and
-NumPy values. NumPy's own unpickling functions trust their input (a crafted dtype can make them read foreign memory, a crafted
-shape allocate any amount), and ``HistoryBuffer.__setstate__`` changes a table of the class. So the names of these types are
-bound to the functions and classes below, which build real arrays and buffers out of checked parts.
+NumPy values. NumPy's own unpickling functions trust their input: a crafted dtype can make them read out of bounds, and a
+crafted shape can make them allocate any amount of memory. ``HistoryBuffer.__setstate__`` modifies a table of the class. The
+names of these types are therefore bound to the functions and classes below, which build arrays and buffers from checked parts.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from mmengine.utils.dl_utils import TORCH_VERSION
 from mmman.errors import CheckpointError
 
 READS_TRAINING_CHECKPOINTS = digit_version(TORCH_VERSION) >= digit_version('2.6')
-"""Whether torch binds names in a checkpoint to functions of ours. An older one reads weights alone."""
+"""Whether torch can bind names in a checkpoint to the stand-ins. With an older torch, only weights can be read."""
 _SIMPLE_DTYPE = re.compile(r'[biufc]\d{1,2}|[US]\d{1,6}')
 _ORDERS = ('<', '>', '|', '=')
 
 
 class LoadedDtype:
-    """What a checkpoint says of a NumPy dtype: the code of a number, a bool or a string of fixed length."""
+    """A NumPy dtype from a checkpoint: a number, a bool or a string of fixed length."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
         if not isinstance(code, str) or not _SIMPLE_DTYPE.fullmatch(code):
@@ -36,21 +36,21 @@ class LoadedDtype:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
-        """Take the byte order; refuse fields, subarrays and metadata."""
+        """Set the byte order; reject fields, subarrays and metadata."""
         if not isinstance(state, tuple) or len(state) != 8 or state[1] not in _ORDERS or any(state[2:5]):
             raise CheckpointError('holds a NumPy array of a structured dtype: only numbers, bools and strings are read')
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class LoadedArray(np.ndarray):
-    """A NumPy array from a checkpoint. :func:`mmman.runtime.checkpoint.load` makes a plain array of it."""
+    """A NumPy array from a checkpoint. :func:`mmman.runtime.checkpoint.load_from_local` converts it to a plain array."""
 
     def __new__(cls) -> LoadedArray:
-        """An empty array, whatever a file would like to have allocated."""
+        """Return an empty array, whatever size the file asks for."""
         return super().__new__(cls, (0,), 'b')
 
     def __setstate__(self, state: tuple) -> None:
-        """Fill the array: (version, shape, dtype, Fortran order, bytes)."""
+        """Fill the array from ``state``: (version, shape, dtype, Fortran order, bytes)."""
         _, shape, dtype, fortran, data = state
         is_shape = isinstance(shape, tuple) and all(type(size) is int and size >= 0 for size in shape)
         if not is_shape or not isinstance(dtype, LoadedDtype) or type(data) is not bytes:
@@ -64,10 +64,10 @@ class LoadedArray(np.ndarray):
 
 
 class LoadedBuffer(HistoryBuffer):
-    """A log buffer from a checkpoint. It becomes an ordinary ``HistoryBuffer`` and leaves the class's statistics alone."""
+    """A log buffer from a checkpoint. Becomes an ordinary ``HistoryBuffer``, and doesn't change the class's statistics."""
 
     def __setstate__(self, state: dict) -> None:
-        """Take the values and counts; what the file says of ``statistics_methods`` isn't looked at."""
+        """Set the values and counts; ignore ``statistics_methods`` of the file."""
         values, counts, length = (state.get(name) for name in ('_log_history', '_count_history', 'max_length'))
         for array in (values, counts):
             if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in 'biuf':
@@ -80,26 +80,26 @@ class LoadedBuffer(HistoryBuffer):
 
 
 def _reconstruct(kind: type, shape: tuple, code: bytes) -> LoadedArray:
-    """``numpy.core.multiarray._reconstruct`` as arrays are pickled: empty, and filled by ``__setstate__``."""
+    """Stand-in for ``numpy.core.multiarray._reconstruct``: return an empty array, which ``__setstate__`` fills."""
     return LoadedArray()
 
 
 def _scalar(dtype: LoadedDtype, data: bytes) -> np.generic:
-    """``numpy.core.multiarray.scalar``."""
+    """Stand-in for ``numpy.core.multiarray.scalar``."""
     if not isinstance(dtype, LoadedDtype) or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
         raise CheckpointError('holds a NumPy scalar whose dtype and bytes do not fit together')
     return np.frombuffer(data, dtype.dtype)[0]
 
 
 def _no_bytes(*data: object) -> bytes:
-    """``bytes()``, as an empty array's content is pickled."""
+    """Stand-in for ``bytes()``, which is how the content of an empty array is pickled."""
     if data:
         raise CheckpointError('calls bytes() with arguments')
     return b''
 
 
 def _attribute(owner: type, name: str) -> str:
-    """What ``getattr`` means in a checkpoint: the name of one of a log buffer's statistics, and nothing else."""
+    """Stand-in for ``getattr``: only returns the name of a statistic of a log buffer."""
     if owner is LoadedBuffer and name in ('min', 'max', 'current', 'mean'):
         return name
     raise CheckpointError(f'names the attribute {name!r} of {owner!r}: only the statistics of a log buffer are named that way')
@@ -115,7 +115,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     **{f'numpy.{core}.multiarray._reconstruct': _reconstruct for core in ('core', '_core')},
     **{f'numpy.{core}.multiarray.scalar': _scalar for core in ('core', '_core')},
 }
-"""By the name in the file. NumPy 1 and 2 pickle under other module names."""
+"""The stand-ins, by the name in the file. NumPy 1 and 2 pickle under different module names."""
 
 _TORCH_NAMES = re.compile(
     r'torch\.(Size|device|\w+Storage|storage\.(Untyped|Typed)Storage|nn\.parameter\.Parameter'
@@ -137,6 +137,6 @@ def is_allowed(name: str) -> bool:
 
 
 def allow_training_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read what mmengine's message hub pickles, by the stand-ins of this module."""
+    """Let ``torch.load(weights_only=True)`` read the content of mmengine's message hub, with the stand-ins of this module."""
     if READS_TRAINING_CHECKPOINTS:
         torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])

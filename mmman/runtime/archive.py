@@ -1,7 +1,7 @@
-"""Whether a file is a whole checkpoint of ``torch.save``, by its bytes alone: nothing in it is loaded here.
+"""Checks, without loading anything, that a file is a complete checkpoint written by ``torch.save``.
 
-``torch.load`` checks no checksum, and believes the sizes that a file states of itself. What is checked here is the archive as
-``torch.save`` writes it, and which classes and functions its pickle names.
+``torch.load`` verifies no checksum and trusts the sizes that a file states. This module checks the structure of the archive as
+``torch.save`` writes it, and the classes and functions that its pickle names.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mmman.errors import CheckpointError
 from mmman.runtime.allowed_types import is_allowed
 
 _ZIP = b'PK\x03\x04'
-_LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # the magic number that torch pickled first, before version 1.6
+_LEGACY = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'  # the pickled magic number at the start of files of torch < 1.6
 _MAX_OPCODES = 10_000_000
 
 
 def check_archive(path: str | os.PathLike) -> bool:
-    """Check a file's checksums, names and sizes, and what its pickle names.
+    """Check a file's checksums, record names and sizes, and the classes and functions that its pickle names.
 
     Returns:
-        True for an archive; False for a file of torch before 1.6, which has no checksums: damage to its weights can't be seen.
+        True for an archive; False for a file of torch < 1.6, which has no checksums, so that damaged weights can't be detected.
 
     Raises:
-        CheckpointError: It is no whole checkpoint; without the name of the file.
+        CheckpointError: The file is no complete checkpoint. The message doesn't contain the file's name.
     """
     if not os.path.isfile(path):
         kind = 'is no file' if os.path.exists(path) else 'is not there: no checkpoint at this path'
@@ -66,7 +66,7 @@ def _check_zip(path: str | os.PathLike) -> None:
 
 
 def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
-    """Names and sizes are as ``torch.save`` writes them, so that every reader of the archive finds the same records."""
+    """Check that names and sizes are as ``torch.save`` writes them, so that every zip reader finds the same records."""
     names = [record.orig_filename for record in records]
     roots = {name.partition('/')[0] for name in names}
     if len(roots) != 1 or f'{next(iter(roots))}/data.pkl' not in names:
@@ -85,7 +85,7 @@ def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
 
 
 def _named(file: BinaryIO) -> Iterator[str]:
-    """The classes and functions that a pickle names, as ``module.name``. Disassembles it, up to its end."""
+    """Yield the classes and functions that a pickle names, as ``module.name``. Disassembles the pickle up to its end."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name == 'GLOBAL':
             name = argument.replace(' ', '.')
@@ -101,6 +101,6 @@ def _check_names(names: Iterator[str]) -> None:
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as a message names it: on one line, whatever is in it."""
+    """Format a path for a message: on one line, whatever characters the path contains."""
     text = os.fspath(Path(path))
     return text if text.isprintable() else repr(text)

@@ -1,4 +1,4 @@
-"""Files that appear under their names only when they are complete, and what a failed write says."""
+"""Writes files atomically, so that a file has its name only once it is complete, and describes write errors."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _REMEDIES = {
 
 @contextmanager
 def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Turn an operating system's error into one that names the path, the reason and the remedy.
+    """Context that converts an ``OSError`` to an error that names the path, the reason and the remedy.
 
     Raises:
         CheckpointWriteError: The code inside raised an ``OSError``.
     """
     try:
         yield
-    except ConnectionError:  # another process has failed, and no file is to blame
+    except ConnectionError:  # another process has failed; it is not a write error
         raise
     except OSError as error:
         raise _write_error(path, error) from error
@@ -47,10 +47,10 @@ def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextmanager
 def naming_full_disks(folder: str | os.PathLike) -> Iterator[None]:
-    """The same for code that does many other things: only for errors that say that a disk takes no more.
+    """Like :func:`naming_write_errors`, but only for errors of a full or read-only disk. For code that does more than write.
 
     Args:
-        folder: Where the code inside writes, as far as an error doesn't say where.
+        folder: The folder to name if the error has no path.
 
     Raises:
         CheckpointWriteError: A disk or quota is full, or a disk is read-only.
@@ -72,10 +72,10 @@ def _write_error(path: str | os.PathLike, error: OSError) -> CheckpointWriteErro
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Make a folder where it doesn't exist, and check that files can be written there. Leaves no file.
+    """Create a folder if it doesn't exist, and check that files can be written there. Leaves no file.
 
     Raises:
-        CheckpointWriteError: They can't.
+        CheckpointWriteError: Files can't be written there.
     """
     with naming_write_errors(folder):
         os.makedirs(folder, exist_ok=True)
@@ -83,14 +83,14 @@ def check_folder(folder: str | os.PathLike) -> None:
 
 
 def write_atomically(data: bytes, path: str | os.PathLike) -> None:
-    """Write a file that appears under its name only when all of it is on the disk; the old one stays until then.
+    """Write a file atomically: an existing file stays until all of the new one is on the disk.
 
     Args:
-        data: What the file is to hold.
-        path: Its name. Where that is a symbolic link, the link is replaced, and its target stays as it is.
+        data: The content of the file.
+        path: The path of the file. If it is a symbolic link, the link is replaced and its target stays unchanged.
 
     Raises:
-        CheckpointWriteError: It can't be written. Nothing of it is left then.
+        CheckpointWriteError: The file can't be written. No partial file is left.
     """
     with naming_write_errors(path):
         _write(data, path)
@@ -100,7 +100,7 @@ class AtomicBackend(LocalBackend):
     """mmengine's local file backend with atomic writes.
 
     Args:
-        run: The run that writes. The folder's :class:`Ledger` then says which files are this run's.
+        run: The ID of the run that writes. If given, the folder's :class:`Ledger` records that the files belong to this run.
     """
 
     def __init__(self, run: str = '') -> None:
@@ -110,7 +110,7 @@ class AtomicBackend(LocalBackend):
         """Write a file atomically.
 
         Raises:
-            CheckpointWriteError: It can't be written. Nothing of it is left then.
+            CheckpointWriteError: The file can't be written. No partial file is left.
         """
         folder, name = os.path.split(os.path.abspath(filepath))
         ledger, run = Ledger(folder), self._run
@@ -125,7 +125,7 @@ def _write(
     data: bytes, path: str | os.PathLike, before_rename: Callable[[os.stat_result], object] = lambda status: None
 ) -> None:
     unfinished = f'{os.fspath(path)}{UNFINISHED}'
-    with suppress(FileNotFoundError):  # not overwritten: it may be a link to another file
+    with suppress(FileNotFoundError):  # removed, not overwritten: it may be a link to another file
         os.unlink(unfinished)
     with open(unfinished, 'xb') as file:
         try:

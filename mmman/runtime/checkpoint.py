@@ -1,8 +1,8 @@
-"""The one place where checkpoints are read: ours, and with mmman imported everything that mmengine loads.
+"""Reads checkpoints safely: those of mmman and, once mmman is imported, every checkpoint that mmengine loads.
 
-``import mmman`` registers :func:`load_from_local` for local files and a loader over it for URLs with mmengine's
-``CheckpointLoader``: ``load_from``, resume, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the inferencers of the
-libraries read every checkpoint this way. Design: docs/design/checkpoints.md.
+``import mmman`` registers :func:`load_from_local` for local files, and loaders that use it for URLs, with mmengine's
+``CheckpointLoader``. ``load_from``, resume, ``init_cfg=dict(type='Pretrained')``, ``init_detector`` and the inferencers of the
+libraries then read every checkpoint with these loaders. Design: docs/design/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -39,32 +39,32 @@ REMEDY = 'copy or download it again, or give another checkpoint'
 
 
 def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict | Tensor:
-    """Read a checkpoint from a local file, after checking all of it.
+    """Read a checkpoint from a local file, after checking its complete content.
 
     Args:
-        path: The file, as ``torch.save`` writes it.
-        map_location: Where to put the tensors, as for ``torch.load``; None is the CPU.
+        path: A file written by ``torch.save``.
+        map_location: Device of the tensors, as in ``torch.load``. None: the CPU.
 
     Returns:
-        What was saved, in new containers and tensors: weights, and plain data. What mmengine would run is left out, and named
-        in one line of the log. A tensor, where the file is one.
+        The weights and plain data of the file, in new containers and tensors, or a tensor if the file holds only one. What
+        mmengine would execute is left out, and named in one line of the log.
 
     Raises:
-        CheckpointError: The file isn't there, is damaged, holds no weights or something else than weights and plain data. The
-            message is one line: the file, what is wrong, what to do.
+        CheckpointError: The file doesn't exist, is damaged, holds no weights, or holds anything but weights and plain data. The
+            message is one line: the file, what is wrong, and what to do.
     """
     path = os.path.expanduser(os.fspath(path))
     try:
         is_archive = check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # what torch thinks of the file's age
+            warnings.simplefilter('ignore')  # torch warns about old file formats
             loaded = torch.load(path, 'cpu' if map_location is None else map_location, weights_only=True, mmap=is_archive)
         checkpoint, left_out = plain_checkpoint(loaded, os.path.getsize(path))
     except CheckpointError as error:
         raise CheckpointError(one_line(f'{shown(path)} {error}; {REMEDY}')) from None
-    except Exception as error:  # whatever torch stumbles over in a file that was made to make it stumble
+    except Exception as error:  # a crafted file can make torch raise any error
         reason = str(error).partition('\n')[0]
-        if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch advises to switch the check off
+        if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch's message advises disabling the check
             reason = 'its pickle is not one of weights and plain data'
             if not READS_TRAINING_CHECKPOINTS:
                 reason += ', or holds a log of mmengine, which takes torch 2.6 to read'
@@ -76,10 +76,10 @@ def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict |
 
 
 def load_from_http(url: str, map_location: Any = None) -> dict | Tensor:
-    """Download a checkpoint into torch's cache, unless it is there, and read it by :func:`load_from_local`.
+    """Download a checkpoint into torch's cache, unless it is cached, and read it with :func:`load_from_local`.
 
     Raises:
-        CheckpointError: It can't be downloaded or read.
+        CheckpointError: The checkpoint can't be downloaded or read.
     """
     name = os.path.basename(urlparse(url).path)
     if not name or name in ('.', '..') or not name.isprintable():
@@ -90,7 +90,7 @@ def load_from_http(url: str, map_location: Any = None) -> dict | Tensor:
         _download(url, path)
     if world_size > 1:
         torch.distributed.barrier()
-        _download(url, path)  # on other machines, where it isn't there yet
+        _download(url, path)  # on other machines, whose cache doesn't have the file yet
     try:
         return load_from_local(path, map_location)
     except CheckpointError as error:
@@ -103,24 +103,24 @@ def _download(url: str, path: str) -> None:
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         torch.hub.download_url_to_file(url, path, progress=os.isatty(0))
-    except OSError as error:  # URLError is one
+    except OSError as error:  # URLError is an OSError
         raise CheckpointError(one_line(f'{url} cannot be downloaded: {error}; give the path of a file')) from None
 
 
 def load_from_torchvision(name: str, map_location: Any = None) -> dict | Tensor:
-    """Read weights of torchvision's models, ``torchvision://resnet50``."""
+    """Read the weights of a torchvision model, such as ``torchvision://resnet50``."""
     return _named_model(name, get_torchvision_models(), map_location)
 
 
 def load_from_openmmlab(name: str, map_location: Any = None) -> dict | Tensor:
-    """Read weights by their name in mmengine's list, ``open-mmlab://resnet50_caffe``."""
+    """Read weights by their name in mmengine's list, such as ``open-mmlab://resnet50_caffe``."""
     deprecated = get_deprecated_model_names()
     prefix, _, model = name.partition('://')
     return _named_model(f'{prefix}://{deprecated.get(model, model)}', get_external_models(), map_location)
 
 
 def load_from_mmcls(name: str, map_location: Any = None) -> dict:
-    """Read the backbone of a classifier by its name in mmengine's list, ``mmcls://resnet50``."""
+    """Read the backbone of a classifier by its name in mmengine's list, such as ``mmcls://resnet50``."""
     checkpoint = _named_model(name, get_mmcls_models(), map_location)
     state = checkpoint.get('state_dict', checkpoint)
     prefix = 'backbone.'
@@ -128,7 +128,7 @@ def load_from_mmcls(name: str, map_location: Any = None) -> dict:
 
 
 def load_from_storage(uri: str, map_location: Any = None) -> dict | Tensor:
-    """Read a checkpoint from an object store that mmengine knows, ``s3://...`` or ``petrel://...``."""
+    """Read a checkpoint from an object store that mmengine supports, ``s3://...`` or ``petrel://...``."""
     backend = get_file_backend(uri, backend_args={'backend': 'petrel'})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, os.path.basename(uri) or 'checkpoint')
@@ -148,7 +148,7 @@ def _named_model(name: str, urls: dict[str, str], map_location: Any) -> dict | T
 
 
 def read_all_checkpoints() -> None:
-    """Let mmengine read every checkpoint by :func:`load_from_local`, wherever it comes from."""
+    """Make mmengine read the checkpoints of all its sources with :func:`load_from_local`."""
     for prefixes, loader in (
         ('', load_from_local),
         (('http://', 'https://'), load_from_http),

@@ -1,7 +1,7 @@
-"""What a checkpoint may hold: weights, and plain data of the types that mmengine writes. Everything else is refused.
+"""Checks that a checkpoint holds only weights and plain data of the types that mmengine writes.
 
-``torch.load`` returns what the file describes. Here all of it is copied into new containers, value by value, so that what
-mmengine reads back is of exactly these types: None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, dict,
+``torch.load`` returns whatever the file describes. This module copies the result into new containers, value by value, so that
+mmengine gets values of exactly these types: None, bool, int, float, complex, str, bytes, bytearray, list, tuple, set, dict,
 OrderedDict, Counter, torch's Size, device and dtype, dense tensors, NumPy arrays and scalars without objects, log buffers.
 """
 
@@ -22,25 +22,25 @@ _ATOMS = (type(None), bool, int, float, complex, str, bytes, torch.device, torch
 _MAPPINGS = (dict, OrderedDict, Counter)
 _SEQUENCES = (list, tuple, set, torch.Size)
 _MAX_DEPTH, _MAX_VALUES = 50, 5_000_000
-_SLACK = 64 * 2**20  # bytes that views may claim beyond their file: expanded buffers, tied weights
-LOG = ('log_scalars', 'runtime_info', 'resumed_keys')  # the parts of mmengine's message hub
+_SLACK = 64 * 2**20  # bytes by which views may exceed the file size: expanded buffers, tied weights
+LOG = ('log_scalars', 'runtime_info', 'resumed_keys')  # the parts of the state of mmengine's message hub
 _CONFIG_TEXTS = (('meta', 'cfg'), ('message_hub', 'runtime_info', 'cfg'))
 
 
 def plain_checkpoint(loaded: Any, size: int) -> tuple[dict | Tensor, list[str]]:
-    """Copy what was loaded, and check that it holds weights and has the structure of a checkpoint.
+    """Copy a loaded checkpoint, and check that it holds weights and has the structure of a checkpoint.
 
     Args:
-        loaded: What ``torch.load(weights_only=True)`` returned.
-        size: Bytes of the file.
+        loaded: The result of ``torch.load(weights_only=True)``.
+        size: Size of the file in bytes.
 
     Returns:
-        The checkpoint, a dict, or a tensor where the file is nothing else; and what was left out of it, one entry a part.
+        The checkpoint, a dict, or a tensor if the file holds only one; and what was left out of it, one entry per part.
 
     Raises:
-        CheckpointError: It holds something else, or no weights; without the name of the file.
+        CheckpointError: The file holds anything else, or no weights. The message doesn't contain the file's name.
     """
-    if torch.is_tensor(loaded):  # mmseg keeps embeddings of class names so
+    if torch.is_tensor(loaded):  # mmseg stores embeddings of class names like this
         return _Copy(size).of(loaded, 'the checkpoint', 0), []
     if not isinstance(loaded, dict):
         raise CheckpointError(f'holds a {type(loaded).__name__}, no dict of weights')
@@ -51,12 +51,12 @@ def plain_checkpoint(loaded: Any, size: int) -> tuple[dict | Tensor, list[str]]:
 
 
 class _Copy:
-    """Copies values into new containers; a value that the file refers to twice is copied once."""
+    """Copies values into new containers. A value that is referenced twice is copied once."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._claimed = self._held = 0
-        self._copies: dict[int, tuple[Any, Any, int]] = {}  # by id: the original, which keeps the id, its copy, its values
+        self._copies: dict[int, tuple[Any, Any, int]] = {}  # by id: the original (kept alive), its copy, its values
         self._open: set[int] = set()
         self._storages: dict[int, torch.UntypedStorage] = {}
         self._values = 0
@@ -70,7 +70,7 @@ class _Copy:
             return value
         if id(value) in self._copies:
             _, copied, values = self._copies[id(value)]
-            self._values += values  # what reads it back walks through it each time
+            self._values += values  # readers of the copy visit it once per reference
             self._check_number(where)
             return copied
         before = self._values
@@ -107,7 +107,7 @@ class _Copy:
         raise CheckpointError(f'holds a {kind.__module__}.{kind.__qualname__} at {where}')
 
     def _tensor(self, tensor: Tensor, where: str) -> Tensor:
-        """A tensor over a storage of its own: what was loaded is mapped from a file that may change."""
+        """Copy a tensor to a new storage: the loaded one is memory-mapped from a file that may change."""
         odd = tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg() or tensor.device.type == 'meta'
         if tensor.layout is not torch.strided or odd:
             raise CheckpointError(f'holds a tensor at {where} that is no dense array of numbers')
@@ -120,7 +120,7 @@ class _Copy:
         return nn.Parameter(copied, tensor.requires_grad) if type(tensor) is nn.Parameter else copied
 
     def _storage(self, storage: torch.UntypedStorage) -> torch.UntypedStorage:
-        """Its copy, one for all tensors that share it."""
+        """Return the copy of a storage. Tensors that share a storage share its copy."""
         key = storage.data_ptr()
         if not key or storage.device.type != 'cpu':
             return storage
@@ -128,7 +128,7 @@ class _Copy:
         if known is None or known.nbytes() < storage.nbytes():
             self._held += storage.nbytes()
             if self._held > self._size + _SLACK:
-                return storage  # refused by the caller
+                return storage  # the caller raises
             self._storages[key] = known = storage.clone()
         return known
 
@@ -149,7 +149,7 @@ def _key(key: Any, where: str) -> Any:
 
 
 def _versions(metadata: Any, where: str) -> OrderedDict:
-    """Module versions, by which modules convert old tensors. Other entries steer how torch loads, and are dropped."""
+    """Keep the module versions, which modules need to convert old tensors. Drop entries that control how torch loads."""
     if not isinstance(metadata, dict) or not all(
         type(name) is str and isinstance(entry, dict) and type(entry.get('version')) in (int, type(None))
         for name, entry in metadata.items()
@@ -169,7 +169,7 @@ def _check_weights(checkpoint: dict) -> None:
             if name.startswith('module.') and getattr(trained, 'shape', None) != getattr(averaged, 'shape', None):
                 raise CheckpointError(f'has averaged weights (ema_state_dict) for {name}, but no weights of that shape')
     elif not any(torch.is_tensor(value) for part in (checkpoint, *_dicts(checkpoint)) for value in part.values()):
-        # init_cfg takes weights below other names: 'model', 'teacher'
+        # init_cfg also accepts weights below other names: 'model', 'teacher'
         found = ', '.join(map(str, [*checkpoint][:3]))
         raise CheckpointError(f'has no weights: there is no state_dict, but {found or "nothing"}')
     if not isinstance(checkpoint.get('meta', {}), dict):
@@ -204,9 +204,10 @@ def _check_names(mapping: dict, where: str) -> None:
 
 
 def _drop_programs(checkpoint: dict) -> list[str]:
-    """Take out what mmengine would run: texts of configs, as far as they aren't plain data."""
+    """Remove what mmengine would execute, which is the text of configs, except for plain data. Return what was removed."""
     left_out = []
-    if 'config' in checkpoint.get('meta', {}):  # runner.resume runs it, to compare the number of GPUs with that of 2021's mmcv
+    # runner.resume executes meta.config to compare the number of GPUs, for checkpoints of mmcv of 2021.
+    if 'config' in checkpoint.get('meta', {}):
         del checkpoint['meta']['config']
         left_out.append('meta.config')
     for *parents, name in _CONFIG_TEXTS:

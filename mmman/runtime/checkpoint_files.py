@@ -1,4 +1,4 @@
-"""Which checkpoint of a work folder a run goes on from, and whether a run can go on from a file."""
+"""Finds the checkpoint of a work folder to resume from, and checks that a file is a training checkpoint."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ NOTE = 'last_checkpoint'
 
 
 def latest_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | str | None:
-    """The newest checkpoint of a run: the one that ``last_checkpoint`` names, or else the one with the highest number.
+    """Return the newest checkpoint of a run: the one named in ``last_checkpoint``, else the one with the highest number.
 
-    The note counts where it names a file in the folder, or one in ``out_dir``. Anything else it says (the checkpoint of
-    another run, a file that is gone, a URL that the config doesn't name, no text at all) is ignored, which one line of the log
-    says. Of a folder that was moved or copied, the file of the noted name is taken.
+    The file ``last_checkpoint`` is used if it names a file in the work folder or in ``out_dir``. Any other content (the
+    checkpoint of another run, a missing file, a URL that the config doesn't name, no text) is ignored, and a warning is logged.
+    If the folder was moved or copied, the file with the same name in the folder is used.
 
     Args:
         folder: The work folder.
-        out_dir: ``out_dir`` of the run's checkpoint hook, where checkpoints go that are not kept in the work folder.
+        out_dir: ``out_dir`` of the run's checkpoint hook, if checkpoints are not written to the work folder.
 
     Returns:
-        A path, a URL below ``out_dir`` (a str), or None where there is no checkpoint.
+        A path, a URL below ``out_dir`` (a str), or None if there is no checkpoint.
     """
     numbered = next(iter(_numbered(folder)), None)
     noted = _noted(folder)
@@ -50,7 +50,7 @@ def latest_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | 
 
 
 def previous_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | None:
-    """The newest checkpoint of a run before :func:`latest_checkpoint`; None also where checkpoints are remote."""
+    """Return the newest checkpoint older than :func:`latest_checkpoint`, or None. Also None if checkpoints are remote."""
     latest = latest_checkpoint(folder, out_dir)
     if isinstance(latest, str):
         return None
@@ -61,10 +61,10 @@ def previous_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path 
 
 
 def check_whole(path: str | Path) -> None:
-    """Check all of a checkpoint file, and that it is a training checkpoint.
+    """Check that a checkpoint file is complete and is a training checkpoint.
 
     Raises:
-        CheckpointError: The file is cut short or damaged, or no checkpoint that a run can go on from.
+        CheckpointError: The file is truncated or damaged, or no checkpoint that a run can resume from.
     """
     checkpoint = load_from_local(path)
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
@@ -82,7 +82,7 @@ def check_whole(path: str | Path) -> None:
 
 
 def _noted(folder: str | Path) -> str | None:
-    """What the note says; None where there is none; an empty text where mmengine's own hook was killed in writing it."""
+    """Return the content of ``last_checkpoint``: None without such a file; '' if it holds no path."""
     note = Path(folder, NOTE)
     if not os.path.lexists(note):
         return None
@@ -98,7 +98,7 @@ def _noted(folder: str | Path) -> str | None:
 
 
 def _is_below(path: str, folder: str | Path) -> bool:
-    """Whether a path names a file below a folder. A link in the folder is the folder's own affair."""
+    """Whether a path is below a folder. Links inside the folder are not resolved."""
     return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
@@ -109,7 +109,7 @@ def _say(folder: str | Path, reason: str, found: Path | None) -> None:
 
 
 def _numbered(folder: str | Path) -> list[Path]:
-    """The checkpoints that mmengine names by epoch or iteration, newest first; of both kinds those of the last one written."""
+    """Return the checkpoints that mmengine names by epoch or iteration, newest first; if both exist, the kind written last."""
     found = [path for path in Path(folder).glob('*.pth') if _NAME.fullmatch(path.name)]
     if not found:
         return []

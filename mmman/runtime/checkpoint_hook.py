@@ -1,4 +1,4 @@
-"""mmengine's checkpoint hook, made safe against a kill at any moment: the last complete checkpoint is always there."""
+"""mmengine's checkpoint hook with atomic writes: if a run is killed at any time, its last complete checkpoint is kept."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from mmman.registry import HOOKS
 from mmman.runtime.atomic_files import ATOMIC_BACKEND, UNFINISHED, check_folder, naming_write_errors, write_atomically
 from mmman.runtime.ledger import Ledger
 
-SUPERSEDED = 'superseded_ckpts'  # in the message hub, and so in each checkpoint: the files that it replaces
-KEPT, BEST = 'keep_ckpt_ids', 'best_ckpt'  # mmengine's: the numbers of the checkpoints that are there; the best one's path
+SUPERSEDED = 'superseded_ckpts'  # in the message hub, and thus in each checkpoint: the files that the checkpoint replaces
+KEPT, BEST = 'keep_ckpt_ids', 'best_ckpt'  # keys of mmengine: numbers of existing checkpoints; path of the best
 
 
 class DeferredRemovals:
-    """A file backend that notes what it is asked to remove, and removes it later, as far as that is allowed.
+    """A file backend that records removals and executes them later, if they are allowed.
 
     Args:
-        backend: The backend that does the work; everything but ``remove`` and ``rmtree`` is its own.
+        backend: The wrapped backend. Every method except ``remove`` and ``rmtree`` is forwarded to it.
         is_own: Whether a path may be removed.
     """
 
@@ -49,11 +49,11 @@ class DeferredRemovals:
         self._removals[str(path)] = self._backend.rmtree
 
     def keep(self, path: str | None) -> None:
-        """Forget to remove a path: it is written anew."""
+        """Cancel the removal of a path, because it is written again."""
         self._removals.pop(str(path), None)
 
     def flush(self) -> None:
-        """Remove what was noted. A file that stays is named in the log."""
+        """Execute the recorded removals. A file that is not removed is named in the log."""
         for path, remove in self._removals.items():
             if not self._is_own(path):
                 print_log(f'{path} stays: this run did not write it', logger='current')
@@ -67,26 +67,26 @@ class DeferredRemovals:
 
 @HOOKS.register_module()
 class CheckpointHook(MMCheckpointHook):
-    """mmengine's hook with local files written atomically, and old ones removed when the new one is complete.
+    """mmengine's hook that writes local files atomically and removes old ones only when the new one is complete.
 
-    So there are, while a checkpoint is written, ``max_keep_ckpts + 1`` of them. What a killed run left is removed by the next
-    one: unfinished files, and the checkpoints that the resumed one had replaced. The arguments are mmengine's.
+    While a checkpoint is written, ``max_keep_ckpts + 1`` files exist. A resumed run removes what a killed run left behind:
+    unfinished files, and checkpoints that the resumed one had replaced. The arguments are those of mmengine's hook.
 
-    Only files that this run wrote into its own folder are removed, whatever a checkpoint says. A run that is resumed from a
-    checkpoint of its folder goes on as the run that wrote that checkpoint; the folder's :class:`Ledger` knows which that was.
-    In a storage other than a local folder, only what this process wrote is removed.
+    Only files that this run wrote into its own folder are removed, whatever a checkpoint lists. A run that is resumed from a
+    checkpoint of its folder continues the run that wrote that checkpoint, which the folder's :class:`Ledger` records. In a
+    storage other than a local folder, only files that this process wrote are removed.
 
     Raises:
-        CheckpointWriteError: A checkpoint can't be written, or the folder takes none. Checkpoints that are there stay.
+        CheckpointWriteError: A checkpoint can't be written, or the folder isn't writable. Existing checkpoints are kept.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Find the folder, and which of its files are this run's."""
+        """Find the folder and the files in it that belong to this run, and remove what a killed run left behind."""
         if self.backend_args is None and self.file_client_args is None and '://' not in str(self.out_dir or ''):
             self.backend_args = {'backend': ATOMIC_BACKEND}
         self._is_atomic = (self.backend_args or {}).get('backend') == ATOMIC_BACKEND
         self._written: set[str] = set()
-        listed = _take_lists(runner)  # mmengine's hook would remove files on their word
+        listed = _take_lists(runner)  # mmengine's hook would remove the listed files unchecked
         super().before_train(runner)
         self.file_backend = DeferredRemovals(self.file_backend, self._is_own)
         if not is_main_process():
@@ -110,10 +110,10 @@ class CheckpointHook(MMCheckpointHook):
         self.file_backend.flush()
 
     def _restore_lists(self, runner: Runner, listed: dict[str, Any]) -> list[int]:
-        """Give back to the run, of what a checkpoint says was written, what this run did write.
+        """Restore the lists of files from a checkpoint, limited to files that this run wrote.
 
         Returns:
-            The numbers of its checkpoints.
+            The numbers of this run's checkpoints.
         """
         steps = [step for step in listed.get(KEPT, []) if self._is_own(self._path(step))]
         runner.message_hub.update_info(KEPT, steps)
@@ -131,7 +131,7 @@ class CheckpointHook(MMCheckpointHook):
         return steps
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
-        """mmengine's order of things, but old files go last and the note of the latest checkpoint is replaced atomically."""
+        """Save as mmengine does, but remove old files last and replace ``last_checkpoint`` atomically."""
         filename = self.filename_tmpl.format(step)
         self.last_ckpt = self._path(step)
         if self.max_keep_ckpts > 0 and [*self.keep_ckpt_ids][-1:] != [step]:
@@ -168,7 +168,7 @@ class CheckpointHook(MMCheckpointHook):
             self.file_backend.flush()
 
     def after_train(self, runner: Runner) -> None:
-        """Publish, where ``published_keys`` asks for it."""
+        """Publish the checkpoint if ``published_keys`` is set."""
         with naming_write_errors(self.out_dir):
             super().after_train(runner)
 
@@ -179,13 +179,13 @@ class CheckpointHook(MMCheckpointHook):
         return [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]
 
     def _is_own(self, path: str | os.PathLike) -> bool:
-        """Whether this run wrote a file, as it is now."""
+        """Whether this run wrote a file, and the file hasn't changed since."""
         if self._is_atomic and os.path.isfile(path):
             return self._ledger.run_of(path) == self._run
         return path in self._written
 
     def _keep_current(self) -> None:
-        """A file may be written anew under the name of the one that it replaces."""
+        """Cancel removals of files that were written again under the same name."""
         for path in (self.last_ckpt, *self._best_paths()):
             self.file_backend.keep(path)
 
@@ -199,11 +199,11 @@ class CheckpointHook(MMCheckpointHook):
 
 
 def _take_lists(runner: Runner) -> dict[str, Any]:
-    """Take what a checkpoint says about files out of the message hub, so that nobody acts on it unchecked.
+    """Remove a checkpoint's lists of files from the message hub, so that no code uses them unchecked.
 
     Returns:
-        By name: :data:`SUPERSEDED` is a list of paths and :data:`KEPT` a list of numbers; names that begin with :data:`BEST`
-        are paths. Whatever isn't is left out.
+        The lists by name: :data:`SUPERSEDED` is a list of paths and :data:`KEPT` a list of numbers; names that begin with
+        :data:`BEST` are paths. Values of other types are left out.
     """
     hub = runner.message_hub
     listed: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Comparing what a checkpoint holds with what a run expects, without trusting the former to have any form."""
+"""Compares the content of a checkpoint with what a run expects, without assuming any structure of the checkpoint."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class Kind(str):
-    """What sort of value something is, as it is said to users."""
+    """A description of a value's kind, for messages."""
 
 
 NOTHING, FLAG, TABLE = Kind('nothing'), Kind('True or False'), Kind('a table')
 
 
 class Difference(NamedTuple):
-    """Where two values differ, and what each is there."""
+    """A path at which two values differ, and a description of each."""
 
     path: str
     theirs: str
@@ -28,7 +28,7 @@ class Difference(NamedTuple):
 
 
 def kind(value: object) -> Kind:
-    """The kind of a value: a tensor's dtype and shape, a number, a list of 3, ...; of a :class:`Kind`, itself."""
+    """Return the kind of a value: a tensor's dtype and shape, a number, a list of 3, ... A :class:`Kind` is returned as is."""
     if isinstance(value, Kind):
         return value
     if value is None:
@@ -41,7 +41,7 @@ def kind(value: object) -> Kind:
 
 
 def kind_of(dtype: torch.dtype, shape: Iterable[int]) -> Kind:
-    """The kind of a tensor."""
+    """Return the kind of a tensor with this dtype and shape."""
     return Kind(f'{str(dtype).removeprefix("torch.")} {tuple(shape)}')
 
 
@@ -56,30 +56,30 @@ def _name(value: object) -> str:
 
 
 def kinds(value: object) -> object:
-    """The kinds of a table's entries; of any other value, its own."""
+    """Return the kinds of a mapping's entries; for any other value, its kind."""
     return {name: kind(item) for name, item in value.items()} if isinstance(value, Mapping) else kind(value)
 
 
 def plain(value: object) -> object:
-    """A text, a number or a flag as it is; of any other value, its kind."""
+    """Return a str, number or bool as is; for any other value, its kind."""
     return value if isinstance(value, (str, bool, int, float)) else kind(value)
 
 
 def words(value: object) -> object:
-    """A value with every text, number and flag in it as a :class:`Kind`, so that these are compared as they are."""
+    """Convert every str, number and bool in a value to a :class:`Kind`, so that they are compared by value."""
     if isinstance(value, Mapping):
         return {name: words(item) for name, item in value.items()}
     return [*map(words, value)] if isinstance(value, (list, tuple)) else Kind(plain(value))
 
 
 def differences(theirs: object, ours: object, look: Callable[[object], object] = kind, path: str = '') -> Iterator[Difference]:
-    """Walk through two values, as deep as ``ours`` goes.
+    """Compare two values recursively, as deep as ``ours`` is nested.
 
     Args:
-        theirs: Anything.
-        ours: What is expected.
-        look: What has to be equal of two values that are no tables or lists: by default their :func:`kind`.
-        path: Where the two values are, for the result.
+        theirs: Any value.
+        ours: The expected value.
+        look: Maps values that are no mappings or lists to what has to be equal: by default their :func:`kind`.
+        path: The path of the two values, for the result.
 
     Yields:
         All differences, in the order of the keys.
@@ -97,19 +97,19 @@ def differences(theirs: object, ours: object, look: Callable[[object], object] =
 
 
 class Rule(NamedTuple):
-    """What a single value has to be."""
+    """A condition on a single value, and its description."""
 
     text: str
     holds: Callable[[object], bool]
 
 
 def is_whole(value: object, minimum: int = 0, maximum: int = 2**63 - 1) -> bool:
-    """Whether a value is a whole number in a range; True and False aren't."""
+    """Whether a value is an integer in a range, bounds included. A bool is no integer here."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and minimum <= value <= maximum
 
 
 def is_number(value: object, above: float = -math.inf, below: float = math.inf) -> bool:
-    """Whether a value is a finite number between two others, these excluded."""
+    """Whether a value is a finite number between two bounds, which are excluded."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         value = value.item()
     is_real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
@@ -117,24 +117,24 @@ def is_number(value: object, above: float = -math.inf, below: float = math.inf) 
 
 
 def is_table_of(value: object, holds: Callable[[object], bool]) -> bool:
-    """Whether a value maps names to values that fulfil a condition."""
+    """Whether a value is a mapping from strings to values that satisfy a condition."""
     return isinstance(value, Mapping) and all(isinstance(name, str) and holds(item) for name, item in value.items())
 
 
 def is_list_of(value: object, holds: Callable[[object], bool]) -> bool:
-    """Whether a value is a list of values that fulfil a condition."""
+    """Whether a value is a list or tuple of values that satisfy a condition."""
     return isinstance(value, (list, tuple)) and all(map(holds, value))
 
 
 def at(value: object, path: str, default: object = None) -> object:
-    """The value at a dotted path through nested tables, or the default where there is none."""
+    """Return the value at a dotted path through nested mappings, or the default if there is none."""
     for key in path.split('.'):
         value = value.get(key, default) if isinstance(value, Mapping) else default
     return value
 
 
 def is_finite(tensor: object, infinity: bool = False) -> bool:
-    """Whether a tensor has no NaN and, unless ``infinity=True``, no infinity. Other values have neither."""
+    """Whether a tensor has no NaN and, unless ``infinity=True``, no infinity. True for all values but such tensors."""
     if not isinstance(tensor, Tensor) or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     return not torch.isnan(tensor).any() if infinity else bool(torch.isfinite(tensor).all())

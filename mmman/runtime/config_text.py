@@ -1,8 +1,8 @@
-"""The text of a config inside a checkpoint, as far as it is data.
+"""Reduces the config text inside a checkpoint to plain data.
 
-mmengine runs such a text as Python (``Config.fromstring``) when an inferencer is given a checkpoint and no config, and then
-builds what it names. So only assignments of plain values are kept, whose types are names in a registry of the OpenMMLab
-libraries, and whose strings hold nothing that a builder could evaluate or unpickle.
+If an inferencer gets a checkpoint without a config, mmengine executes this text as Python (``Config.fromstring``) and builds
+what it names. This module therefore keeps only assignments of plain values. Their ``type`` has to be a name in a registry of
+the OpenMMLab libraries, and their strings must not contain anything that a builder could evaluate or unpickle.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _TYPE = re.compile(
 )
 _IMPORT = re.compile(rf'({_PACKAGE})(\.(models|datasets|engine|evaluation|visualization|structures))?')
 _SCOPE = re.compile(_PACKAGE)
-# No call, subscript, comprehension or dunder: some constructors of the libraries evaluate a string. {} are format fields.
+# No call, subscript, comprehension or dunder, because some constructors evaluate strings. {} are format fields.
 _TEXT = re.compile(r'([^(){}\[\]`]|\{[\w:.]*\})*')
 _FLOATS = ('inf', '-inf', 'nan')
 
 
 def plain_config(text: str) -> tuple[str, list[str]]:
-    """What of a config's text is plain data. The text is parsed, never run.
+    """Return the plain data in a config's text. The text is parsed, never executed.
 
     Args:
         text: Python source, as ``Config.pretty_text`` writes it.
 
     Returns:
-        The text as it is if all of it is plain data; otherwise its plain assignments, or ``''`` where ``model`` isn't one of
-        them. And what was left out, one entry a statement.
+        The unchanged text if all of it is plain data; otherwise its plain assignments, or ``''`` if ``model`` isn't one of
+        them. Second, what was left out, one entry per statement.
     """
     try:
         body = ast.parse(text).body if len(text) <= _MAX_LENGTH else []
@@ -57,7 +57,7 @@ def plain_config(text: str) -> tuple[str, list[str]]:
 
 
 class _NotPlainError(Exception):
-    """Why a part of a config isn't kept."""
+    """The reason why a part of a config isn't kept."""
 
 
 def _check_statement(statement: ast.stmt) -> None:
@@ -70,7 +70,7 @@ def _check_statement(statement: ast.stmt) -> None:
 
 
 def _value(node: ast.expr, depth: int) -> Any:
-    """The value of an expression of literals and ``dict(...)`` calls."""
+    """Evaluate an expression of literals and ``dict(...)`` calls. Mappings are returned as lists of pairs."""
     if depth == 0:
         raise _NotPlainError('is nested too deeply')
     if isinstance(node, ast.Constant) and isinstance(node.value, (str, int, float, type(None))):
@@ -99,12 +99,12 @@ def _pairs(node: ast.expr, depth: int) -> list[tuple[Any, Any]]:
 
 
 def _check_value(key: Any, value: Any) -> None:
-    """Check a value under its key. Mappings come as lists of pairs."""
+    """Check a value and its key. Mappings are lists of pairs."""
     if isinstance(key, str) and key in _RULES and not _RULES[key](value):
         raise _NotPlainError(f'has {key}={value!r}')
     if isinstance(value, str):
         _check_text(value)
-    elif isinstance(value, tuple):  # a pair of a mapping
+    elif isinstance(value, tuple):  # a key-value pair of a mapping
         _check_text(value[0])
         _check_value(*value)
     elif isinstance(value, list):
@@ -118,7 +118,7 @@ def _check_text(text: Any) -> None:
 
 
 def _is_type(value: Any) -> bool:
-    """A name in a registry. A dotted path would import and call any function."""
+    """Whether a ``type`` is a name in a registry. A dotted path could import and call any function."""
     return not isinstance(value, str) or _TYPE.fullmatch(value) is not None
 
 
@@ -127,7 +127,7 @@ def _is_scope(value: Any) -> bool:
 
 
 def _are_imports(value: Any) -> bool:
-    """Modules of the OpenMMLab libraries that register classes: other imports run whatever is installed."""
+    """Whether only modules of the OpenMMLab libraries that register classes are imported. Other imports could run any code."""
     pairs = value if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value) else []
     names = next((item for key, item in pairs if key == 'imports'), None)
     names = [names] if isinstance(names, str) else names

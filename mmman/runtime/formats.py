@@ -1,7 +1,7 @@
-"""A backbone's tensors under the names of torchvision and of timm: plain ResNets and vision transformers.
+"""Renames a backbone's tensors to the names of torchvision or timm, for plain ResNets and vision transformers.
 
-mmdet, mmseg and mmpretrain name a plain ResNet as torchvision does, and timm too. Variants with layers of their own (a deep
-stem, squeeze-and-excitation, ...) have no counterpart by the same names, and are refused.
+mmdet, mmseg and mmpretrain use the same names for a plain ResNet as torchvision and timm. Variants with additional layers (a
+deep stem, squeeze-and-excitation, ...) have no counterpart with the same names, and are rejected.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mmman.errors import CheckpointError
 
 FORMATS = ('torchvision', 'timm')
 
-# By blocks a stage, convolutions a block, and the first two sizes of layer1.0.conv2.weight: channels, channels a group.
+# Keys: blocks per stage, convolutions per block, first two sizes of layer1.0.conv2.weight (channels, channels per group).
 _RESNETS = {
     ((2, 2, 2, 2), 2, (64, 64)): 'resnet18',
     ((3, 4, 6, 3), 2, (64, 64)): 'resnet34',
@@ -34,7 +34,7 @@ _RESNET_NAME = re.compile(
     r'\.(weight|bias|running_mean|running_var|num_batches_tracked)'
 )
 
-# mmpretrain's VisionTransformer, timm's, torchvision's; {} is the layer's index.
+# Names in mmpretrain's, timm's and torchvision's VisionTransformer; {} is the layer's index.
 _VIT_NAMES = (
     ('cls_token', 'cls_token', 'class_token'),
     ('pos_embed', 'pos_embed', 'encoder.pos_embedding'),
@@ -50,18 +50,18 @@ _VIT_NAMES = (
 
 
 def rename(state: dict[str, Tensor], config: dict, library: str) -> tuple[dict[str, Tensor], str]:
-    """Give a backbone's tensors the names that a library gives them.
+    """Rename a backbone's tensors to the names used by a library.
 
     Args:
         state: The tensors of an OpenMMLab backbone, without a prefix.
-        config: The backbone's config, as far as it is known (:func:`backbone_config`).
+        config: The backbone's config, empty if unknown (:func:`backbone_config`).
         library: ``'torchvision'`` or ``'timm'``.
 
     Returns:
-        The renamed tensors: all of the library's model but its classifier; and what model that is.
+        The renamed tensors, which are all tensors of the library's model except its classifier, and the name of that model.
 
     Raises:
-        CheckpointError: The library has no such model, or it is not known by that name here.
+        CheckpointError: The library has no such model, or this module doesn't support it.
     """
     kind = config.get('type') or ('VisionTransformer' if 'patch_embed.projection.weight' in state else 'ResNet')
     if kind in ('ResNet', 'ResNeXt'):
@@ -72,9 +72,9 @@ def rename(state: dict[str, Tensor], config: dict, library: str) -> tuple[dict[s
 
 
 def backbone_config(text: str) -> dict:
-    """The config of the stock backbone in the text of a training config, ``type`` without its scope; empty where it has none.
+    """Return the config of the stock backbone in the text of a training config, or ``{}``. Its ``type`` has no scope.
 
-    The text is parsed, never run: a checkpoint may come from anywhere.
+    The text is parsed, never executed, because a checkpoint may come from an untrusted source.
     """
     try:
         body = ast.parse(text).body
@@ -91,7 +91,7 @@ def backbone_config(text: str) -> dict:
 
 
 def _literal(node: ast.expr) -> object:
-    """The value of an expression of ``dict(...)`` calls and literals; None for any other."""
+    """Evaluate an expression of ``dict(...)`` calls and literals; return None for any other expression."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == 'dict':
         return {keyword.arg: _literal(keyword.value) for keyword in node.keywords if keyword.arg}
     if isinstance(node, (ast.List, ast.Tuple)):

@@ -1,6 +1,6 @@
-"""From a command line to a runner: what ``tools/train.py`` and ``tools/test.py`` share.
+"""Builds a runner from command line arguments: code shared by ``tools/train.py`` and ``tools/test.py``.
 
-Mistakes on the command line end the program with one line that says what to change (``SystemExit``), not with a traceback.
+Invalid arguments end the program with one line that says what to change (``SystemExit``), not with a traceback.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from mmman.watchdog.monitor import Watchdog
 from mmman.watchdog.rendezvous import RANK_VARIABLES, find_rank
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
-LONGEST = 2000  # characters of a last line
+LONGEST = 2000  # maximum number of characters of an error line
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that training and testing have in common."""
+    """Add the arguments that training and testing share."""
     parser.add_argument('--work-dir', help='folder of logs and results; default: work_dirs/<name of the config>')
     parser.add_argument(
         '--cfg-options',
@@ -48,7 +48,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config that the arguments of :func:`add_common_arguments` name, and apply them to it."""
+    """Read the config named on the command line, and apply the arguments of :func:`add_common_arguments` to it."""
     if not Path(args.config).is_file():
         raise SystemExit(f'no config at {args.config}; give the path of a .py, .json or .yaml file')
     cfg = Config.fromfile(args.config)
@@ -61,26 +61,26 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
     if cfg.get('default_scope') == 'mmpretrain':
         _set_mmpretrain_loaders(cfg)
-    # torchrun sets it; the runner, which reads it under every launcher, would take every process of an MPI job for the first
+    # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, all MPI processes would have rank 0.
     local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'
     os.environ.setdefault('LOCAL_RANK', os.environ.get(local_rank, str(args.local_rank)))
     return cfg
 
 
 def check_checkpoint(path: str, option: str) -> str:
-    """Return ``path``; end the program where it is a local file that does not exist."""
+    """Return ``path``; end the program if it is a local file that doesn't exist."""
     if '://' not in path and not Path(path).is_file():
         raise SystemExit(f'{option}: no checkpoint at {path}; give the path or URL of a .pth file')
     return path
 
 
 def set_resume(cfg: Config, choice: str | None) -> None:
-    """Set which checkpoint training goes on from, if any; end the program where that one can't be used.
+    """Set the checkpoint to resume from in a config, if any; end the program if it can't be used.
 
     Args:
-        cfg: The config. Its own ``resume`` and ``load_from`` count where ``choice`` is None.
-        choice: ``'auto'`` for the latest checkpoint of the work folder, or a fresh start where there is none;
-            ``'previous'`` for the one before; or a path or URL.
+        cfg: The config. If ``choice`` is None, its own ``resume`` and ``load_from`` apply.
+        choice: ``'auto'`` for the latest checkpoint of the work folder, or a new run if there is none;
+            ``'previous'`` for the one before the latest; or a path or URL.
     """
     if choice is None:
         if not cfg.get('resume'):
@@ -90,7 +90,7 @@ def set_resume(cfg: Config, choice: str | None) -> None:
     out_dir = ((cfg.get('default_hooks') or {}).get('checkpoint') or {}).get('out_dir')
     if choice == 'auto':
         path = latest_checkpoint(cfg.work_dir, out_dir)
-        if path is None:  # what the run would have begun from stays in load_from
+        if path is None:  # keep load_from: a new run starts from it
             cfg.resume = False
             return
     elif choice == 'previous':
@@ -112,10 +112,10 @@ def set_resume(cfg: Config, choice: str | None) -> None:
 
 @contextmanager
 def end_on_error(checkpoint: str | None) -> Iterator[None]:
-    """End the program with one line where mmman refuses something.
+    """Context that ends the program with one line if mmman raises an error.
 
     Args:
-        checkpoint: The checkpoint that the run loads, if any: errors about it name it.
+        checkpoint: The checkpoint that the run loads, if any. Errors about the checkpoint name it.
     """
     try:
         yield
@@ -129,17 +129,17 @@ def end_on_error(checkpoint: str | None) -> Iterator[None]:
 
 
 def type_name(cfg: ConfigDict, default: str = '') -> str:
-    """The class that a config names, without its scope, whether it is named by a string or, in new-style configs, itself."""
+    """Return the class name in ``cfg.type`` without its scope. New-style configs contain the class instead of a string."""
     kind = cfg.get('type', default)
     return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
 @contextmanager
 def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
-    """Context of a run: where several processes train or test data parallel, one that is lost or stuck ends them all.
+    """Context of a run that ends all data parallel processes if one is lost or stuck.
 
     Yields:
-        What watches them, for :func:`build_runner`; None where there is one process, and in a pipeline, which has its own.
+        The watchdog, for :func:`build_runner`; None for a single process and for a pipeline, which has its own watchdog.
     """
     if cfg.launcher == 'none' or is_pipeline(cfg):
         yield None
@@ -156,20 +156,20 @@ def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
     try:
         with watchdog.reporting():
             yield watchdog
-    except PeerError:  # the watchdog has printed it
+    except PeerError:  # the watchdog has printed the error
         raise SystemExit(1) from None
     watchdog.leave()
 
 
 def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
-    """Build the runner, ready for any launcher, with or without a GPU.
+    """Build the runner for any launcher, with or without a GPU.
 
     Args:
         cfg: The config.
-        watchdog: What :func:`watch_peers` yields.
+        watchdog: The watchdog from :func:`watch_peers`.
 
     Raises:
-        LocalLearningError: The config can't be run as it is; the message says what to change.
+        LocalLearningError: The config is invalid. The message says what to change.
     """
     check_config(cfg)
     if cfg.launcher != 'none' and not is_pipeline(cfg):
@@ -181,25 +181,25 @@ def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     if watchdog is not None:
         runner.register_hook(WatchdogHook(watchdog))
-    if not is_pipeline(cfg):  # a stage may have nothing of the checkpoint's
+    if not is_pipeline(cfg):  # the checkpoint may have no tensor of a stage
         runner.register_hook(WeightsHook())
     return runner
 
 
 def is_pipeline(cfg: Config) -> bool:
-    """Whether a config trains one block a process; its runner makes the process groups itself."""
+    """Whether a config trains one block per process. Its runner then creates the process groups itself."""
     return bool(cfg.get('runner_type')) and type_name(ConfigDict(type=cfg.runner_type)) == 'PipelineRunner'
 
 
 def leave_process_group() -> None:
-    """End a distributed run in order: whoever leaves first may take down the others, one of which may still be writing."""
+    """Wait for all processes, then leave the group: a process that leaves early may end others that are still writing."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def _set_model_wrapper(cfg: Config) -> None:
-    """Choose the model wrapper where the config doesn't, and keep it off the GPU where there is none."""
+    """Set the model wrapper if the config has none, and disable its ``device_ids`` if there is no GPU."""
     if not cfg.get('model_wrapper_cfg'):
         is_local = type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING
         cfg.model_wrapper_cfg = dict(
@@ -212,10 +212,10 @@ def _set_model_wrapper(cfg: Config) -> None:
 
 
 def _init_gloo(launcher: str, timeout: float | None) -> None:
-    """Make the process group before the runner does, which sets a CUDA device on the way, also for gloo.
+    """Create the process group before the runner does, because the runner sets a CUDA device even for gloo.
 
-    The watchdog's timeout ends the run where a process is lost or stuck, so a collective itself may wait for a process that is
-    neither, say, in a long evaluation: not less than torch's default.
+    The watchdog ends the run if a process is lost or stuck. Collectives may therefore wait longer, at least torch's default,
+    for a process that is neither, for example in a long evaluation.
     """
     try:
         rank, world_size = find_rank(launcher)
@@ -226,13 +226,13 @@ def _init_gloo(launcher: str, timeout: float | None) -> None:
 
 
 def _record_collectives() -> None:
-    """Let NCCL's flight recorder keep the last collectives, and write them where one times out; the user's settings win."""
+    """Let NCCL's flight recorder write the last collectives on a timeout, unless the user has set its variables."""
     for name, value in (('TORCH_NCCL_TRACE_BUFFER_SIZE', '2000'), ('TORCH_NCCL_DUMP_ON_TIMEOUT', '1')):
         os.environ.setdefault(name, value)
 
 
 def _set_mmpretrain_loaders(cfg: Config) -> None:
-    """Give the data loaders the defaults that mmpretrain's configs leave to its own tools."""
+    """Set the defaults of data loaders that mmpretrain's own tools set."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
         if loader:

@@ -1,4 +1,4 @@
-"""Which run wrote which file of a folder: a list beside the files, because what a checkpoint says of itself may be forged."""
+"""Records which run wrote which file of a folder, in a list in the folder, because a checkpoint's content may be forged."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 
 class Ledger:
-    """The files that runs wrote into a folder, each as it was when it was complete.
+    """A list of the files that runs wrote into a folder, with their size and modification time when complete.
 
-    An entry has the run, the file's size and its time of modification; an entry without the latter two is of a file whose
-    write has begun. A copy of the folder that keeps times keeps its entries valid.
+    An entry has the run, the file's size and its modification time. An entry without size and time belongs to a file whose
+    write has begun. Entries stay valid in a copy of the folder that preserves modification times.
 
     Args:
-        folder: The folder. The list is the file ``.mmman_checkpoints.json`` in it.
+        folder: The folder. The list is stored in its file ``.mmman_checkpoints.json``.
     """
 
     NAME = '.mmman_checkpoints.json'
@@ -25,26 +25,26 @@ class Ledger:
         self.path = self._folder / self.NAME
 
     def with_entry(self, name: str, run: str, status: os.stat_result | None = None) -> bytes:
-        """The content of the list with one more entry, and without entries of files that are gone.
+        """Return the content of the list with one more entry, and without entries of files that no longer exist.
 
         Args:
-            name: A file's name in the folder.
+            name: The name of a file in the folder.
             run: The run that writes it.
-            status: The status of the complete file; None for one whose write begins.
+            status: The status of the complete file, or None if its write begins.
         """
         kept = {other: entry for other, entry in self._entries().items() if os.path.lexists(self._folder / other)}
         kept[name] = {'run': run} if status is None else {'run': run, 'size': status.st_size, 'mtime_ns': status.st_mtime_ns}
         return json.dumps(kept, indent=1).encode()
 
     def run_of(self, path: object) -> str | None:
-        """The run that wrote a file.
+        """Return the run that wrote a file.
 
         Args:
-            path: Anything.
+            path: Any value.
 
         Returns:
-            The run; None where ``path`` is no regular file of this very folder, where it isn't in the list, and where it
-            has changed since.
+            The run; None if ``path`` is no regular file directly in this folder, isn't in the list, or has changed since it
+            was written.
         """
         if not isinstance(path, (str, os.PathLike)):
             return None
@@ -60,11 +60,11 @@ class Ledger:
         return entry.get('run') if written == (status.st_size, status.st_mtime_ns) else None
 
     def begun(self, run: str, suffix: str) -> list[Path]:
-        """The files of a run whose write began and didn't end.
+        """Return the files of a run whose write began but didn't complete.
 
         Args:
             run: The run.
-            suffix: How the names of unfinished files end.
+            suffix: The suffix of the names of unfinished files.
         """
         paths = [self._folder / name for name in self._entries() if name.endswith(suffix)]
         return [path for path in paths if self.run_of(path) == run]

@@ -1,4 +1,4 @@
-"""The config that trains a stock config's model by MAN++: a child of it, of a dozen lines, tried before it is given."""
+"""Writes a child config of a dozen lines that trains a stock config's model with MAN++, and tests it with a training step."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ custom_hooks = [{hooks}dict(type='mmman.EMABiasHook', momentum=0.995)]
 
 @dataclass
 class Choice:
-    """A child config, the backbone that it builds, and why it is as it is."""
+    """A child config, the backbone that it builds, and the reasons for its settings."""
 
     text: str
     backbone: nn.Module
@@ -63,18 +63,18 @@ class Choice:
 def localize(
     stock: str, num_blocks: int, partition: str | list[str] = 'stage', folder: Path | None = None, trial: bool = True
 ) -> Choice:
-    """The child of a stock config.
+    """Create the child of a stock config.
 
     Args:
         stock: ``library::path`` of a library's config, or the path of a file.
         num_blocks: K.
         partition: See :func:`mmman.partition.plan_blocks`.
-        folder: Where the child will be: its base is relative to it, and the child is read there. None: the base of a file is an
-            absolute path.
+        folder: The folder of the child. The path of its base is relative to this folder, and the child is read there. None:
+            the base of a file is an absolute path.
         trial: Accept a local head only if a training step of the model runs with it (:func:`mmman.analysis.dry_step.dry_step`).
 
     Raises:
-        LocalLearningError: The config can't be read, or its backbone or its head can't be trained so.
+        LocalLearningError: The config can't be read, or its backbone or head doesn't support local learning.
     """
     source = StockConfig.read(stock)
     cfg = source.cfg
@@ -108,7 +108,7 @@ def localize(
         if 'bbox_head' in cfg.model:
             reasons += [f'not chosen: {failure}' for failure in failures]
         return Choice(text, backbone, reasons)
-    if failures:  # the best candidates come first; what the last one lacks is what all of them lack
+    if failures:  # candidates are sorted best first: what the last one lacks, all of them lack
         raise LocalLearningError(failures[-1])
     raise LocalLearningError(
         f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that says '
@@ -129,7 +129,7 @@ def _check(source: StockConfig) -> None:
 
 
 def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
-    """Local heads that may serve, the best first, each with the reason for it; ``model`` is how the child names the model."""
+    """Return candidate local heads, best first, each with its reason. ``model`` is the name of the model in the child."""
     stock = cfg.model
     if 'decode_head' in stock:
         return [(SEGMENTATION.format(model=model), "FCN, with the classes, losses and sampler of the model's decode_head")]
@@ -162,7 +162,7 @@ def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
 
 
 def _adapted(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
-    """What local heads made of the head that they were given."""
+    """Describe how the local heads differ from the head in the config: replaced classes and frozen parameters."""
     reasons = []
     for head in backbone.local.values():
         built = type(getattr(head, 'dense_head', None)).__name__
@@ -175,7 +175,7 @@ def _adapted(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
 
 
 def _optim_wrapper(cfg: Config) -> tuple[str, str]:
-    """Arguments of the child's optim wrapper, and what becomes of the stock one."""
+    """Return the arguments of the child's optim wrapper, and what changes compared with the stock one."""
     stock = cfg.get('optim_wrapper') or ConfigDict()
     if 'optimizer' not in stock and 'constructor' not in stock:
         raise MisuseError('it has no optim_wrapper with an optimizer; give the config of a training run')
@@ -192,7 +192,7 @@ def _optim_wrapper(cfg: Config) -> tuple[str, str]:
 
 
 def _kept(cfg: Config) -> list[str]:
-    """What of the stock config a user should know to be in force."""
+    """Describe the settings of the stock config that remain in effect and that a user should know."""
     kept = []
     hooks = [type_name(hook) for hook in cfg.get('custom_hooks') or []]
     if hooks:
@@ -209,25 +209,25 @@ def _read(name: str, text: str, folder: Path | None) -> Config:
         return read_text(text, folder)
     except OSError as error:
         raise MisuseError(f'{folder or "the temporary folder"} cannot be written to ({error})') from error
-    except Exception as error:  # what the stock config says may not be what a child can refer to
+    except Exception as error:  # a child can't refer to every value of a stock config
         raise unreadable(f'the child of {name}', error) from error
 
 
 def _build_backbone(cfg: Config) -> nn.Module:
     scope = cfg.get('default_scope') or 'mmengine'
-    init_default_scope(scope)  # which also registers the library's modules
+    init_default_scope(scope)  # also registers the library's modules
     with DefaultScope.overwrite_default_scope(scope):
         try:
             return MODELS.build(cfg.model.backbone)
         except LocalLearningError:
             raise
-        except Exception as error:  # a stock backbone may fail in any way
+        except Exception as error:  # a stock backbone can raise any error
             name = type_name(cfg.model.backbone.backbone)
             raise MisuseError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
 
 
 def _try(child: Config, stock: Config) -> list[str]:
-    """Reasons that a training step of the model gives; raises :class:`LocalLearningError` where it fails."""
+    """Run a training step and return what it showed; raise :class:`LocalLearningError` if it fails."""
     without_gradient, why_not_whole = dry_step(child, stock)
     reasons = [f'tried: {why_not_whole or "a training step on two small random images"}']
     if without_gradient:

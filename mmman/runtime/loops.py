@@ -1,4 +1,4 @@
-"""mmengine's train loops, able to go on from any iteration exactly as if they had never stopped."""
+"""mmengine's train loops with exact resume: a run resumed at any iteration equals an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mmman.runtime.seeded import SeededDataLoader, run_seed, seed_iteration
 
 
 class ResumableLoop(BaseLoop):
-    """What both loops share: seeded data, a seed for every iteration, and the place in the data where a run goes on."""
+    """Base of both loops: seeded data, a seed for every iteration, and the position in the data from which to resume."""
 
     by_epoch: bool
 
@@ -41,7 +41,7 @@ class ResumableLoop(BaseLoop):
         runner.register_hook(ResumeRecordHook())
 
     def data_facts(self) -> dict[str, int]:
-        """What has to be the same for the rest of an epoch to be the same."""
+        """Return the values that have to be equal for the rest of an epoch to be equal."""
         sampler = self.dataloader.batch_sampler
         return {
             'processes': get_world_size(),
@@ -51,28 +51,28 @@ class ResumableLoop(BaseLoop):
 
     @property
     def batches(self) -> int:
-        """How many batches a pass over the data has; 0 where that isn't known."""
+        """Number of batches of a pass over the data, or 0 if unknown."""
         return len(self.dataloader) if hasattr(self.dataloader.dataset, '__len__') else 0
 
     @property
     def sampler_seed(self) -> int | None:
-        """The seed that the order of samples follows from, where the sampler has one."""
+        """The seed that determines the order of samples, or None if the sampler has no seed."""
         return getattr(getattr(self.dataloader.batch_sampler, 'sampler', None), 'seed', None)
 
     def position(self, epoch: int, iteration: int) -> int:
-        """How many batches of its epoch lie behind a checkpoint that stores this epoch and iteration."""
+        """Return the number of batches completed in the epoch of a checkpoint that stores this epoch and iteration."""
         return iteration - self._pass_began if epoch == self._pass else 0
 
     def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
-        """Whether a place in the run is where one with epochs of today's length gets."""
+        """Whether a run whose epochs all have the current number of batches reaches this position."""
         return batch <= self.batches and iteration == epoch * self.batches + batch
 
     def is_possible(self, epoch: int, iteration: int, batch: int) -> bool:
-        """Whether a place in the run is where one can get whose epochs weren't all of the same length."""
+        """Whether a run whose epochs have different numbers of batches can reach this position."""
         return epoch <= iteration - batch if epoch else iteration == batch
 
     def _start_pass(self, epoch: int, batch: int) -> None:
-        """Position the data at a batch of a pass over it; ``_iter`` is that batch's iteration."""
+        """Position the data at a batch of a pass. ``_iter`` is that batch's iteration."""
         self._pass, self._pass_began = epoch, self._iter - batch
         if self.is_seeded:
             self.dataloader.batch_sampler.start(run_seed(self.runner), epoch, batch)
@@ -85,13 +85,13 @@ class ResumableLoop(BaseLoop):
 
 @LOOPS.register_module()
 class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
-    """mmengine's epoch-based loop, which also resumes in the middle of an epoch. The arguments are mmengine's."""
+    """mmengine's epoch-based loop that can also resume within an epoch. The arguments are those of mmengine's loop."""
 
     by_epoch = True
     _first = 0
 
     def run_epoch(self) -> None:
-        """Train one epoch, or what a checkpoint left of it."""
+        """Train one epoch, or the rest of the epoch after a resume."""
         self._first, self.resumed_batch = self.resumed_batch, 0
         self._start_pass(self._epoch, self._first)
         super().run_epoch()
@@ -100,7 +100,7 @@ class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
         """Train one batch.
 
         Args:
-            idx: The batch's index among those that this process loaded of the epoch.
+            idx: The batch's index among the batches of the epoch that this process has loaded since it started or resumed.
             data_batch: The batch.
         """
         seed_iteration(self.runner, self._iter, get_rank())
@@ -109,7 +109,7 @@ class EpochBasedTrainLoop(MMEpochBasedTrainLoop, ResumableLoop):
 
 @LOOPS.register_module()
 class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
-    """mmengine's iteration-based loop; on resume it loads nothing that was trained already. The arguments are mmengine's."""
+    """mmengine's iteration-based loop. On resume it loads no batch that was trained already. Arguments: see mmengine's loop."""
 
     by_epoch = False
 
@@ -119,11 +119,11 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
             self.dataloader_iterator = self._endless_batches()
 
     def position(self, epoch: int, iteration: int) -> int:
-        """All batches so far: there are no epochs."""
+        """Return the number of batches so far, as there are no epochs."""
         return iteration
 
     def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
-        """All that is behind counts, and the run is one epoch."""
+        """Whether the position is possible: all batches so far count, and the whole run is one epoch."""
         return iteration == batch and epoch <= 1
 
     is_possible = is_regular
@@ -134,10 +134,10 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
         super().run_iter(data_batch)
 
     def _endless_batches(self) -> Iterator:
-        """Pass after pass over the data, from the iteration that a checkpoint brought."""
+        """Yield batches of one pass after another, from the iteration of the resumed checkpoint on."""
         epoch, to_skip = 0, self._iter
         for _ in range(to_skip):
-            yield None  # mmengine replays what was trained already
+            yield None  # mmengine advances the iterator past the trained batches
         while True:
             before = self._iter, to_skip
             self._start_pass(epoch, to_skip)

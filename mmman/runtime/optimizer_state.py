@@ -1,4 +1,4 @@
-"""What an optimizer's state has to be like, so that a checkpoint's can be compared with it before it is loaded."""
+"""Derives the expected types and shapes of an optimizer's state, to check a checkpoint against them before loading it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch.optim import Optimizer
 from mmman.runtime.compare import Kind, kind, kind_of
 
 IMPLEMENTATION = {'foreach': False, 'fused': None, 'capturable': False, 'differentiable': False}
-"""Options that choose how a step is computed, not which step; and what they are for a step on the CPU."""
+"""Options that select the implementation of a step, not its result, and their values for a step on the CPU."""
 
-_SIZES = (2, 3, 5, 7, 11, 13)  # of a parameter to try a step on: distinct, so that a state's sizes tell which they follow
+_SIZES = (2, 3, 5, 7, 11, 13)  # sizes of the trial parameter: distinct, so that state sizes can be attributed
 
 
 class StateOfAStep:
-    """What an optimizer keeps for a parameter that it has stepped.
+    """The state that an optimizer has for a parameter after a step.
 
-    A copy of the optimizer steps a small parameter with the same number of dimensions. Sizes of its state that are sizes of
-    that parameter follow the parameter's.
+    A copy of the optimizer steps a small parameter with the same number of dimensions. State sizes that equal a size of the
+    small parameter are taken to equal the same size of the real parameter.
 
     Args:
-        optimizer: The optimizer, before its first step; it stays as it is.
+        optimizer: The optimizer, before its first step. It is not changed.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -33,14 +33,14 @@ class StateOfAStep:
         self._tried: dict[tuple, dict[str, Tensor] | None] = {}
 
     def of(self, parameter: nn.Parameter, options: Mapping[str, Any]) -> dict[str, Kind] | None:
-        """The kinds of a parameter's state, by name.
+        """Return the kinds of a parameter's state, by name.
 
         Args:
             parameter: One of the optimizer's parameters.
             options: The options of the parameter's group.
 
         Returns:
-            The kinds; None where the optimizer can't be copied, or needs more than a gradient to step.
+            The kinds; None if the optimizer can't be copied, or needs more than a gradient to step.
         """
         if made_at_once := self._optimizer.state.get(parameter):
             return {name: kind(value) for name, value in made_at_once.items()}
@@ -60,7 +60,7 @@ class StateOfAStep:
         small.grad = torch.zeros_like(small)
         chosen = {name: value for name, value in IMPLEMENTATION.items() if name in options}
         copy = type(self._optimizer).__new__(type(self._optimizer))
-        try:  # as pickle makes a copy; the optimizer may be anybody's
+        try:  # copied the way pickle does; a third-party optimizer can raise any error
             groups = [{**options, **chosen, 'params': [small]}]
             copy.__setstate__({'defaults': dict(self._optimizer.defaults), 'state': defaultdict(dict), 'param_groups': groups})
             copy.step()

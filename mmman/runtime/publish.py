@@ -1,4 +1,4 @@
-"""From a training checkpoint to one to share: stock names, no local heads, no optimizer, plain types only."""
+"""Publishes a training checkpoint: keeps weights under stock names and plain types, drops local heads and optimizer."""
 
 from __future__ import annotations
 
@@ -27,24 +27,25 @@ META = ('cfg', 'dataset_meta', 'epoch', 'iter', 'mmengine_version')
 def publish(
     checkpoint: Path, out: Path, backbone_only: bool = False, library: str = 'mm', ema: bool = False, force: bool = False
 ) -> tuple[Path, str]:
-    """Write the weights of a training checkpoint without anything that only training needs.
+    """Write the weights of a training checkpoint without what only training needs.
 
-    The file is a dict of ``state_dict`` and ``meta`` that ``torch.load(weights_only=True)`` reads, named after the first 8
-    digits of its SHA-256 sum.
+    The file is a dict of ``state_dict`` and ``meta`` that ``torch.load(weights_only=True)`` can read. Its name contains the
+    first 8 digits of its SHA-256 sum.
 
     Args:
         checkpoint: A checkpoint that mmengine's runner saved.
-        out: Where to, ``<folder>/<stem>.pth``; the file becomes ``<folder>/<stem>-<sum>.pth``.
-        backbone_only: Only ``backbone.*``.
-        library: Whose names: ``'mm'`` keeps them; ``'torchvision'`` and ``'timm'`` write the backbone alone, without a prefix.
-        ema: The weights that mmengine's ``EMAHook`` averaged, in place of those that were trained.
+        out: Output path ``<folder>/<stem>.pth``. The file is written to ``<folder>/<stem>-<sum>.pth``.
+        backbone_only: Write only ``backbone.*``.
+        library: The library whose names are used. ``'mm'`` keeps the names; ``'torchvision'`` and ``'timm'`` write the backbone
+            only, without a prefix.
+        ema: Write the averaged weights of mmengine's ``EMAHook`` instead of the trained weights.
         force: Overwrite an existing file.
 
     Returns:
-        The file, and one line on what is in it.
+        The path of the file, and one line that describes its content.
 
     Raises:
-        CheckpointError: It can't be done as asked; the message says what to change.
+        CheckpointError: The checkpoint can't be published with these arguments. The message says what to change.
     """
     loaded = read_checkpoint(checkpoint)
     weights, which = select_weights(loaded, ema)
@@ -64,7 +65,7 @@ def publish(
         names = f"names of {library}'s {model}, without its classifier"
 
     kept = OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
-    if library not in FORMATS:  # the versions by which modules tell the old names of their tensors from the new
+    if library not in FORMATS:  # modules use these versions to convert old tensor names
         versions = getattr(loaded['state_dict'], '_metadata', {})
         kept._metadata = OrderedDict((name, version) for name, version in versions.items() if LOCAL not in f'{name}.')
     file, size = _write({'state_dict': kept, 'meta': plain_meta(loaded.get('meta', {}))}, out, force)
@@ -75,7 +76,7 @@ def publish(
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a training checkpoint, after checking all of it (:mod:`mmman.runtime.checkpoint`)."""
+    """Read a training checkpoint, after checking its complete content (:mod:`mmman.runtime.checkpoint`)."""
     if not path.is_file():
         raise CheckpointError(one_line(f'no checkpoint at {shown(path)}; give the path of a .pth file'))
     checkpoint = load_from_local(path)
@@ -91,9 +92,10 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def select_weights(checkpoint: dict, ema: bool) -> tuple[dict[str, Tensor], str]:
-    """The averaged or the trained weights, and which they are.
+    """Return the averaged or the trained weights, and a description of which they are.
 
-    ``EMAHook`` swaps them on saving: ``state_dict`` has the average, ``ema_state_dict`` the trained weights, below ``module.``.
+    ``EMAHook`` swaps the two when saving: ``state_dict`` has the average, ``ema_state_dict`` the trained weights with the
+    prefix ``module.``.
     """
     state, swapped = checkpoint['state_dict'], checkpoint.get('ema_state_dict')
     if swapped is None:
@@ -107,13 +109,13 @@ def select_weights(checkpoint: dict, ema: bool) -> tuple[dict[str, Tensor], str]
 
 
 def plain_meta(meta: dict) -> dict:
-    """What inference asks of a checkpoint's ``meta``: dataset, config text and versions, of plain types."""
+    """Return the entries of a checkpoint's ``meta`` that inference needs, in plain types: dataset, config text and versions."""
     kept = {name: plain for name in META if (plain := _plain(meta.get(name))) is not None}
     return {**kept, 'mmman_version': __version__}
 
 
 def _plain(value: object) -> object:
-    """``value`` in Python's own types; None where it, or a part of it, has none."""
+    """Convert ``value`` to built-in Python types; None if it can't be converted. Dict entries that can't are dropped."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Exact resume: configs that train by the loops and the checkpoint hook of mmman, and runs that go on where they stopped."""
+"""Exact resume: makes a config use mmman's loops and checkpoint hook, and continues a run at the batch where it stopped."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _HOOK = CheckpointHook.__name__
 
 
 def use_exact_resume(cfg: Config) -> None:
-    """Let a config train with the loops and the checkpoint hook of mmman in place of mmengine's.
+    """Replace mmengine's train loop and checkpoint hook in a config with those of mmman.
 
-    A loop or checkpoint hook of another class is kept, and a warning says what that costs.
+    A loop or checkpoint hook of another class is kept, and a warning describes the consequence.
     """
     if cfg.get('runner_type', 'Runner') == 'FlexibleRunner':
         _warn('FlexibleRunner saves and resumes in its own way: a resumed run will not be exact')
@@ -41,7 +41,7 @@ def use_exact_resume(cfg: Config) -> None:
 
 
 def _full_name(kind: str | type | None) -> str:
-    """The class that a config names by a string or, in new-style configs, itself; without a scope where it is mmengine's."""
+    """Return the name of a class given as a string or, in new-style configs, as the class. Omits the scope ``mmengine``."""
     name = f'{kind.__module__.partition(".")[0]}.{kind.__name__}' if isinstance(kind, type) else str(kind)
     return name.removeprefix('mmengine.')
 
@@ -51,26 +51,26 @@ def _warn(message: str) -> None:
 
 
 class ExactResumeHook(Hook):
-    """Checks a checkpoint to resume, and goes on where in the data it was saved. mmman's loops register it themselves.
+    """Checks a checkpoint to resume, and positions the data where it was saved. mmman's loops register this hook.
 
     Raises:
-        CheckpointError: The checkpoint to resume doesn't fit this run; the message says what to change.
+        CheckpointError: The checkpoint to resume doesn't fit this run. The message says what to change.
     """
 
-    priority = 'VERY_HIGH'  # a checkpoint is checked before other hooks load from it
+    priority = 'VERY_HIGH'  # check a checkpoint before other hooks load from it
 
     def __init__(self) -> None:
         self._loaded: dict = {}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse a checkpoint that isn't of this run, before anything is loaded from it."""
+        """Reject a checkpoint that doesn't fit this run, before anything is loaded from it."""
         if runner._resume:
             for note in check_fits(checkpoint, runner):
                 _warn(note)
         self._loaded = {'meta': checkpoint.get('meta', {}), GRADIENTS: checkpoint.get(GRADIENTS, {})}
 
     def before_train(self, runner: Runner) -> None:
-        """Position the data where the checkpoint was saved, where one was resumed."""
+        """If a checkpoint was resumed, position the data where it was saved and restore accumulated gradients."""
         loop, loaded, self._loaded = runner.train_loop, self._loaded, {}
         if not loop.iter or not loaded:
             return
@@ -87,5 +87,5 @@ class ExactResumeHook(Hook):
 
 
 def _stock_batch(loop) -> int:
-    """The batch at which mmengine saved, if all epochs were equally long."""
+    """Return the batch at which mmengine saved, assuming that all epochs have the same number of batches."""
     return loop.iter if not loop.by_epoch else min(max(loop.iter - loop.epoch * len(loop.dataloader), 0), len(loop.dataloader))

@@ -1,4 +1,4 @@
-"""What may have changed between a checkpoint and the run that goes on from it: said to the user, or refused."""
+"""Finds differences between a checkpoint and the run that resumes it, and reports or rejects them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from mmman.runtime.resume_record import by_number, scaler_state, states_by_wrapp
 
 REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
 
-# What a scheduler changes; the rest is its config. The last three are ReduceOnPlateau's.
+# The state that a scheduler changes; its other entries are its config. The last three belong to ReduceOnPlateau.
 SCHEDULER_STATE = ('last_step', '_global_step', '_last_value', 'best', 'num_bad_epochs', 'cooldown_counter')
 
 
 def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[str]:
-    """Numbers that the config has changed. What chooses an algorithm, and another order of schedulers, is refused.
+    """Find numeric options that the config changes. Changed flags of an algorithm or order of schedulers are rejected.
 
     Yields:
-        One line for each optimizer and scheduler that goes on as the checkpoint says, against the config.
+        One line for each optimizer and scheduler that continues with the checkpoint's values instead of the config's.
+
+    Raises:
+        CheckpointError: A flag of an optimizer, or the order of the schedulers, has changed.
     """
     states = states_by_wrapper(checkpoint['optimizer'], runner)
     for name, wrapper in wrappers(runner).items():
@@ -32,7 +35,7 @@ def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Ite
                     f"cannot resume: the optimizer's {change.path.partition('.')[2]} is {change.theirs} in the checkpoint, "
                     f'{change.ours} in this config; {REMEDY}'
                 )
-            if not values <= {'True', 'False', NOTHING}:  # else an option of another version of torch
+            if not values <= {'True', 'False', NOTHING}:  # otherwise an option of another torch version
                 changes.append(
                     change._replace(path=f'{change.path.partition(".")[2]} of group {change.path.partition(".")[0]}')
                 )
@@ -52,7 +55,7 @@ def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Ite
         yield from _note(f'param_scheduler {name}', [*differences(theirs[name], ours[name], plain)])
         passed = checkpoint['meta']['epoch' if scheduler.by_epoch else 'iter']
         steps = by_number(checkpoint['param_schedulers'])[name]['_global_step']
-        if 'monitor' not in ours[name] and steps != passed:  # which steps when there is something to compare
+        if 'monitor' not in ours[name] and steps != passed:  # a scheduler with a monitor steps only after an evaluation
             yield f'param_scheduler {name} has made {steps} steps where the run was at {passed}'
     counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
     if record.get('accumulative counts', counts) != counts:
@@ -70,10 +73,13 @@ def _note(what: str, changes: list[Difference]) -> Iterator[str]:
 
 
 def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator[str]:
-    """Check that a checkpoint's place in the data is one of this run.
+    """Check that a checkpoint's position in the data is possible in this run.
 
     Yields:
-        What the user should know of it.
+        Messages for the user about the position.
+
+    Raises:
+        CheckpointError: The position is not possible, or the data has changed in the middle of an epoch.
     """
     loop, epoch, iteration = runner.train_loop, meta['epoch'], meta['iter']
     if record.get('by epoch', loop.by_epoch) != loop.by_epoch:
@@ -93,7 +99,7 @@ def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator
         {**record['data'], 'sampler seed': kind(record.get('sampler seed'))},
         {**ours, 'sampler seed': kind(loop.sampler_seed)},
     ]
-    if facts[0] == facts[1]:  # else these explain another number of batches
+    if facts[0] == facts[1]:  # otherwise the changed values explain a different number of batches
         facts = [{'batches': record.get('batches', loop.batches)}, {'batches': loop.batches}]
     changes = '; '.join(f'{name} {theirs} there, {ours} here' for name, theirs, ours in differences(*facts, plain))
     if changes and batch:
@@ -116,7 +122,7 @@ def _config(state: Mapping) -> dict:
 
 
 def _options(groups: list[Mapping]) -> list[dict]:
-    """What the config says of groups: where schedulers change an option, what it began as."""
+    """Return the configured options of parameter groups: the initial value if a scheduler changes an option."""
     unused = ('params', 'foreach', 'fused')
     return [
         {name: group.get(f'initial_{name}', value) for name, value in group.items() if name not in unused} for group in groups

@@ -1,4 +1,4 @@
-"""Whether a run can go on from a checkpoint: everything that would be restored is compared with the run before it is loaded."""
+"""Checks whether a run can resume from a checkpoint: compares everything that would be restored with the run first."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from mmman.runtime.resume_values import check_finite, check_values
 
 
 class Part(NamedTuple):
-    """A part of a checkpoint beside what the run has in its place: compared by what sort of values both are.
+    """A part of a checkpoint and its counterpart in the run, which are compared by the kinds of their values.
 
-    ``what`` is how an error calls a place in it, with ``{}`` for the path.
+    ``what`` describes the part in error messages, with ``{}`` for the path of a difference.
     """
 
     what: str
@@ -40,17 +40,17 @@ class Part(NamedTuple):
 
 
 def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
-    """Check that a checkpoint is of this model, optimizer, schedule and data, and that every value in it has a meaning.
+    """Check that a checkpoint fits the run's model, optimizer, schedulers and data, and that its values are valid.
 
     Args:
-        checkpoint: What was loaded from the file.
-        runner: The run; nothing of it changes.
+        checkpoint: The loaded checkpoint.
+        runner: The runner. It is not changed.
 
     Returns:
-        What the user should know: what differs and doesn't keep the run from going on, and what can't be compared.
+        Messages for the user: differences that don't prevent resuming, and what can't be compared.
 
     Raises:
-        CheckpointError: The run can't go on from it.
+        CheckpointError: The run can't resume from the checkpoint.
     """
     for key, what in (('state_dict', 'weights'), ('message_hub', 'log'), ('optimizer', 'optimizer state')):
         if key not in checkpoint:
@@ -80,7 +80,7 @@ def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
 
 
 def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Part]:
-    """What is compared, in this order: each part takes for granted that those before it fit."""
+    """Yield the parts to compare, in order: each part requires that the previous ones match."""
     theirs = by_number(checkpoint.get('param_schedulers'))
     schedulers = {name: scheduler.state_dict() for name, scheduler in by_number(runner.param_schedulers).items()}
     yield Part('parameter schedulers', Kind(len(theirs)), Kind(len(schedulers)))
@@ -145,7 +145,7 @@ def _optimizer_parts(
         if values != {}
     }
     with_state = (record.get('parameters with state') or {}).get(name)
-    if with_state is None:  # of another version: some have none, as they never had a gradient, but not all that were stepped
+    if with_state is None:  # other version: without a gradient a parameter has no state; not all lack it
         stepped = state.get('steps', meta['iter'] // wrapper._accumulative_counts)
         with_state = [i for i, parameter in enumerate(own) if labels[i] in theirs or (stepped and not theirs)]
     expected = _expected_state(wrapper, state['param_groups'], with_state)
@@ -157,7 +157,7 @@ def _optimizer_parts(
 
 
 def _expected_state(wrapper: OptimWrapper, groups: list[Mapping], indices: Iterable[int]) -> dict[int, object]:
-    """By a parameter's number, what a step leaves of it; None where that isn't known."""
+    """Return the expected state of each parameter after a step, by the parameter's index; None if unknown."""
     options = [group for group in groups for _ in group['params']]
     own = [parameter for group in wrapper.optimizer.param_groups for parameter in group['params']]
     state = StateOfAStep(wrapper.optimizer)
@@ -172,14 +172,14 @@ def _scheduler(state: object) -> object:
 
 
 def _group(group: Mapping) -> dict:
-    """What a step needs of a group: options that another version of torch added are off where they are missing."""
+    """Return the options of a group that a step needs. Options that only some torch versions have are off if missing."""
     options = {name: kind(value) for name, value in group.items() if name not in IMPLEMENTATION}
     needed = {name: value for name, value in options.items() if value not in (NOTHING, FLAG)}
     return {**needed, 'params': Kind(f'{len(group["params"])} parameters')}
 
 
 def _as_stepped(values: object) -> object:
-    """A parameter's state as it is compared: other versions of torch count in Python numbers, and keep None for what is off."""
+    """Normalise a parameter's state: some torch versions store step counts as Python numbers, and None for unused entries."""
     if not isinstance(values, Mapping):
         return values
     kept = {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the run that saved it, beside what mmengine writes: enough to go on exactly, or to refuse."""
+"""Adds a record of the run to its checkpoints, with what exact resume needs in addition to mmengine's entries."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from torch import nn
 
-RECORD = 'mmman_resume'  # in a checkpoint's meta: where in the data it was saved, and by what
-GRADIENTS = 'mmman_gradients'  # in a checkpoint: gradients by parameter, where it was saved while they accumulated
+RECORD = 'mmman_resume'  # in a checkpoint's meta: position in the data, and facts about the run that saved it
+GRADIENTS = 'mmman_gradients'  # in a checkpoint: gradients by parameter, if saved during accumulation
 
 
 class ResumeRecordHook(Hook):
-    """Writes into checkpoints where in the data and by what they were saved. mmman's loops register it themselves."""
+    """Adds the record of the run and its position in the data to checkpoints. mmman's loops register this hook."""
 
-    priority = 'LOWEST'  # other hooks complete or exchange what a checkpoint holds
+    priority = 'LOWEST'  # run after hooks that add or replace entries of a checkpoint
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Add the record, and gradients that are still accumulating."""
@@ -63,7 +63,7 @@ def _accumulating(runner: Runner) -> dict[str, Any]:
 
 
 def classes(runner: Runner) -> dict[str, str | None]:
-    """The names of the classes whose state a checkpoint holds."""
+    """Return the names of the classes whose state a checkpoint contains."""
     average = averaged_model(runner)
     return {
         **{f'optimizer {name}'.rstrip(): type(wrapper.optimizer).__name__ for name, wrapper in wrappers(runner).items()},
@@ -73,14 +73,14 @@ def classes(runner: Runner) -> dict[str, str | None]:
 
 
 def by_number(schedulers: Any) -> dict[str, Any]:
-    """Schedulers, or their states, by number and, where there are several optimizers, their name."""
+    """Return schedulers, or their states, by index; with several optimizers, by optimizer name and index."""
     if isinstance(schedulers, Mapping):
         return {f'{name}.{i}': own for name, some in schedulers.items() for i, own in enumerate(some)}
     return {str(i): own for i, own in enumerate(schedulers or [])}
 
 
 def wrappers(runner: Runner) -> dict[str, OptimWrapper]:
-    """The optim wrappers by name; a single one has the name ``''``."""
+    """Return the optim wrappers by name. A single one has the name ``''``."""
     wrapper = runner.optim_wrapper
     if isinstance(wrapper, OptimWrapperDict):
         return dict(wrapper.items())
@@ -88,21 +88,21 @@ def wrappers(runner: Runner) -> dict[str, OptimWrapper]:
 
 
 def states_by_wrapper(state: Any, runner: Runner) -> dict[str, Any]:
-    """The optimizer's entry of a checkpoint, by the names of :func:`wrappers`."""
+    """Return the optimizer entry of a checkpoint, by the names of :func:`wrappers`."""
     return state if isinstance(runner.optim_wrapper, OptimWrapperDict) else {'': state}
 
 
 def scaler_state(wrapper: OptimWrapper) -> dict | None:
-    """The state of an optim wrapper's loss scaler, if it has one."""
+    """Return the state of an optim wrapper's loss scaler, or None."""
     scaler = getattr(wrapper, 'loss_scaler', None)
     return None if scaler is None else scaler.state_dict()
 
 
 def averaged_model(runner: Runner) -> nn.Module | None:
-    """The moving average of the model that a hook keeps (EMAHook), if one does."""
+    """Return the averaged model of a hook such as EMAHook, or None."""
     return next((hook.ema_model for hook in runner.hooks if isinstance(getattr(hook, 'ema_model', None), nn.Module)), None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """A model without its wrapper for several processes."""
+    """Return a model without its wrapper for distributed training."""
     return model.module if is_model_wrapper(model) else model

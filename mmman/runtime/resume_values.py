@@ -1,4 +1,4 @@
-"""What single values of a checkpoint have to be, so that loading it can't fail half way, or train something without meaning."""
+"""Checks single values of a checkpoint, so that loading can't fail halfway and a resumed run has no invalid state."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ _OPTIONAL = {
     'message_hub.runtime_info': _TABLE,
     'message_hub.resumed_keys': _FLAGS,
 }
-# Of the record: what every version wrote, and what only this one did.
+# Entries of the record: those that every version writes, and those that only this version writes.
 _RECORDED = ('by epoch', 'batch', 'data')
 _NEWLY_RECORDED = ('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state')
 
-# Of mmengine's message hub: the checkpoint hook reads them back. By the beginning of the name.
+# Entries of mmengine's message hub that the checkpoint hook reads, by the beginning of the name.
 _HUB = {'superseded_ckpts': _NAMES, 'keep_ckpt_ids': _WHOLES, 'last_ckpt': _TEXT, 'best_ckpt': _TEXT, 'best_score': _SCORE}
 
-_SIZES = ('lr', 'initial_lr', 'weight_decay', 'eps', 'momentum')  # options that are no less than 0
+_SIZES = ('lr', 'initial_lr', 'weight_decay', 'eps', 'momentum')  # options that have to be at least 0
 _CHOICES = Rule('True, False or nothing', lambda value: value is None or isinstance(value, bool))
 _OPTIMIZER = {
     'state': Rule('a table by parameter', lambda value: isinstance(value, Mapping)),
@@ -88,10 +88,10 @@ _ABSENT = object()
 
 
 def check_values(checkpoint: Mapping, runner: Runner) -> None:
-    """Check what is in a checkpoint to resume, value by value.
+    """Check the values of a checkpoint to resume.
 
     Raises:
-        CheckpointError: A value can't be what a run has saved; the message names it.
+        CheckpointError: A value is missing or invalid. The message names it.
     """
     for path, value, rule, required in _values(checkpoint, runner):
         if rule.holds(value) if required or value is not _ABSENT else True:
@@ -102,10 +102,10 @@ def check_values(checkpoint: Mapping, runner: Runner) -> None:
 
 
 def check_finite(checkpoint: Mapping, runner: Runner) -> None:
-    """Check that no tensor of a checkpoint has NaN, and no parameter infinity, unless the new model has.
+    """Check that no tensor of a checkpoint has a NaN and no parameter an infinity, unless the new model has.
 
     Raises:
-        CheckpointError: One has; a run that diverged can't go on.
+        CheckpointError: A tensor isn't finite. A run that diverged can't be resumed.
     """
     model = unwrap(runner.model)
     parameters, ours = {name for name, _ in model.named_parameters()}, model.state_dict()
@@ -114,7 +114,7 @@ def check_finite(checkpoint: Mapping, runner: Runner) -> None:
         ('state_dict', checkpoint['state_dict'], parameters),
         ('ema_state_dict', checkpoint.get('ema_state_dict'), average),
     ]
-    if not any(getattr(wrapper, 'loss_scaler', None) for wrapper in wrappers(runner).values()):  # else it skips such a step
+    if not any(getattr(wrapper, 'loss_scaler', None) for wrapper in wrappers(runner).values()):  # a scaler skips such steps
         parts.append((GRADIENTS, checkpoint.get(GRADIENTS), parameters))
     for name, state in states_by_wrapper(checkpoint['optimizer'], runner).items():
         for index, own in state['state'].items():

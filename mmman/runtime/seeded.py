@@ -1,7 +1,7 @@
-"""Data that is a function of the run's seed and of a position: any batch of a run can be made again without the ones before it.
+"""Seeded data loading: any batch of a run can be reproduced from the run's seed and position, without the previous batches.
 
-mmengine seeds its workers once, so what a random transform draws depends on everything that the same worker drew before. Here
-every sample has a seed of its own, which the batch sampler derives and the dataset applies, in whatever process loads it.
+mmengine seeds its workers once, so a random transform depends on everything that the same worker drew before. Here, every
+sample has its own seed. The batch sampler derives the seed, and the dataset applies it in the process that loads the sample.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mmengine.dist import get_rank
 from mmengine.runner import Runner
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
-# What a seed is for: the same numbers give other seeds for other purposes.
+# The purpose of a seed: equal numbers give different seeds for different purposes.
 SAMPLE, ITERATION = 1, 2
 
 _LOADER_OPTIONS = (
@@ -40,7 +40,7 @@ def derive_seeds(*numbers: int, count: int = 1) -> list[int]:
 
 
 def seed_process(seed: int, devices: bool = True) -> None:
-    """Seed Python, NumPy and torch from one 64-bit seed; the accelerators too, unless ``devices=False``."""
+    """Seed Python, NumPy and torch from one 64-bit seed, including accelerators unless ``devices=False``."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     if devices:
@@ -50,35 +50,35 @@ def seed_process(seed: int, devices: bool = True) -> None:
 
 
 def run_seed(runner: Runner) -> int:
-    """The seed of a run, the same on all ranks."""
+    """Return the seed of a run, which is equal on all ranks."""
     return runner.seed - (get_rank() if runner._randomness_cfg.get('diff_rank_seed') else 0)
 
 
 def seed_iteration(runner: Runner, iteration: int, *stream: int) -> None:
-    """Seed the process for one training iteration, whatever it drew before.
+    """Seed the process for one training iteration, independent of what it drew before.
 
     Args:
         runner: The runner, for the run's seed.
         iteration: The iteration, from 0.
-        stream: Numbers that make this process's draws its own: its rank and, where a model is split, its stage.
+        stream: Numbers that distinguish this process: its rank and, if the model is split, its stage.
     """
     seed_process(*derive_seeds(ITERATION, run_seed(runner), iteration, *stream))
 
 
 class SeededIndex(NamedTuple):
-    """What the batch sampler asks of the dataset: the wrapped sampler's index, whatever it is, and the sample's seed."""
+    """The index passed to the dataset: the index of the wrapped sampler, of any type, and the sample's seed."""
 
     index: Any
     seed: int
 
 
 class SeededDataset:
-    """A dataset whose samples are each drawn from their own seed.
+    """A dataset that seeds the process with the sample's seed before it loads a sample.
 
-    Reading or setting any other attribute is reading or setting it on the wrapped dataset, as hooks that switch pipelines do.
+    All other attributes are read from and set on the wrapped dataset, which hooks that switch pipelines need.
 
     Args:
-        dataset: A map-style dataset, of any library, wrapped or not.
+        dataset: A map-style dataset of any library, wrapped or not.
     """
 
     def __init__(self, dataset: Any) -> None:
@@ -92,7 +92,7 @@ class SeededDataset:
         return len(self._seeded)
 
     def __getattr__(self, name: str) -> Any:
-        # A special method found on the wrapped dataset (Subset's __getitems__, pickle's hooks) would bypass this class.
+        # Special methods of the wrapped dataset (Subset's __getitems__, pickle's hooks) would bypass this class.
         if name == '_seeded' or (name.startswith('__') and name.endswith('__')):
             raise AttributeError(name)
         return getattr(self._seeded, name)
@@ -108,12 +108,12 @@ class SeededDataset:
 
 
 class SeededBatchSampler:
-    """Another batch sampler's batches, from any batch on, every index with the seed of its sample.
+    """Wraps a batch sampler: starts at any batch, and adds to every index the seed of its sample.
 
-    A sample's seed is a function of the run's seed, the rank, the pass over the data, the batch and the place in the batch.
+    A sample's seed is a function of the run's seed, the rank, the pass over the data, the batch and the index in the batch.
 
     Args:
-        batch_sampler: Any batch sampler over a sampler that draws a pass from its own ``seed``, as those of the libraries do.
+        batch_sampler: Any batch sampler over a sampler that draws a pass from its own ``seed``, as the libraries' samplers do.
     """
 
     def __init__(self, batch_sampler: BatchSampler) -> None:
@@ -123,12 +123,12 @@ class SeededBatchSampler:
 
     @property
     def sampler(self) -> Any:
-        """The sampler that batches are made from; mmengine sets the epoch on it. A batch sampler may be its own."""
+        """The sampler of the batch sampler, on which mmengine sets the epoch, or the batch sampler itself if it has none."""
         return getattr(self.batch_sampler, 'sampler', self.batch_sampler)
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether the order of samples is known to follow from a seed, as far as the sampler's attributes tell."""
+        """Whether a seed determines the order of samples, judged by the sampler's type and attributes."""
         return hasattr(self.sampler, 'seed') or isinstance(self.sampler, SequentialSampler)
 
     @property
@@ -136,9 +136,9 @@ class SeededBatchSampler:
         return self.batch_sampler.batch_size
 
     def start(self, seed: int, epoch: int, batch: int) -> None:
-        """Say which pass over the data comes next, and how many of its batches to leave out.
+        """Set the next pass over the data, and the number of its batches to skip.
 
-        Where the pass is shorter, ``to_skip`` is, after it, the rest.
+        If the pass has fewer batches, ``to_skip`` is the remaining number after the pass.
         """
         self.seed, self.epoch, self.to_skip = seed, epoch, batch
         if hasattr(self.sampler, 'set_epoch'):
@@ -157,11 +157,11 @@ class SeededBatchSampler:
 
 
 class SeededDataLoader(DataLoader):
-    """A data loader's double over a :class:`SeededDataset`; its workers start when the first batch is asked for."""
+    """A copy of a data loader over a :class:`SeededDataset`. Its workers start when the first batch is requested."""
 
     @classmethod
     def supports(cls, loader: DataLoader) -> bool:
-        """Whether a loader's data can be had from any position: map-style, in batches, by torch's own loader."""
+        """Whether a loader can start at any position: torch's own loader class, with a map-style dataset and batches."""
         return (
             type(loader) is DataLoader and loader.batch_sampler is not None and not isinstance(loader.dataset, IterableDataset)
         )

@@ -1,4 +1,4 @@
-"""Stock configs: where they are, what they say, and how a child inherits from them."""
+"""Finds and reads stock configs, and writes the lines by which a child config inherits from one."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class StockConfig:
     """A config to inherit from.
 
     Attributes:
-        name: As it was asked for: ``library::path``, or the path of a file.
-        path: The file.
-        cfg: What it says.
-        is_new_style: Whether it is Python that imports what it names (``with read_base()``). Such a config is inherited by
-            configs of its own kind alone.
+        name: The name as given: ``library::path``, or the path of a file.
+        path: The path of the file.
+        cfg: The content of the config.
+        is_new_style: Whether it is a pure Python config that imports what it names (``with read_base()``). Only configs of
+            the same kind can inherit from it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class StockConfig:
             name: ``library::path`` of a library's config, or the path of a file.
 
         Raises:
-            MisuseError: There is none, or it can't be read.
+            MisuseError: The config doesn't exist, or can't be read.
         """
         path = _library_file(name) if '::' in name else _file(name)
         base = _library_base(name, path) if '::' in name else str(path)
@@ -52,7 +52,7 @@ class StockConfig:
         except RuntimeError as error:
             if 'lazy_import' not in str(error):
                 raise unreadable(name, error) from error
-        except Exception as error:  # a config is a program, and may fail in any way
+        except Exception as error:  # a config is a program and can raise any error
             raise unreadable(name, error) from error
         try:
             return cls(name, path, Config.fromfile(path), is_new_style=True)
@@ -60,18 +60,18 @@ class StockConfig:
             raise unreadable(name, error) from error
 
     def inherited(self, folder: Path | None) -> str:
-        """The lines by which a child inherits from this config.
+        """Return the lines by which a child inherits from this config.
 
         Args:
-            folder: Where the child will be. None: anywhere on this machine.
+            folder: The folder of the child. None: any folder on this machine.
 
         Raises:
-            MisuseError: A child there can't inherit from it.
+            MisuseError: A child in this folder can't inherit from this config.
         """
         if not self.is_new_style:
             if '::' in self.name:
                 return f'_base_ = {_library_base(self.name, self.path)!r}'
-            base = self.path if folder is None else os.path.relpath(self.path, folder)  # which moves with both files
+            base = self.path if folder is None else os.path.relpath(self.path, folder)  # valid if both files move together
             return f'_base_ = {str(base)!r}'
         if folder is None:
             raise MisuseError(
@@ -93,7 +93,7 @@ class StockConfig:
 
 
 def read_text(text: str, folder: Path | None = None) -> Config:
-    """The config of a text, read as a file of its own in ``folder``, by default a temporary one."""
+    """Read a config from its text, through a temporary file in ``folder``, by default a temporary folder."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             return read_text(text, Path(temporary))
@@ -107,12 +107,12 @@ def read_text(text: str, folder: Path | None = None) -> Config:
 
 
 def unreadable(name: str, error: Exception) -> MisuseError:
-    """What to say of a config that can't be read."""
+    """Return the error for a config that can't be read."""
     return MisuseError(f'{name} cannot be read as a config: {" ".join(f"{type(error).__name__}: {error}".split())}')
 
 
 def _file(name: str) -> Path:
-    path = Path(os.path.abspath(name))  # as mmengine does, links stay
+    path = Path(os.path.abspath(name))  # like mmengine, don't resolve links
     if not path.is_file():
         raise MisuseError(f'no config at {name}; give the path of a file, or library::path for one of a library')
     if path.suffix not in SUFFIXES:
@@ -136,7 +136,7 @@ def _library_file(name: str) -> Path:
 
 
 def _library_base(name: str, path: Path) -> str:
-    """The name as mmengine resolves it: it wants a first folder of letters, digits and underscores, which not all are."""
+    """Return the name in the form that mmengine resolves, whose first folder has only letters, digits and underscores."""
     library, _, inside = name.partition('::')
     inside = inside if path.as_posix().endswith(inside) else f'{inside}.py'
     return f'{library}::{inside}' if re.match(r'\w+/', inside) else f'{library}::_base_/../{inside}'

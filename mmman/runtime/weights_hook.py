@@ -1,4 +1,4 @@
-"""Refuses a checkpoint that brings nothing into the model. mmengine warns, and trains or tests random weights."""
+"""Rejects a checkpoint with no tensor of the model. mmengine only warns, and trains or tests random weights."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mmman.errors import CheckpointError
 
 
 class WeightsHook(Hook):
-    """Checks what ``load_from`` brings, before it is loaded. :func:`mmman.runtime.launch.build_runner` registers it.
+    """Checks the checkpoint of ``load_from`` before it is loaded. :func:`mmman.runtime.launch.build_runner` registers it.
 
     Raises:
-        CheckpointError: No tensor of the checkpoint has the name and shape of one of the model.
+        CheckpointError: No tensor of the checkpoint has the name and shape of a tensor of the model.
     """
 
     priority = 'HIGHEST'
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict | Tensor) -> None:
-        """Compare names and shapes. A checkpoint to resume is compared in full elsewhere."""
+        """Compare names and shapes. :class:`mmman.runtime.resume.ExactResumeHook` compares a checkpoint to resume in full."""
         if not isinstance(checkpoint, dict):
             raise CheckpointError(f'{runner._load_from} has no weights of a model, but one tensor; give another checkpoint')
         if runner._resume:
             return
-        if 'state_dict' not in checkpoint:  # a plain one, as torchvision's; mmengine's EMAHook looks for the name
+        if 'state_dict' not in checkpoint:  # plain weights, like torchvision's; mmengine's EMAHook needs the key
             weights = copy(checkpoint)
             checkpoint.clear()
             checkpoint['state_dict'] = weights
