@@ -143,6 +143,7 @@ def _unknown(option: object, known: Sequence[str], name: str) -> str:
     """Return the message for an unknown option, with a suggestion."""
     near = difflib.get_close_matches(str(option), known, 1)
     owners = [one.where for one in _PLACES.values() if option in {*option_parameters(one.component)} - {*one.given}]
+    owners.sort(key=lambda where: '.' not in where)  # places in a config before functions, in any order of imports
     if near:
         hint = f'did you mean {near[0]}?'
     elif owners:
