@@ -248,3 +248,13 @@ def check_rank(rank, world, name):
 @pytest.mark.parametrize('name', ['RetinaNet', 'FCOS'])
 def test_two_ranks(name, tmp_path):
     run_ranks(check_rank, 2, tmp_path, name)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_head_with_a_loss_of_its_own_is_refused(name):
+    """Its loss would be left out."""
+    model = detector(name)
+    head = model.bbox_head
+    head.__class__ = type('Mine', (type(head),), {'loss': lambda self, *args: {}})
+    with pytest.raises(MisuseError, match='Mine cannot run on a few images at a time'):
+        one_step(model, images(), images_per_chunk=1)

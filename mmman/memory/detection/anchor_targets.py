@@ -68,7 +68,7 @@ def is_known(head: nn.Module) -> bool:
     from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
 
-    names = ('loss_by_feat', 'get_anchors', 'get_targets', '_get_targets_single')
+    names = ('loss', 'loss_by_feat', 'get_anchors', 'get_targets', '_get_targets_single')
     if any(getattr(type(head), name, None) is not getattr(AnchorHead, name) for name in names):
         return False
     parts = ((head.assigner, MaxIoUAssigner), (head.sampler, PseudoSampler), (head.bbox_coder, DeltaXYWHBBoxCoder))

@@ -253,8 +253,9 @@ def _adapter(head: nn.Module) -> type[BatchLoss] | None:
             f'images_per_chunk computes losses as mmdet {MMDET} does, and mmdet {mmdet.__version__} is installed: set '
             'optim_wrapper.images_per_chunk=None'
         )
-    changed = [name for name in ('loss', 'loss_by_feat_single') if not _is_stock(head, name, owner.__name__)]
-    if owner.__name__ != 'AnchorHead' and changed:
+    # SummedAnchorLoss calls the head's own loss_by_feat_single if the head has one; the other adapters don't.
+    methods = ('loss',) if owner.__name__ == 'AnchorHead' else ('loss', 'loss_by_feat_single')
+    if not all(_is_stock(head, name, owner.__name__) for name in methods):
         return None
     return _ADAPTERS[owner.__name__]
 
