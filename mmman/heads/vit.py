@@ -97,7 +97,7 @@ def class_token(layer: nn.Module, x: Tensor) -> Tensor:
     if not _is_plain(layer):
         return layer(x)[:, :1]
     own, first = vars(layer).get('forward'), partial(_first_token, layer)
-    return own.instead(first, x) if isinstance(own, Recomputed) else first(x)
+    return own.run(first, x) if isinstance(own, Recomputed) else first(x)
 
 
 def _is_plain(layer: nn.Module) -> bool:

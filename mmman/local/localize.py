@@ -13,7 +13,8 @@ from mmman.local.blocks import LocalBlocks
 from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.part_options import check_parts
 from mmman.local.transfer import MomentumTransfer
-from mmman.memory.recompute import Ends, ends_told, keep_, recompute_unit_, units_to_recompute
+from mmman.memory.output_relu import OutputReLUs, find_output_relus
+from mmman.memory.recompute import disable_recompute_, recompute_unit_, units_to_recompute
 from mmman.options import Count, Positive, checked
 from mmman.partition import Chain, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
 from mmman.registry import MODELS
@@ -49,7 +50,7 @@ def localize_(
             heads: names of units or stages, or True for all but the stem. Results are bitwise equal. A ``'stem'`` in the list
             runs in chunks of the batch and is equal up to the order of summation (:mod:`mmman.memory.stem`).
         selective_recompute: Units that also save outputs that are expensive to recompute for their size
-            (:func:`mmman.memory.recompute.is_costly`). The rest is recomputed: normalisations, activations, layers that widen.
+            (:func:`mmman.memory.selective.should_save`). Normalisations, activations and layers that widen are recomputed.
 
     Returns:
         ``backbone`` itself.
@@ -67,10 +68,10 @@ def localize_(
     weights = _loss_weights(plan, local_head, loss_weight)
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     measured = measure(backbone, chain)
-    ends = _find_ends(backbone, measured, recomputed)
+    output_relus = _find_output_relus(backbone, measured, recomputed)
     try:
         for unit, selective in recomputed.items():  # before they are copied: the copies are recomputed too
-            recompute_unit_(backbone, unit, ends, selective)
+            recompute_unit_(backbone, unit, output_relus, selective)
         _attach(backbone, chain, plan, _build_heads(backbone, chain, plan, measured, local_head, transfer or {}, weights))
     except BaseException:
         _detach(backbone)
@@ -106,13 +107,13 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
     return weights
 
 
-def _find_ends(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> Ends:
+def _find_output_relus(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> OutputReLUs:
     """Find the ReLUs that produce the outputs of recomputed modules, by a forward pass."""
     if not recomputed:
         return {}
-    with ends_told(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as ends:
+    with find_output_relus(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as output_relus:
         measured.run(backbone)
-    return ends
+    return output_relus
 
 
 def _build_heads(
@@ -180,8 +181,8 @@ def _detach(backbone: nn.Module) -> None:
     """Remove everything that localising added: local heads, hooks, and the replaced forwards of recomputed units."""
     local = getattr(backbone, 'local', None)
     ours = {id(local), *(id(head) for head in local.values())} if isinstance(local, LocalBlocks) else set()
-    for module in backbone.modules():
-        keep_(module)
+    for module in list(backbone.modules()):
+        disable_recompute_(module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key, hook in list(hooks.items()):
                 if id(getattr(hook, '__self__', None)) in ours:

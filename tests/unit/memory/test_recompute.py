@@ -6,19 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
-from mmcv.cnn import ConvModule
 from mmengine.model import revert_sync_batchnorm
 from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
 from mmman.errors import MisuseError, PartitionError
-from mmman.memory.recompute import Recomputed, ends_told, is_costly, keep_, recompute_
-from tests.toy import CLASSES, ToyUnit, classify, toy_batches, toy_config
+from mmman.memory.output_relu import DeferrableReLU
+from mmman.memory.recompute import Recomputed, recompute_
+from tests.toy import CLASSES, classify, toy_batches, toy_config
 from tests.unit.local.test_localize import trained_alike
 from tests.unit.local.test_session import step, sync, toy, wrapper
 
@@ -100,7 +98,7 @@ def test_three_steps_in_lock_step(family, way):
 
 @pytest.mark.parametrize('way', WAYS)
 @pytest.mark.parametrize('family', ['cifar', 'vit', 'swin'])
-def test_every_unit_runs_again_and_its_hooks_fire_once(family, way):
+def test_every_unit_is_recomputed_and_its_hooks_fire_once(family, way):
     model = build(family, **WAYS[way])
     count = Counter()
     units = [unit for block in model.backbone.local.plan.blocks for unit in block if unit.name != 'stem']
@@ -116,7 +114,7 @@ def test_every_unit_runs_again_and_its_hooks_fire_once(family, way):
 
 
 @pytest.mark.parametrize(('family', 'head', 'beyond'), [('vit', 'ViTLocalHead', 'layers'), ('cifar', 'AugLocalHead', 'units')])
-def test_what_a_local_head_copies_beyond_is_computed_again(family, head, beyond):
+def test_further_copies_of_a_local_head_are_recomputed(family, head, beyond):
     pytest.importorskip('mmpretrain')
     local_head = {'type': f'mmman.{head}', 'head': {'type': 'mmpretrain.LinearClsHead', 'num_classes': 2, 'in_channels': 16}}
     backbone = {'type': 'mmman.LocalBackbone', 'backbone': FAMILIES[family][0], 'num_blocks': 3, 'recompute': True}
@@ -143,118 +141,13 @@ def test_under_autocast(family, way):
     assert_same(train(build(family), dtype='bfloat16'), train(build(family, **WAYS[way]), dtype='bfloat16'))
 
 
-def test_a_graph_can_be_walked_twice():
+def test_a_graph_can_be_back_propagated_twice():
     model = build('cifar', num_blocks=1, recompute=True)
     loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
     parameters = [*model.parameters()]
     first, second = (torch.autograd.grad(loss, parameters, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
     assert all(buffer == 1 for name, buffer in model.named_buffers() if name.endswith('num_batches_tracked'))
-
-
-def test_a_graph_of_selective_units_is_walked_once():
-    model = build('cifar', num_blocks=1, selective_recompute=True)
-    loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
-    loss.backward(retain_graph=True)
-    with pytest.raises(MisuseError, match='can be back-propagated once: put it into recompute'):
-        loss.backward()
-
-
-@pytest.mark.parametrize('block', ['Bottleneck', 'BasicBlock'])
-def test_a_selective_unit_keeps_convolutions_but_the_widening_one(block):
-    resnet = pytest.importorskip('mmpretrain.models.backbones.resnet')
-    unit = getattr(resnet, block)(64, 64).double().train()
-    x = torch.randn(2, 64, 8, 8, dtype=torch.float64, requires_grad=True)
-    wide = x.numel() * 8
-    narrow = wide if block == 'BasicBlock' else wide // 4
-    alive, flops = [], []
-    for selective in (True, False):
-        recompute_(unit, selective)
-        with LiveBytes(unit, x) as live:
-            y = unit(x).sum()
-            alive.append(live.current)
-        with FlopCounterMode(display=False) as counter:
-            y.backward()
-        flops.append(counter.get_total_flops())
-        keep_(unit)
-        unit.zero_grad()
-        x.grad = None
-    assert alive[0] - alive[1] == 2 * narrow
-    forward = {name: 2 * conv.weight.numel() * 2 * 64 for name, conv in unit.named_modules() if isinstance(conv, nn.Conv2d)}
-    assert flops[1] == 3 * sum(forward.values())
-    assert flops[0] == 2 * sum(forward.values()) + forward.get('conv3', 0)
-
-
-def test_a_relu_that_makes_the_output_is_known():
-    """By its name and the number of its calls; not one in the middle, nor another function at the end."""
-    resnet, mobilenet = (pytest.importorskip(f'mmpretrain.models.backbones.{name}') for name in ('resnet', 'mobilenet_v2'))
-    units = [
-        resnet.BasicBlock(8, 8),
-        resnet.Bottleneck(8, 8),
-        ConvModule(8, 8, 1, norm_cfg={'type': 'BN'}),
-        ConvModule(8, 8, 1, norm_cfg={'type': 'BN'}, act_cfg=None),
-        mobilenet.InvertedResidual(8, 8, 1, 1),
-        ToyUnit(8, 8),
-    ]
-    with ends_told(units) as ends, torch.no_grad():
-        for unit in units:
-            unit.eval()(torch.randn(1, 8, 4, 4))
-    assert ends == {units[0]: ('relu', 2), units[1]: ('relu', 3), units[2]: ('activate', 1)}
-    assert not any(module._forward_hooks for unit in units for module in unit.modules())
-
-
-@pytest.mark.parametrize('selective', [False, True])
-def test_a_relu_that_makes_the_output_is_not_computed_again(selective):
-    resnet = pytest.importorskip('mmpretrain.models.backbones.resnet')
-    unit = resnet.BasicBlock(8, 8).double().train()
-    x = torch.randn(2, 8, 16, 16, dtype=torch.float64, requires_grad=True)
-    peaks, grads = [], []
-    for end in (None, ('relu', 2)):
-        recompute_(unit, selective, end)
-        unit.zero_grad()
-        x.grad = None
-        y = unit(x)
-        assert (y >= 0).all() and (y == 0).any()
-        loss = (y * 1.0).sum()  # whose backward makes a gradient of the whole output
-        with LiveBytes(unit, x, y) as live:
-            loss.backward()
-        peaks.append(live.peak)
-        grads.append([x.grad, *(p.grad for p in unit.parameters())])
-        keep_(unit)
-    assert all(map(torch.equal, *grads))
-    activation, gradient = x.numel() * 8, unit.conv2.weight.numel() * 8  # which is there at the peak that is left
-    assert activation - gradient <= peaks[0] - peaks[1] <= activation
-
-
-def test_what_is_costly_for_its_size():
-    found = {}
-
-    class Asked(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            found[name] = found.get(name, False) or is_costly(op, args)
-            return op(*args, **(kwargs or {}))
-
-    image, tokens = torch.randn(1, 8, 8, 8), torch.randn(1, 20, 8)
-    layers = {
-        '3x3': nn.Conv2d(8, 16, 3),
-        'narrows': nn.Conv2d(8, 4, 1),
-        'widens': nn.Conv2d(8, 32, 1),
-        'depthwise': nn.Conv2d(8, 8, 5, groups=8, padding=2),
-        'depthwise, costly': nn.Conv2d(8, 8, 3, groups=8),
-        'transposed': nn.ConvTranspose2d(8, 8, 3),
-        'linear': nn.Linear(8, 8),
-        'linear without bias': nn.Linear(8, 8, bias=False),
-        'linear widens': nn.Linear(8, 9),
-        'norm': nn.LayerNorm(8),
-        'scores': lambda x: x @ x.mT,
-        'attended': lambda x: torch.rand(1, 20, 20) @ x,
-        'attention': lambda x: nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3),
-    }
-    with Asked():
-        for name, layer in layers.items():  # noqa: B007  Asked reads it
-            layer(image if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else tokens)
-    costly = {'3x3', 'narrows', 'depthwise', 'depthwise, costly', 'linear', 'linear without bias', 'attended', 'attention'}
-    assert {name for name, is_so in found.items() if is_so} == costly
 
 
 def end_to_end(recompute, units=6):
@@ -281,7 +174,7 @@ def test_only_the_inputs_of_units_stay_alive():
     assert (units - 1) * activation <= peaks[0] - peaks[1] <= units * (activation + statistics)
 
 
-def test_copies_are_computed_again_one_by_one():
+def test_copies_are_recomputed_one_by_one():
     x = torch.randn(4, 4, 16, 16, dtype=torch.float64, requires_grad=True)
     activation, statistics = 4 * 8 * 8 * 8 * 8, 2 * 8 * 8  # of layer2.0
     alive, peaks = [], []
@@ -324,7 +217,7 @@ def test_names():
         ({'selective_recompute': 'layer1'}, MisuseError, r"selective_recompute='layer1': choose True or False or a list"),
         ({'selective_recompute': None}, MisuseError, r'selective_recompute=None: choose True or False or a list of strings'),
         ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
-        ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be computed again as a whole: put it into recom'),
+        ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be recomputed as a whole: put it into recom'),
         ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, MisuseError, 'layer2.1: in recompute and'),
     ],
     ids=str,
@@ -384,7 +277,7 @@ def test_a_compiled_unit_is_refused():
     model = toy(num_blocks=1, recompute=True)
     model.backbone.layer1[1].compile(backend='eager')
     batch = toy_batches(1)[0]
-    with pytest.raises(MisuseError, match='a compiled ToyUnit cannot run again .*leave it out of recompute'):
+    with pytest.raises(MisuseError, match='a compiled ToyUnit cannot be recomputed: .*leave it out of recompute'):
         model(**batch, mode='loss')
     with torch.no_grad():
         compiled = torch.compile(model.backbone.eval(), backend='eager', fullgraph=True)
@@ -409,10 +302,11 @@ def test_delocalised_without_a_trace():
     step(model)
     delocalize_(model.backbone)
     assert recomputed(model) == []
+    assert not any(isinstance(module, DeferrableReLU) for module in model.modules())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.backbone.modules())
 
 
-def test_an_input_that_is_overwritten_is_noticed():
+def test_an_input_that_is_changed_in_place_is_refused():
     model = toy(num_blocks=1, recompute=['layer1.0'])
     kept = []
     model.backbone.stem.register_forward_hook(lambda module, args, output: kept.append(output))
@@ -429,7 +323,7 @@ def test_an_input_that_is_overwritten_is_noticed():
         ([nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)], 'selective', 'changes the output of aten.convolution.default in place'),
     ],
 )
-def test_what_is_overwritten_inside_is_noticed(layers, way, message):
+def test_a_saved_output_that_is_changed_in_place_is_refused(layers, way, message):
     unit, x = nn.Sequential(*layers), torch.randn(1, 8, 4, 4, requires_grad=True)
     recompute_(unit, way == 'selective')
     y = unit(x * 1).square().sum()
@@ -437,7 +331,7 @@ def test_what_is_overwritten_inside_is_noticed(layers, way, message):
         y.backward()
 
 
-def test_another_number_of_tensors_the_second_time_is_noticed():
+def test_another_number_of_saved_tensors_is_refused():
     class Wavering(nn.Module):
         calls = 0
 
@@ -447,7 +341,7 @@ def test_another_number_of_tensors_the_second_time_is_noticed():
 
     unit = Wavering()
     recompute_(unit)
-    with pytest.raises(MisuseError, match='Wavering saved 2 tensors for the backward pass, and 1 when it ran again'):
+    with pytest.raises(MisuseError, match='Wavering saved 2 tensors for the backward pass, and 1 when it was recomputed'):
         unit(torch.randn(3, requires_grad=True)).sum().backward()
 
 
