@@ -221,7 +221,7 @@ class _RecomputedCall:
                 set_device_states(devices, states, device_type=self.device_type)
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self.precision())
-            stack.enter_context(_temporary_buffers(self.module))
+            stack.enter_context(temporary_buffers(self.module))
             if self.saved_outputs is not None:
                 stack.enter_context(CachedMode(self.saved_outputs))
             stack.enter_context(saved_tensors_hooks(save, save))
@@ -253,7 +253,7 @@ def _is_capturing() -> bool:
 
 
 @contextmanager
-def _temporary_buffers(module: nn.Module) -> Iterator[None]:
+def temporary_buffers(module: nn.Module) -> Iterator[None]:
     """While this context is open, layers of ``module`` in training mode update temporary buffers.
 
     ``track_running_stats=False`` would also work, but BatchNorm then saves two tensors fewer for its backward pass.

@@ -1,0 +1,116 @@
+"""Compare mmman's recompute with ``torch.utils.checkpoint`` on the same units of the same model: seconds and bytes of a step.
+
+    python tools/benchmarks/recompute.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --shape 416 640 --batch 8
+    VIT=mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py
+    python tools/benchmarks/recompute.py $VIT --shape 224 224 --batch 128
+
+Every unit but the stem is recomputed, in one block (end-to-end training). With small images (``--shape 32 32 --batch 1``) a
+step takes about the time that Python takes, which is what a GPU with short kernels waits for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.hub import get_config
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.training import StepMeter
+from mmman.memory.detection.focal_loss import fused_focal_loss
+from mmman.memory.recompute import recompute_, temporary_buffers
+from mmman.memory.selective import should_save
+from mmman.partition import chain_of
+from mmman.partition.chain import STEM
+
+ROWS = ('plain', 'mmman', 'torch', 'mmman, selective', 'torch, selective')
+
+
+class Checkpointed:
+    """Replaces the ``forward`` of one module, which ``torch.utils.checkpoint`` then runs and recomputes."""
+
+    def __init__(self, module: nn.Module, selective: bool) -> None:
+        self.module, self.selective = module, selective
+
+    def __call__(self, *args: Any) -> Any:
+        forward = partial(type(self.module).forward, self.module)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts)
+
+    def _contexts(self) -> tuple:
+        """Contexts of the first run and of recomputation."""
+        buffers = temporary_buffers(self.module)
+        if not self.selective:
+            return nullcontext(), buffers
+        caching, cached = create_selective_checkpoint_contexts(_policy)
+        return caching, _Both(buffers, cached)
+
+
+class _Both:
+    """Two context managers as one."""
+
+    def __init__(self, *contexts: Any) -> None:
+        self.contexts = contexts
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if should_save(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def build(config: str, row: str, batch: int, height: int, width: int) -> StepMeter:
+    """A stock model whose units are recomputed as ``row`` says."""
+    library, _, _ = config.partition('::')
+    cfg = get_config(config) if '::' in config else Config.fromfile(config)
+    cfg.setdefault('default_scope', library)
+    model, optim_wrapper = build_dummy_model(cfg, height, width)
+    if row != 'plain':
+        chain, selective = chain_of(model.backbone), 'selective' in row
+        for unit in chain.units:
+            for path in () if unit.name == STEM else unit.modules:
+                module = model.backbone.get_submodule(path)
+                if row.startswith('mmman'):
+                    recompute_(module, selective)
+                else:
+                    module.forward = Checkpointed(module, selective)
+    return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('config', help='a stock config: a file, or one of a library, as mmdet::retinanet/...')
+    parser.add_argument('--shape', type=int, nargs=2, default=(416, 640), metavar=('HEIGHT', 'WIDTH'))
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--iterations', type=int, default=5, help='timed steps of each row, in rounds')
+    args = parser.parse_args()
+    table = Table(title=f'{args.config}: batch {args.batch}, {args.shape[0]}x{args.shape[1]}')
+    for column in ('recompute', 'peak, MB', 'seconds, median', 'to plain (min to max of rounds)'):
+        table.add_column(column, justify='right' if table.columns else 'left')
+    with fused_focal_loss() if 'mmdet' in args.config else nullcontext():
+        meters = [build(args.config, row, args.batch, *args.shape) for row in ROWS]
+        rounds = [[meter.seconds() for meter in meters] for _ in range(args.iterations)]
+        peaks = [meter.memory().peak for meter in meters]
+    for i, (row, peak) in enumerate(zip(ROWS, peaks, strict=True)):
+        ratios = [seconds[i] / seconds[0] for seconds in rounds]
+        median = statistics.median(seconds[i] for seconds in rounds)
+        spread = f'{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})'
+        table.add_row(row, f'{peak / 1e6:.1f}', f'{median:.3f}', spread)
+    Console(width=128).print(table)
+
+
+if __name__ == '__main__':
+    main()
