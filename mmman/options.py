@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 Component = TypeVar('Component', bound=Callable)
 
@@ -83,7 +83,7 @@ def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None =
         elsewhere: Returns a message that says where an unknown option belongs, or None.
 
     Returns:
-        A decorator. A decorated call raises :class:`MisuseError` for an option that is unknown, missing or of a wrong type or
+        A decorator. A decorated call raises :class:`ConfigError` for an option that is unknown, missing or of a wrong type or
         value. A parameter without an annotation takes any value.
     """
 
@@ -118,7 +118,7 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
         given: Parameters that other code passes, in addition to those passed to :func:`checked`. They are not options.
 
     Raises:
-        MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and the
+        ConfigError: An option is unknown, missing or of a wrong type or value. The message names the option and the
             allowed values; for an unknown option it suggests the closest known one.
     """
     parameters, hints, name = option_parameters(component), _hints(component), component.__name__
@@ -129,14 +129,14 @@ def check_options(component: Callable, options: Mapping[str, Any], where: str, g
     for option, value in options.items():
         if option in known:
             if option in hints and not _fits(hints[option], value):
-                raise MisuseError(f'{where}.{option}={_short(value)}: choose {_describe(hints[option])}')
+                raise ConfigError(f'{where}.{option}={_short(value)}: choose {_describe(hints[option])}')
         elif not takes_any:
             if place.elsewhere is not None and (hint := place.elsewhere(option, options)):
-                raise MisuseError(f'{where}.{option}: {hint}')
-            raise MisuseError(f'{where}: {_unknown(option, known, name)}')
+                raise ConfigError(f'{where}.{option}: {hint}')
+            raise ConfigError(f'{where}: {_unknown(option, known, name)}')
     for option in known:
         if parameters[option].default is inspect.Parameter.empty and option not in options:
-            raise MisuseError(f'{where}: {name} needs {option}')
+            raise ConfigError(f'{where}: {name} needs {option}')
 
 
 def _unknown(option: object, known: Sequence[str], name: str) -> str:

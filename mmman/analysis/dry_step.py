@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
-from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
+from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError
 from mmman.heads.dry_run import IMAGES, describe_error, detection_samples
 from mmman.local.session import Session
 
@@ -57,8 +57,8 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
         except LocalLearningError:
             raise
         except Exception as error:
-            raise MisuseError(f'the local heads fail in a first step ({describe_error(error)}), and {why}') from error
-    raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
+            raise ConfigError(f'the local heads fail in a first step ({describe_error(error)}), and {why}') from error
+    raise ConfigError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
 
 
 def _for_cpu(cfg: Config) -> Config:

@@ -76,7 +76,7 @@ def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backb
         where: The place of the options in the config, for error messages.
 
     Raises:
-        MisuseError: An option is unknown, missing or of a wrong type or value, or contradicts another.
+        ConfigError: An option is unknown, missing or of a wrong type or value, or contradicts another.
     """
     check_options(LocalBackbone, options, where)
     check_parts(options.get('transfer'), options.get('local_head'), where)

@@ -10,7 +10,7 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 
 from mmman.builder.backbone import LocalBackbone
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.part_options import class_of
 from mmman.options import checked
 from mmman.registry import MODELS
@@ -48,7 +48,7 @@ def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel: 
         The model, an instance of the stock class.
 
     Raises:
-        MisuseError: ``backbone`` is not a ``mmman.LocalBackbone``.
+        ConfigError: ``backbone`` is not a ``mmman.LocalBackbone``.
     """
     backbone = _following({**options, 'backbone': backbone})
     return MODELS.build(ConfigDict({**options, 'type': model_type, 'backbone': backbone}))
@@ -58,7 +58,7 @@ def _following(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of the localised backbone, with the options that local heads take from the model's own head."""
     backbone = model['backbone']
     if class_of(backbone.get('type')) is not LocalBackbone:
-        raise MisuseError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel takes 'mmman.LocalBackbone'")
+        raise ConfigError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel takes 'mmman.LocalBackbone'")
     local_head = backbone.get('local_head')
     if not isinstance(local_head, Mapping) or 'type' not in local_head:  # LocalBackbone raises
         return dict(backbone)

@@ -14,7 +14,7 @@ from mmengine.runner import BaseLoop, Runner
 
 import mmman.registry as registries
 from mmman.builder.backbone import LocalBackbone, check_backbone_options
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.local_head import GIVEN, LocalHead
 from mmman.options import Positive, Range, check_options, checked, option_parameters
 
@@ -50,13 +50,13 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
         cfg: The complete config, as passed to a runner.
 
     Raises:
-        MisuseError: An option is invalid. The message gives its place in the config and says what to change.
+        ConfigError: An option is invalid. The message gives its place in the config and says what to change.
     """
     cfg = dict(cfg.items())  # a Config is not a Mapping
     components = [*_components(cfg, '')]
     for where, node in components:
         if _component(node['type']) is None:
-            raise MisuseError(f'{where}.type={node["type"]!r}: {_unknown_name(node["type"])}')
+            raise ConfigError(f'{where}.type={node["type"]!r}: {_unknown_name(node["type"])}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         for where, node in components:
             _check_component(_component(node['type']), node, where)
@@ -123,7 +123,7 @@ def _check_hooks(cfg: Mapping[str, Any]) -> None:
     hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
     count = sum(_name(hook.get('type')) == 'EMABiasHook' for hook in hooks)
     if count > 1:
-        raise MisuseError(f'custom_hooks has {count} of mmman.EMABiasHook, and each would move the momentum copies: keep one')
+        raise ConfigError(f'custom_hooks has {count} of mmman.EMABiasHook, and each would move the momentum copies: keep one')
 
 
 def _check_pipeline(cfg: Mapping[str, Any]) -> None:
@@ -132,7 +132,7 @@ def _check_pipeline(cfg: Mapping[str, Any]) -> None:
         check_options(PipelineOptions, options, 'pipeline')
     known = option_parameters(PipelineOptions)
     if isinstance(options, Mapping) and not runs and known.keys() & options.keys():
-        raise MisuseError("pipeline has no effect without runner_type='mmman.PipelineRunner': set it, or remove pipeline")
+        raise ConfigError("pipeline has no effect without runner_type='mmman.PipelineRunner': set it, or remove pipeline")
 
 
 def _check_places(cfg: Mapping[str, Any]) -> None:
@@ -153,7 +153,7 @@ def _check_places(cfg: Mapping[str, Any]) -> None:
         for place, holder in (('', cfg), ('model.', model)):
             for name in sorted(names & holder.keys()):
                 if place or holder[name] != owner.get(name):
-                    raise MisuseError(f'{place}{name} has no effect there: set {where}.{name}')
+                    raise ConfigError(f'{place}{name} has no effect there: set {where}.{name}')
 
 
 def _name(kind: Any) -> str:

@@ -22,7 +22,7 @@ from mmman.engine.config_check import check_config
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 from mmman.engine.paramwise import separate_local_heads
 from mmman.engine.pretrained import check_prefix, report_pretrained
-from mmman.errors import CheckpointError, MisuseError
+from mmman.errors import CheckpointError, ConfigError
 from mmman.local.blocks import localized_backbone
 from mmman.local.local_head import LocalHead
 from mmman.options import Count, Range, checked
@@ -44,7 +44,7 @@ class EMABiasHook(Hook):
         interval: Number of optimizer steps between updates.
 
     Raises:
-        MisuseError: The run isn't set up for local learning, or pretrained weights (``init_cfg``) don't fit the backbone.
+        ConfigError: The run isn't set up for local learning, or pretrained weights (``init_cfg``) don't fit the backbone.
         CheckpointError: The checkpoint to resume has different local heads.
     """
 
@@ -59,11 +59,11 @@ class EMABiasHook(Hook):
     def before_run(self, runner: Runner) -> None:
         """Reject settings that local learning doesn't support. mmengine calls this before weights are initialised."""
         if type(runner).__name__ == 'FlexibleRunner':
-            raise MisuseError(
+            raise ConfigError(
                 'FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale'
             )
         if runner.cfg.get('compile'):
-            raise MisuseError(
+            raise ConfigError(
                 'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
             )
         check_config(runner.cfg)
@@ -92,7 +92,7 @@ class EMABiasHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Log which pretrained weights were loaded, and set copies to their source unless the checkpoint contains them."""
         if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
-            raise MisuseError(
+            raise ConfigError(
                 f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
                 f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
             )

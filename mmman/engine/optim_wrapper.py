@@ -18,7 +18,7 @@ from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDARecorder, StepGraphs
 from mmman.local.blocks import localized_backbone
 from mmman.local.scopes import trained_parameters
@@ -66,7 +66,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         steps: Number of optimizer steps. Iterations that accumulate and steps that the loss scaler skips don't count.
 
     Raises:
-        MisuseError: An option is not supported; or, at the first iteration, the model can't be trained with these options.
+        ConfigError: An option is not supported; or, at the first iteration, the model can't be trained with these options.
         NonFiniteLossError: A local loss is NaN or infinite. Under a loss scaler the step is skipped with a warning instead.
     """
 
@@ -86,11 +86,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         check_clipping(clip_grad)
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
         if cuda_graphs and accumulative_counts != 1:
-            raise MisuseError('cuda_graphs=True writes gradients anew each step: it takes accumulative_counts=1')
+            raise ConfigError('cuda_graphs=True writes gradients anew each step: it takes accumulative_counts=1')
         if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
-            raise MisuseError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
+            raise ConfigError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
         if use_fsdp:
-            raise MisuseError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
+            raise ConfigError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
         self.clip_scope = clip_scope
         self.update = update
         self.images_per_chunk = images_per_chunk
@@ -98,12 +98,12 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.dtype = autocast_dtype(dtype, loss_scale)
         self.loss_scaler, self._fixed_scale = make_loss_scaler(self.dtype, loss_scale)
         if update == 'immediate' and self.loss_scaler is not None:
-            raise MisuseError(
+            raise ConfigError(
                 "update='immediate' steps before a loss scaler knows that all gradients are finite: "
                 "choose dtype='bfloat16' or update='synchronous'"
             )
         if cuda_graphs and self.loss_scaler is not None:
-            raise MisuseError("cuda_graphs=True has no loss scaler: choose dtype='bfloat16' or cuda_graphs=False")
+            raise ConfigError("cuda_graphs=True has no loss scaler: choose dtype='bfloat16' or cuda_graphs=False")
         self.steps = 0
         optimizer.register_step_post_hook(self._count_step)
         self._model: nn.Module | None = None
@@ -257,7 +257,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         if is_model_wrapper(model) or device != 'cuda':
             reason = f'the model is in {type(model).__name__}' if is_model_wrapper(model) else f'the model is on the {device}'
-            raise MisuseError(
+            raise ConfigError(
                 f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False'
             )
         blocks = self._backbone.local

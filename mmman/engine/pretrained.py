@@ -15,20 +15,20 @@ from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 
 def check_prefix(backbone: nn.Module) -> None:
     """Check, before weights are initialised, that the file has tensors below the configured prefix.
 
     Raises:
-        MisuseError: No tensor of the file has the prefix. The message names the file and what to change.
+        ConfigError: No tensor of the file has the prefix. The message names the file and what to change.
     """
     config = _config(backbone)
     if config and config.get('prefix'):
         tensors = _read(config)
         if not any(name.startswith(_prefix(config)) for name in tensors):
-            raise MisuseError(
+            raise ConfigError(
                 f'{config["checkpoint"]} has nothing below {_prefix(config)!r}; {_hint(backbone, config, tensors)}'
             )
 
@@ -37,7 +37,7 @@ def report_pretrained(backbone: nn.Module) -> None:
     """Log in one line, after weights are initialised, which tensors were loaded and which were not.
 
     Raises:
-        MisuseError: No tensor was loaded.
+        ConfigError: No tensor was loaded.
     """
     config, unfilled = _config(backbone), backbone.local.unfilled
     if config is None or unfilled is None:
@@ -47,7 +47,7 @@ def report_pretrained(backbone: nn.Module) -> None:
     missed = [name for name in counted if name in unfilled]
     taken = len(counted) - len(missed)
     if not taken:
-        raise MisuseError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')
+        raise ConfigError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')
     prefix = _prefix(config) or _prefix_of(tensors, own) or ''
     theirs = {prefix + name for name in own}
     left = Counter(_group(name, prefix) for name in tensors if name not in theirs)

@@ -18,7 +18,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import Losses, with_gradients
 from mmman.memory.detection.anchor_targets import AnchorTargets, check_known
 from mmman.memory.detection.dense_loss import DenseLocalHead, DenseLoss
@@ -208,7 +208,7 @@ class StepGraphs:
         recorder: Captures the graphs.
 
     Raises:
-        MisuseError: The targets of a dense head can't be computed in advance.
+        ConfigError: The targets of a dense head can't be computed in advance.
     """
 
     def __init__(
@@ -285,7 +285,7 @@ class StepGraphs:
             for parameter in filter(_is_there, module._parameters.values()):
                 found += parameter.data_ptr(), parameter.requires_grad
                 if parameter.grad is not None:
-                    raise MisuseError(
+                    raise ConfigError(
                         'cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each'
                     )
             found += (buffer.data_ptr() for buffer in filter(_is_there, module._buffers.values()))
@@ -348,8 +348,8 @@ class StepGraphs:
             yield
         except BaseException as error:
             self.recorder.cancel()
-            if isinstance(error, RuntimeError) and not isinstance(error, (MisuseError, torch.OutOfMemoryError)):
-                raise MisuseError(
+            if isinstance(error, RuntimeError) and not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
+                raise ConfigError(
                     f'{type(self.model).__name__} has an operator that no CUDA graph can hold, such as one that waits for the '
                     f'device ({error}): set optim_wrapper.cuda_graphs=False'
                 ) from error

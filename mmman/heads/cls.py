@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.dry_run import describe_error
 from mmman.heads.layers import INIT, conv_bn_relu, linear_bn_relu
 from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
@@ -30,7 +30,7 @@ class ClsLocalHead(LocalHead):
         boundary, transfer, loss_weight, init_cfg: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``head`` isn't such a head, or doesn't set ``num_classes``.
+        ConfigError: ``head`` isn't such a head, or doesn't set ``num_classes``.
     """
 
     task = 'classifier'
@@ -79,12 +79,12 @@ class ClsLocalHead(LocalHead):
         return self.head.loss((self.embed(y, inputs),), data_samples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the model is not a classifier, or has another number of classes."""
+        """Raise :class:`ConfigError` if the model is not a classifier, or has another number of classes."""
         super().check_model(model)
         owners = [getattr(model, name, None) for name in ('head', 'backbone')]
         theirs = next((n for owner in owners if (n := getattr(owner, 'num_classes', None)) and n > 0), None)
         if theirs not in (None, self.num_classes):
-            raise MisuseError(
+            raise ConfigError(
                 f'the local head has num_classes={self.num_classes}, the model {theirs}: '
                 f'set model.backbone.local_head.head.num_classes={theirs} as well'
             )
@@ -145,12 +145,12 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
     if cls is None or not {'in_channels', 'num_classes'} <= inspect.signature(cls).parameters.keys():
-        raise MisuseError(
+        raise ConfigError(
             f'{name} cannot be a local classification head: it is no linear head with num_classes and in_channels; '
             f'set local_head.head to another, e.g. {_others(name)}'
         )
     if not config.get('num_classes'):
-        raise MisuseError(
+        raise ConfigError(
             f'local_head.head of type {name} does not say num_classes: set it, e.g. '
             "head=dict(type='LinearClsHead', num_classes=1000, loss=...)"
         )
@@ -158,7 +158,7 @@ def _classifier(head: dict, in_channels: int) -> nn.Module:
         built = MODELS.build({**config, 'in_channels': in_channels})
         built((next(built.parameters()).new_zeros(2, in_channels),))
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise MisuseError(
+        raise ConfigError(
             f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
             f'({describe_error(error)}); set local_head.head to another, e.g. {_others(name)}'
         ) from error

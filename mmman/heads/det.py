@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.det_config import (
     UNFIT,
     anchors_by_level,
@@ -53,7 +53,7 @@ class DetLocalHead(LocalHead):
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``bbox_head`` isn't a dense head of that kind (the message names it); or both or neither of ``bbox_head``
+        ConfigError: ``bbox_head`` isn't a dense head of that kind (the message names it); or both or neither of ``bbox_head``
             and ``num_classes`` are given.
     """
 
@@ -73,7 +73,7 @@ class DetLocalHead(LocalHead):
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
         if (bbox_head is None) == (num_classes is None):
-            raise MisuseError(
+            raise ConfigError(
                 'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
             )
         if bbox_head is None:
@@ -86,7 +86,7 @@ class DetLocalHead(LocalHead):
         if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
             reason = 'it is no single-stage dense head with one in_channels, stacked_convs and a prior generator'
         if reason:
-            raise MisuseError(refusal(name, reason))
+            raise ConfigError(refusal(name, reason))
         strides = [stride[0] for stride in priors.strides]
         levels = assign_levels(boundary.stride, boundary.strides, strides)
         self.downsample = downsample
@@ -123,7 +123,7 @@ class DetLocalHead(LocalHead):
                 reason = f'it fails on feature maps of the strides {self.level_strides} ({error})'
                 if config['train_cfg'] is None:
                     reason += ', perhaps because local_head.train_cfg is not given'
-                raise MisuseError(refusal(config['type'], reason)) from error
+                raise ConfigError(refusal(config['type'], reason)) from error
         return _UNREACHED[key]
 
     @classmethod
@@ -182,13 +182,13 @@ class DetLocalHead(LocalHead):
         return views
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the model is not a detector, or its own head has another ``num_classes``."""
+        """Raise :class:`ConfigError` if the model is not a detector, or its own head has another ``num_classes``."""
         super().check_model(model)
         own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
         own = own[0] if isinstance(own, nn.ModuleList) else own
         theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes
         if theirs not in (None, ours):
-            raise MisuseError(
+            raise ConfigError(
                 f'the local head has num_classes={ours}, the model {theirs}: '
                 f'set num_classes={theirs} in model.backbone.local_head (below bbox_head, where one is given) as well'
             )

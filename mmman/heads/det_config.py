@@ -9,7 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.dry_run import describe_error
 from mmman.registry import MODELS
 
@@ -61,7 +61,7 @@ def throw_away(config: dict) -> nn.Module:
         with torch.device('cpu'):
             return MODELS.build(copy.deepcopy(config))
     except Exception as error:  # a third party's constructor may fail in any way
-        raise MisuseError(refusal(config['type'], f'it cannot be built ({describe_error(error)})')) from error
+        raise ConfigError(refusal(config['type'], f'it cannot be built ({describe_error(error)})')) from error
 
 
 def _options(cls: type) -> dict[str, object]:

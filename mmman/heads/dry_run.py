@@ -11,14 +11,14 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.messages import one_line
 
 IMAGES = 2
 """Number of images in a batch: one is too few for BatchNorm after global pooling."""
 
 
-class DryRunError(MisuseError):
+class DryRunError(ConfigError):
     """Raised when a head can't be built or its loss fails. The message is the reason, on one line."""
 
 

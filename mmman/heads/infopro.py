@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
 from mmman.heads.layers import conv_bn_relu
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
@@ -100,7 +100,7 @@ class InfoProLocalHead(ClsLocalHead):
         }
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the classes differ, or the images can't be restored."""
+        """Raise :class:`ConfigError` if the classes differ, or the images can't be restored."""
         super().check_model(model)
         self.target.check_model(model)
 
@@ -129,7 +129,7 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
 def _hard_labels(data_samples: list) -> Tensor:
     labels = [] if 'gt_score' in data_samples[0] else [sample.gt_label for sample in data_samples]
     if not labels or any(len(label) != 1 for label in labels):
-        raise MisuseError(
+        raise ConfigError(
             'supervised contrast needs one label an image: drop the batch augmentation (Mixup, CutMix), or, where images have '
             'several labels, set contrast=False'
         )

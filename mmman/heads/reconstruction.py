@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.layers import conv_bn_relu
 
 CHECKED_SIDE = 64
@@ -76,14 +76,14 @@ class ReconstructionTarget:
         channels: Channels of the images.
 
     Raises:
-        MisuseError: The range is empty.
+        ConfigError: The range is empty.
     """
 
     def __init__(self, pixel_range: tuple[float, float], channels: int) -> None:
         self.low, self.high = pixel_range
         self.channels = channels
         if not self.high > self.low:
-            raise MisuseError(
+            raise ConfigError(
                 f'local_head.pixel_range={tuple(pixel_range)}: the highest value of a pixel, the second, must be above the '
                 'lowest; (0, 255) for 8-bit images'
             )
@@ -99,7 +99,7 @@ class ReconstructionTarget:
             Shaped as ``inputs``, in [0, 1].
 
         Raises:
-            MisuseError: Pixels of the first batch are outside the range, or span almost none of it.
+            ConfigError: Pixels of the first batch are outside the range, or span almost none of it.
         """
         images = pixels(inputs, data_preprocessor, (self.low, self.high))
         if not self.is_checked:
@@ -107,11 +107,11 @@ class ReconstructionTarget:
         return images.clamp_(0, 1)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the images can't be restored from the model's inputs."""
+        """Raise :class:`ConfigError` if the images can't be restored from the model's inputs."""
         preprocessor = getattr(model, 'data_preprocessor', None)
         name = type(preprocessor).__name__
         if not hasattr(preprocessor, '_enable_normalize'):
-            raise MisuseError(
+            raise ConfigError(
                 f'{name} does not tell how it normalises images (mean, std), so a local head cannot reconstruct them: use the '
                 'data preprocessor of mmdet, mmseg or mmpretrain, or a head without reconstruction'
             )
@@ -119,12 +119,12 @@ class ReconstructionTarget:
             return
         counts = preprocessor.mean.numel(), preprocessor.std.numel()
         if not {*counts} <= {1, self.channels}:
-            raise MisuseError(
+            raise ConfigError(
                 f'data_preprocessor.mean has {counts[0]} values and std {counts[1]}, but the backbone takes images of '
                 f'{self.channels} channels: give one value a channel, or one for all'
             )
         if not preprocessor.std.is_meta and not preprocessor.std.all():
-            raise MisuseError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
+            raise ConfigError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
 
     def _check(self, images: Tensor) -> None:
         """Check a sample of the pixels of every image, by channel. A channel with a single value is skipped."""
@@ -140,7 +140,7 @@ class ReconstructionTarget:
         bad = int(is_wrong.nonzero()[0, 0])
         span = self.high - self.low
         low, high = (float(value) * span + self.low for value in (seen[bad].min(), seen[bad].max()))
-        raise MisuseError(
+        raise ConfigError(
             f'local_head.pixel_range=({self.low:g}, {self.high:g}) does not fit the images: channel {bad} of the first batch '
             f'has values from {low:.4g} to {high:.4g}, which leaves next to nothing to reconstruct. Set it to the lowest and '
             'the highest value in the images that the data preprocessor gets, e.g. (0, 255) for 8 bits, (0, 65535) for 16 '

@@ -13,7 +13,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.dry_run import IMAGES, DryRunError, describe_error, unreached_parameters
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
 from mmman.local.local_head import GIVEN, Boundary, LocalHead
@@ -52,7 +52,7 @@ class SegLocalHead(LocalHead):
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``decode_head`` doesn't set ``num_classes``; or ``network``, which the message names, needs several feature
+        ConfigError: ``decode_head`` doesn't set ``num_classes``; or ``network``, which the message names, needs several feature
             levels or another head's prediction, or its losses fail in a dry run.
     """
 
@@ -111,11 +111,11 @@ class SegLocalHead(LocalHead):
         return losses
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the task or the classes differ, or the images can't be restored."""
+        """Raise :class:`ConfigError` if the task or the classes differ, or the images can't be restored."""
         super().check_model(model)
         theirs = getattr(model, 'num_classes', None)
         if theirs not in (None, self.decode_head.num_classes):
-            raise MisuseError(
+            raise ConfigError(
                 f'the local head has num_classes={self.decode_head.num_classes}, the model {theirs}: '
                 f'set model.backbone.local_head.decode_head.num_classes={theirs} as well'
             )
@@ -128,7 +128,7 @@ def _shared(decode_head: dict | list) -> dict:
     own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
     own = own if 'num_classes' in own else own.get('kernel_generate_head', own)
     if 'num_classes' not in own:
-        raise MisuseError(
+        raise ConfigError(
             f'the decode head {_name(own)} does not say num_classes, which the local head needs: set '
             'model.backbone.local_head.decode_head=dict(num_classes=...), with ignore_index, align_corners and loss_decode '
             'where they are not the defaults'
@@ -169,7 +169,7 @@ def _single_level(config: dict, is_default: bool) -> nn.Module:
         elif getattr(head, 'c1_bottleneck', None) is not None:
             reason = 'it takes low-level features: set c1_in_channels=0, c1_channels=0'
     if reason:
-        raise MisuseError(_refusal(config, reason, is_default))
+        raise ConfigError(_refusal(config, reason, is_default))
     return head
 
 
@@ -181,7 +181,7 @@ def _dry_run(config: dict, is_default: bool) -> tuple[str, ...]:
         try:
             _UNREACHED[key] = unreached_parameters(partial(MODELS.build, copy.deepcopy(config)), _losses)
         except DryRunError as error:
-            raise MisuseError(_refusal(config, f'it fails on one feature map ({error})', is_default)) from error
+            raise ConfigError(_refusal(config, f'it fails on one feature map ({error})', is_default)) from error
     return _UNREACHED[key]
 
 

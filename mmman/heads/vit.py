@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
 from mmman.local.local_head import GIVEN, Boundary
 from mmman.local.transfer import MomentumTransfer
@@ -35,7 +35,7 @@ class ViTLocalHead(ClsLocalHead):
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
 
     Raises:
-        MisuseError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
+        ConfigError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
     """
 
     sees_channel_bias = True
@@ -51,11 +51,11 @@ class ViTLocalHead(ClsLocalHead):
     ) -> None:
         extra = boundary.feature.extra_tokens
         if extra is None:
-            raise MisuseError(
+            raise ConfigError(
                 'ViTLocalHead is for transformers; for a convolutional backbone set local_head.type to DGLLocalHead or another'
             )
         if pool == 'cls_token' and not extra:
-            raise MisuseError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
+            raise ConfigError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
         following = [*zip(boundary.following, boundary.following_features, strict=True)][:layers]
         feature = following[-1][1] if following else boundary.feature
         super().__init__(boundary, transfer, head, feature.channels, loss_weight, init_cfg=None)

@@ -10,7 +10,7 @@ from mmengine.model import BaseModule, ModuleDict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.local_head import LocalHead
 from mmman.local.session import Session
 from mmman.partition import Chain, Plan
@@ -169,11 +169,11 @@ def localized_backbone(model: nn.Module) -> nn.Module:
     """Return the localised backbone in ``model``.
 
     Raises:
-        MisuseError: The model has none, or more than one.
+        ConfigError: The model has none, or more than one.
     """
     found = [module for module in model.modules() if isinstance(getattr(module, 'local', None), LocalBlocks)]
     if len(found) != 1:
-        raise MisuseError(
+        raise ConfigError(
             f'{type(model).__name__} has {len(found)} localised backbones, exactly one is needed: '
             "set model.backbone = dict(type='mmman.LocalBackbone', backbone=<the stock backbone>, ...)"
         )

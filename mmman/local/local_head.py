@@ -10,7 +10,7 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.session import Session
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Feature, Unit
@@ -139,10 +139,10 @@ class LocalHead(BaseModule):
         return [self.transfer]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if this head doesn't fit the model it is part of. Called before the first step."""
+        """Raise :class:`ConfigError` if this head doesn't fit the model it is part of. Called before the first step."""
         theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
         if self.task is not None and theirs not in (None, self.task):
-            raise MisuseError(
+            raise ConfigError(
                 f'{type(self).__name__} is a local head for a {self.task}, {type(model).__name__} is a {theirs}: choose '
                 'another model.backbone.local_head.type'
             )
@@ -171,7 +171,7 @@ class LocalHead(BaseModule):
         return None
 
     def _refuse_backward(self, grad: Tensor) -> None:
-        raise MisuseError(
+        raise ConfigError(
             f'a backward pass crossed the boundary after {self.unit} outside local training. To train locally set '
             "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...) (AMP is its dtype option; the --amp of the "
             'stock tools replaces the wrapper); to train or differentiate end to end call mmman.delocalize_(backbone) or use '

@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from mmman.errors import LocalLearningError, MisuseError, PartitionError
+from mmman.errors import ConfigError, LocalLearningError, PartitionError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.part_options import check_parts
@@ -57,11 +57,11 @@ def localize_(
     Raises:
         UnsupportedBackboneError: The family is not known, or the backbone accepts none of the dry run's images.
         PartitionError: The cuts don't fit, the last block makes no output, a block has no trainable parameter, or no such unit.
-        MisuseError: The backbone is already localised, or options contradict each other.
+        ConfigError: The backbone is already localised, or options contradict each other.
     """
     check_parts(transfer, local_head)
     if hasattr(backbone, 'local'):
-        raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
+        raise ConfigError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
     chain = chain_of(backbone)
     plan = _plan(backbone, chain, num_blocks, partition)
     weights = _loss_weights(plan, local_head, loss_weight)
@@ -99,10 +99,10 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
     """The weight of each local loss."""
     count = len(plan.blocks) - 1
     if count and local_head is None:
-        raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
+        raise ConfigError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
     if len(weights) != count:
-        raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
+        raise ConfigError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
     return weights
 
 
@@ -154,7 +154,7 @@ def _build_heads(
             },
         )
         if head.transfer.channel_bias is not None and not head.sees_channel_bias:
-            raise MisuseError(
+            raise ConfigError(
                 f"transfer.bias='channel' has no effect in front of {type(head).__name__}, whose first layers normalise each "
                 "channel: choose 'depthwise' or 'unit'"
             )
@@ -197,9 +197,9 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
         ``backbone`` itself, with its current weights.
 
     Raises:
-        MisuseError: The backbone is not localised.
+        ConfigError: The backbone is not localised.
     """
     if not isinstance(getattr(backbone, 'local', None), LocalBlocks):
-        raise MisuseError(f'{type(backbone).__name__} is not localised')
+        raise ConfigError(f'{type(backbone).__name__} is not localised')
     _detach(backbone)
     return backbone

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.local_head import GIVEN, LocalHead
 from mmman.local.transfer import MomentumTransfer, check_switches
 from mmman.options import check_options
@@ -22,10 +22,10 @@ def check_parts(transfer: Mapping | None, local_head: Mapping | None, where: str
 
 def _check_local_head(local_head: Mapping, where: str) -> None:
     if 'type' not in local_head:
-        raise MisuseError(f"{where} needs a type, e.g. dict(type='mmman.DetLocalHead', ...)")
+        raise ConfigError(f"{where} needs a type, e.g. dict(type='mmman.DetLocalHead', ...)")
     kind = class_of(local_head['type'])
     if not (isinstance(kind, type) and issubclass(kind, LocalHead)):
-        raise MisuseError(f'{where}.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
+        raise ConfigError(f'{where}.type={local_head["type"]!r} is no mmman.LocalHead; e.g. mmman.DetLocalHead is one')
     for option in GIVEN:
         if option in local_head:
             place = (
@@ -33,7 +33,7 @@ def _check_local_head(local_head: Mapping, where: str) -> None:
                 if option == 'boundary'
                 else f'is an option of the backbone: set model.backbone.{option}'
             )
-            raise MisuseError(f'{where}.{option} {place}')
+            raise ConfigError(f'{where}.{option} {place}')
     check_options(kind, {name: value for name, value in local_head.items() if name != 'type'}, where, given=GIVEN)
 
 

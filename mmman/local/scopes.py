@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
 
 
@@ -42,7 +42,7 @@ def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
         everything that the task loss trains: the last block, neck and head.
 
     Raises:
-        MisuseError: A parameter belongs to two blocks.
+        ConfigError: A parameter belongs to two blocks.
     """
     blocks = blocks_of_tensors(model)
     scopes: list[dict[str, nn.Parameter]] = [{} for _ in localized_backbone(model).local.plan.blocks]
@@ -52,7 +52,7 @@ def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
             continue
         other = first.setdefault(parameter, name)
         if blocks[other] != blocks[name]:
-            raise MisuseError(
+            raise ConfigError(
                 f'{other} and {name} are one parameter, which the losses of blocks {blocks[other] + 1} and {blocks[name] + 1} '
                 'train: give each block its own, or cut the backbone so that both are in one block'
             )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.single_values import running_statistics_for_single_values
 from mmman.memory.chunks import replaced
 
@@ -78,7 +78,7 @@ class Session:
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self._undo.close()
         if error is None and self._pending:
-            raise MisuseError(
+            raise ConfigError(
                 f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads '
                 "got no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
             )
@@ -99,9 +99,9 @@ class Session:
     def at_boundary(self, head: LocalHead, x: Tensor) -> Tensor:
         """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W) or (B, L, C)."""
         if self.batch is None:
-            raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
+            raise ConfigError('a local head needs the batch: call the model, not its backbone, inside optim_context')
         if head.block not in self._pending:
-            raise MisuseError(
+            raise ConfigError(
                 f'the boundary of block {head.block} was reached twice in one step: a backbone that runs more than once a '
                 'step, or activation checkpointing around several blocks, cannot be trained locally'
             )

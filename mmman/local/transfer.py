@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import checked
 from mmman.partition import Feature
 
@@ -39,7 +39,7 @@ class MomentumTransfer(BaseModule):
             stores it, so weight decay pulls s towards 2, E alone. ``False``: s = 1.
 
     Raises:
-        MisuseError: The options contradict each other.
+        ConfigError: The options contradict each other.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class MomentumTransfer(BaseModule):
         super().__init__()
         check_switches(ema, bias, scale)
         if bias == 'depthwise' and feature.extra_tokens is not None:
-            raise MisuseError("transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'")
+            raise ConfigError("transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
         sides = (1, 1) if feature.extra_tokens is None else ()
@@ -150,13 +150,13 @@ class MomentumTransfer(BaseModule):
 
 
 def check_switches(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
-    """Raise :class:`MisuseError` if the options of a :class:`MomentumTransfer` contradict each other."""
+    """Raise :class:`ConfigError` if the options of a :class:`MomentumTransfer` contradict each other."""
     if scale and not (ema and bias):
-        raise MisuseError(
+        raise ConfigError(
             'transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias, or scale=False'
         )
     if bias in ('channel', 'depthwise') and not ema:
-        raise MisuseError(f"transfer.bias={bias!r} acts on the momentum copy's output: it needs ema=True")
+        raise ConfigError(f"transfer.bias={bias!r} acts on the momentum copy's output: it needs ema=True")
 
 
 def _moving(module: nn.Module) -> list[Tensor]:

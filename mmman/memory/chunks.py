@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 Losses = dict[str, Tensor]
 
@@ -95,7 +95,7 @@ class _Computed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         if ctx.gradients is None:
-            raise MisuseError('losses that were computed in chunks can be back-propagated once: set images_per_chunk=None')
+            raise ConfigError('losses that were computed in chunks can be back-propagated once: set images_per_chunk=None')
         gradients, ctx.gradients = ctx.gradients, None
         torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad / ctx.factor)
         return None, None, None, *gradients

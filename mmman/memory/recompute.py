@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.memory.chunks import replaced
 from mmman.memory.stem import StemInChunks, StemTail, precision_of, stem_paths
 from mmman.partition import Chain, Unit
@@ -50,25 +50,25 @@ def units_to_recompute(
 
     Raises:
         PartitionError: A name matches no unit.
-        MisuseError: A unit is in both options; a stem is not supported by :func:`stem_paths`, or is in ``selective_recompute``;
+        ConfigError: A unit is in both options; a stem is not supported by :func:`stem_paths`, or is in ``selective_recompute``;
             a unit checkpoints itself (``with_cp``) or its forward was replaced.
     """
     full, selective = _named(chain, 'recompute', recompute), _named(chain, 'selective_recompute', selective_recompute)
     if both := [unit.name for unit in full if unit in selective]:
-        raise MisuseError(f'{", ".join(both)}: in recompute and in selective_recompute; leave out one of them')
+        raise ConfigError(f'{", ".join(both)}: in recompute and in selective_recompute; leave out one of them')
     if any(unit.name == STEM for unit in selective):
-        raise MisuseError(f'selective_recompute: the {STEM} can only be computed again as a whole: put it into recompute')
+        raise ConfigError(f'selective_recompute: the {STEM} can only be computed again as a whole: put it into recompute')
     if any(unit.name == STEM and stem_paths(backbone, unit) is None for unit in full):
-        raise MisuseError(
+        raise ConfigError(
             f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
             'at most a pooling: leave it out'
         )
     for unit in (*full, *selective):
         for module in (backbone.get_submodule(path) for path in unit.modules):
             if any(getattr(layer, 'with_cp', False) for layer in module.modules()):
-                raise MisuseError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
+                raise ConfigError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
             if 'forward' in vars(module):
-                raise MisuseError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
+                raise ConfigError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
     return dict.fromkeys(full, False) | dict.fromkeys(selective, True)
 
 
@@ -141,7 +141,7 @@ class Recomputed:
         end: The ReLU that produces the output, if one does: see :data:`Ends`.
 
     Raises:
-        MisuseError: When called in training, if the module is compiled. Its children may be.
+        ConfigError: When called in training, if the module is compiled. Its children may be.
     """
 
     def __init__(self, module: nn.Module, selective: bool = False, end: tuple[str, int] | None = None) -> None:
@@ -163,13 +163,13 @@ class Recomputed:
     @torch.compiler.disable
     def _twice(self, forward: Callable[..., Any], *args: Any) -> Any:
         if self.module._compiled_call_impl is not None:
-            raise MisuseError(
+            raise ConfigError(
                 f'a compiled {type(self.module).__name__} cannot run again in the backward pass: compile the layers in it, or '
                 'leave it out of recompute'
             )
         run = _Run(self.module, self.selective, forward, args)
         if self.draws and _is_recorded():
-            raise MisuseError(
+            raise ConfigError(
                 f'{type(self.module).__name__} draws random numbers, which a recorded step cannot draw again: leave it out of '
                 'recompute, or set optim_wrapper.cuda_graphs=False'
             )
@@ -222,7 +222,7 @@ class _Run:
     def _again(self) -> None:
         """Recompute with the inputs, random numbers and autocast state of the first run, up to the last tensor saved."""
         if self.versions != _versions([leaf for leaf, _ in self.inputs]):
-            raise MisuseError(
+            raise ConfigError(
                 f'an input of {type(self.module).__name__} was changed in place, so it cannot run again: leave it out of '
                 'recompute'
             )
@@ -247,7 +247,7 @@ class _Run:
             stack.enter_context(saved_tensors_hooks(save, save))
             self.forward(*tree_unflatten(leaves, self.spec))
         if len(saved) != self.places:
-            raise MisuseError(
+            raise ConfigError(
                 f'{type(self.module).__name__} saved {self.places} tensors for the backward pass, and {len(saved)} when it ran '
                 'again: leave it out of recompute'
             )
@@ -333,10 +333,10 @@ class _Taking(_Keeping):
         if not is_costly(op, args):
             return op(*args, **kwargs or {})
         if not self.kept:
-            raise MisuseError('a unit of selective_recompute can be back-propagated once: put it into recompute')
+            raise ConfigError('a unit of selective_recompute can be back-propagated once: put it into recompute')
         before, own, versions = self.kept.popleft()
         if before is not op or versions != _versions(own):
-            raise MisuseError(
+            raise ConfigError(
                 f'a unit of selective_recompute changes the output of {before} in place, or runs {op} the second time: put it '
                 'into recompute'
             )

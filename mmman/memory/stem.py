@@ -16,7 +16,7 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.partition import Unit
 
 Post = Callable[[Tensor], Tensor]
@@ -60,7 +60,7 @@ class StemInChunks:
         if not (self.backbone.training and torch.is_grad_enabled()):
             return type(conv).forward(conv, x)
         if isinstance(norm, nn.SyncBatchNorm) and norm.training and get_world_size() > 1:
-            raise MisuseError("a stem with SyncBN cannot run in chunks in several processes: leave 'stem' out of recompute")
+            raise ConfigError("a stem with SyncBN cannot run in chunks in several processes: leave 'stem' out of recompute")
         self.install_()  # a conversion may have replaced modules
         self.output = run_stem(x, conv, norm, partial(_without_hooks, rest))
         return self.output

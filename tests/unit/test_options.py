@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import Count, NonNegative, Positive, Range, check_options, checked
 
 
@@ -90,15 +90,15 @@ def test_an_error_names_the_option_and_what_to_choose(options, message):
     import mmman  # noqa: F401  whose components are known places of options
 
     for call in (lambda: Toy('anything', **options), lambda: check_options(Toy, options, 'toy')):
-        with pytest.raises(MisuseError) as error:
+        with pytest.raises(ConfigError) as error:
             call()
         assert str(error.value) == message
 
 
 def test_positional_and_missing_options():
-    with pytest.raises(MisuseError, match=r'toy\.count=0: choose'):
+    with pytest.raises(ConfigError, match=r'toy\.count=0: choose'):
         Toy('anything', 0)
-    with pytest.raises(MisuseError, match='pair: Pair needs second'):
+    with pytest.raises(ConfigError, match='pair: Pair needs second'):
         Pair(1)
 
 

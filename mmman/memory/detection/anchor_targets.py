@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 ELEMENTS = 2**20
 """Maximum size of a map of overlaps, (images, objects, anchors), computed in one pass; at least one image is."""
@@ -54,9 +54,9 @@ def find_targets(
 
 
 def check_known(head: nn.Module | None, model: nn.Module) -> None:
-    """Raise :class:`MisuseError` if the targets of a dense head of ``model`` can't be computed ahead of its losses."""
+    """Raise :class:`ConfigError` if the targets of a dense head of ``model`` can't be computed ahead of its losses."""
     if head is None or not is_known(head):
-        raise MisuseError(
+        raise ConfigError(
             f"cuda_graphs is for detectors that have dense heads with targets like RetinaNet's (MaxIoUAssigner, PseudoSampler, "
             f'DeltaXYWHBBoxCoder), and local heads alike, not for {type(model).__name__} with '
             f'{"another local head" if head is None else type(head).__name__}: set optim_wrapper.cuda_graphs=False'

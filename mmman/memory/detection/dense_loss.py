@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import Losses, run_in_chunks
 from mmman.memory.detection.losses import BatchLoss, Sizes, batch_loss, check_chunks, dense_head_losses, map_sizes
 
@@ -80,7 +80,7 @@ class DenseLoss:
         make_loss: Makes the loss of a batch.
 
     Raises:
-        MisuseError: The model is not a single-stage detector.
+        ConfigError: The model is not a single-stage detector.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DenseLoss:
         for method in ('loss', 'extract_feat'):
             owner = next((cls.__name__ for cls in type(model).__mro__ if method in vars(cls)), None)
             if owner != 'SingleStageDetector':
-                raise MisuseError(
+                raise ConfigError(
                     f'images_per_chunk is for models that compute their loss as SingleStageDetector does, not for '
                     f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
                 )

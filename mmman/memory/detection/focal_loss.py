@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
 
 SLICE = 1 << 16
@@ -37,12 +37,12 @@ def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
         with_kernel: Whether mmcv's kernel itself runs on a GPU.
 
     Raises:
-        MisuseError: mmdet is not installed.
+        ConfigError: mmdet is not installed.
     """
     try:
         from mmdet.models.losses import focal_loss as library
     except ImportError:
-        raise MisuseError("the fused focal loss is mmdet's, which is not installed: measure without it") from None
+        raise ConfigError("the fused focal loss is mmdet's, which is not installed: measure without it") from None
     stock, kernel = library.FocalLoss.forward, library._sigmoid_focal_loss
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.detection.anchor_targets import find_targets
 from mmman.memory.detection.focal_loss import summed_focal_loss
 
@@ -209,21 +209,21 @@ def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) 
 
 
 def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Raise :class:`MisuseError` if the losses of a dense head can't be computed for a few images at a time.
+    """Raise :class:`ConfigError` if the losses of a dense head can't be computed for a few images at a time.
 
     Args:
         head: The dense head.
         modules: All modules that would run on a few images at a time.
     """
     if _adapter(head) is None:
-        raise MisuseError(
+        raise ConfigError(
             f'{type(head).__name__} cannot run on a few images at a time: what it divides its losses by is not known for the '
             f'whole batch in advance. Known are heads that compute their loss as one of {", ".join(sorted(_ADAPTERS))} does; '
             'set optim_wrapper.images_per_chunk=None'
         )
     norms = (part for module in modules for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
     if any(norm.training for norm in norms):
-        raise MisuseError(
+        raise ConfigError(
             f'{type(head).__name__}, or the neck before it, has BatchNorm in training mode, which mixes the images of a batch: '
             'set optim_wrapper.images_per_chunk=None, or use GroupNorm'
         )
@@ -249,7 +249,7 @@ def _adapter(head: nn.Module) -> type[BatchLoss] | None:
     import mmdet
 
     if not mmdet.__version__.startswith(f'{MMDET}.'):
-        raise MisuseError(
+        raise ConfigError(
             f'images_per_chunk computes losses as mmdet {MMDET} does, and mmdet {mmdet.__version__} is installed: set '
             'optim_wrapper.images_per_chunk=None'
         )

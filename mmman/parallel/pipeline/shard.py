@@ -13,7 +13,7 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.scopes import blocks_of_tensors
 
 SHARED = 'data_preprocessor.'
@@ -70,12 +70,12 @@ class StageShard:
         """Fill in the tensors of other stages from ``weights``, for evaluation or a checkpoint. :meth:`empty_` undoes this.
 
         Raises:
-            MisuseError: No stage holds a tensor of the model.
+            ConfigError: No stage holds a tensor of the model.
         """
         state = self.model.state_dict()
         missing = sorted(name for name in self.foreign if name in state and name not in weights)
         if missing:
-            raise MisuseError(f'no stage holds {missing[0]} and {len(missing) - 1} more: stages run different configs')
+            raise ConfigError(f'no stage holds {missing[0]} and {len(missing) - 1} more: stages run different configs')
         for name, (module, key) in self._named_tensors():
             if name in self.foreign and name in weights:
                 self._meta[name] = getattr(module, key)

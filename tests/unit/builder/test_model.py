@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmman.builder.model import changed_options
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
@@ -112,7 +112,7 @@ def test_what_the_local_head_sets_itself_wins(tmp_path):
 
 def test_a_stock_backbone_is_refused():
     init_default_scope('mmdet')
-    with pytest.raises(MisuseError, match=r"model\.backbone\.type='ResNet': mmman\.LocalModel takes 'mmman\.LocalBackbone'"):
+    with pytest.raises(ConfigError, match=r"model\.backbone\.type='ResNet': mmman\.LocalModel takes 'mmman\.LocalBackbone'"):
         MODELS.build({'type': 'mmman.LocalModel', 'model_type': 'RetinaNet', 'backbone': {'type': 'ResNet', 'depth': 18}})
 
 

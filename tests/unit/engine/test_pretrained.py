@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from mmman.engine.pretrained import report_pretrained
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.toy import toy_batches, toy_config
 
 
@@ -114,21 +114,21 @@ def test_a_file_with_more_and_fewer_tensors(tmp_path, raw):
     ],
 )
 def test_weights_that_do_not_arrive_are_refused(tmp_path, raw, prefix, net, message):
-    with pytest.raises(MisuseError, match=f'{raw} {message}') as error:
+    with pytest.raises(ConfigError, match=f'{raw} {message}') as error:
         runner_of(tmp_path, model_of(pretrained(raw, prefix=prefix), num_blocks=2, net=net)).train()
     assert '\n' not in str(error.value)
 
 
 def test_a_file_of_another_architecture(tmp_path):
     torch.save({'state_dict': {'encoder.weight': torch.zeros(1)}}, tmp_path / 'other.pth')
-    with pytest.raises(MisuseError, match='brought nothing; ToyNet has stem.weight, .*file encoder.weight, .*: take a file of'):
+    with pytest.raises(ConfigError, match='brought nothing; ToyNet has stem.weight, .*file encoder.weight, .*: take a file of'):
         runner_of(tmp_path, model_of(pretrained(tmp_path / 'other.pth'))).train()
 
 
 def test_names_without_a_prefix(tmp_path, raw):
     state = {name.removeprefix('backbone.'): value for name, value in stock(torch.load(raw)['state_dict']).items()}
     torch.save(state, raw)
-    with pytest.raises(MisuseError, match="has nothing below 'backbone.'; .* set prefix=None in its init_cfg"):
+    with pytest.raises(ConfigError, match="has nothing below 'backbone.'; .* set prefix=None in its init_cfg"):
         runner_of(tmp_path, model_of(pretrained(raw, prefix='backbone.'))).train()
 
 

@@ -6,7 +6,7 @@ from mmengine.config import Config
 
 from mmman import LocalLearningOptimWrapper
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import StepGraphs
 from mmman.memory.detection.focal_loss import fused_focal_loss
 from mmman.memory.recompute import Recomputed
@@ -151,7 +151,7 @@ def test_an_operator_that_waits_is_named(recorder):
     loss = steps.model.bbox_head.loss_bbox
     stock = loss.forward
     loss.__class__ = type('Watching', (type(loss),), {'forward': lambda self, *args, **kwargs: stock(*args, **kwargs)})
-    with pytest.raises(MisuseError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
+    with pytest.raises(ConfigError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
         steps(64, 64)
     assert not recorder.is_recording
 
@@ -163,7 +163,7 @@ def test_random_numbers_cannot_be_drawn_twice(recorder, monkeypatch):
     unit = steps.backbone.layer1[0]
     assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
     unit.forward.draws = True
-    with pytest.raises(MisuseError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
+    with pytest.raises(ConfigError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
         steps(64, 64)
 
 
@@ -171,7 +171,7 @@ def test_gradients_from_before_are_refused(recorder):
     steps = Steps(**GRAPHS)
     steps(64, 64)
     steps.model.neck.lateral_convs[0].conv.bias.grad = torch.zeros(32)
-    with pytest.raises(MisuseError, match='there are gradients before the step'):
+    with pytest.raises(ConfigError, match='there are gradients before the step'):
         steps(64, 64)
 
 
@@ -188,11 +188,11 @@ def test_gradients_from_before_are_refused(recorder):
     ids=str,
 )
 def test_refused(options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         Steps(**GRAPHS, **options)(64, 64)
 
 
 @pytest.mark.usefixtures('recorder')
 def test_other_heads_are_refused():
-    with pytest.raises(MisuseError, match='like RetinaNet.*not for RetinaNet with RetinaHead'):
+    with pytest.raises(ConfigError, match='like RetinaNet.*not for RetinaNet with RetinaHead'):
         Steps(**GRAPHS, **{'model.train_cfg.assigner.ignore_iof_thr': 0.5})(64, 64)

@@ -8,7 +8,7 @@ from torch import nn
 
 from mmman import MomentumTransfer
 from mmman.analysis import LiveBytes
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.infopro import supervised_contrast
 from mmman.heads.predsim import similarity_matrix
 from mmman.heads.reconstruction import ReconstructionDecoder, pixels, reconstruction_loss
@@ -127,13 +127,13 @@ def test_the_models_head_gives_the_classifier(head, kind):
     ],
 )
 def test_heads_that_cannot_serve(head, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         local_head('DGLLocalHead', head)
 
 
 def test_another_number_of_classes_is_refused():
     local_head('DGLLocalHead').check_model(Model(3))
-    with pytest.raises(MisuseError, match='the local head has num_classes=3, the model 4: set .*num_classes=4'):
+    with pytest.raises(ConfigError, match='the local head has num_classes=3, the model 4: set .*num_classes=4'):
         local_head('DGLLocalHead').check_model(Model(4))
 
 
@@ -238,16 +238,16 @@ def test_contrast_needs_hard_labels():
     head = local_head('InfoProLocalHead', contrast=True)
     head.session = Session()
     head.session.model = Model()
-    with pytest.raises(MisuseError, match=r'Mixup, CutMix.*contrast=False'):
+    with pytest.raises(ConfigError, match=r'Mixup, CutMix.*contrast=False'):
         head.loss(Y, 255 * IMAGES, [DataSample().set_gt_score(torch.ones(3) / 3) for _ in range(4)])
 
 
 def test_infopro_options_are_checked():
-    with pytest.raises(MisuseError, match="'1c2f' or 'imagenet'"):
+    with pytest.raises(ConfigError, match="'1c2f' or 'imagenet'"):
         local_head('InfoProLocalHead', classifier='2c2f')
     bare = Model()
     bare.data_preprocessor = nn.Identity()
-    with pytest.raises(MisuseError, match='Identity does not tell how it normalises'):
+    with pytest.raises(ConfigError, match='Identity does not tell how it normalises'):
         local_head('InfoProLocalHead').check_model(bare)
 
 
@@ -321,7 +321,7 @@ def test_auglocal_adapts_neighbours_that_do_not_fit():
 def test_auglocal_where_nothing_follows():
     head = local_head('AugLocalHead')
     assert torch.equal(head.embed(Y, IMAGES), Y.mean((2, 3)))
-    with pytest.raises(MisuseError, match='depth=0'):
+    with pytest.raises(ConfigError, match='depth=0'):
         local_head('AugLocalHead', depth=0)
 
 
@@ -414,11 +414,11 @@ def test_the_class_token_of_an_attention_that_is_another():
 
 
 def test_vit_head_options_are_checked():
-    with pytest.raises(MisuseError, match='layers=-1: choose a whole number from 0'):
+    with pytest.raises(ConfigError, match='layers=-1: choose a whole number from 0'):
         local_head('ViTLocalHead', where=boundary(TOKENS), layers=-1)
-    with pytest.raises(MisuseError, match='for transformers; .*DGLLocalHead'):
+    with pytest.raises(ConfigError, match='for transformers; .*DGLLocalHead'):
         local_head('ViTLocalHead')
-    with pytest.raises(MisuseError, match="choose 'mean'$"):
+    with pytest.raises(ConfigError, match="choose 'mean'$"):
         local_head('ViTLocalHead', where=boundary(Feature(8, 8, 0)), pool='cls_token')
 
 

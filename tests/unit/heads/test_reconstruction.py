@@ -9,7 +9,7 @@ from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
 
 from mmman import LocalLearningOptimWrapper, localize_
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.reconstruction import ReconstructionTarget, pixels
 from mmman.registry import MODELS
 from tests.toy import ToyNet
@@ -84,10 +84,10 @@ def test_eight_bits_are_restored_to_the_same_bits():
     ],
 )
 def test_a_range_that_does_not_fit_is_refused(raw, pixel_range, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         restored(raw, pixel_range)
     channels = raw.shape[1]
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         restored(raw, pixel_range, mean=[0.25] * channels, std=[0.5] * channels)
 
 
@@ -106,7 +106,7 @@ def test_blank_batches_are_passed_over_and_later_ones_cost_nothing():
     target, normalise = ReconstructionTarget((0, 255), 3), preprocessor()
     target(torch.full((2, 3, 8, 8), 7.0), normalise)
     assert not target.is_checked
-    with pytest.raises(MisuseError, match='does not fit'):
+    with pytest.raises(ConfigError, match='does not fit'):
         copy.deepcopy(target)(images(1), normalise)
     target(images(255), normalise)
     assert target.is_checked
@@ -115,7 +115,7 @@ def test_blank_batches_are_passed_over_and_later_ones_cost_nothing():
 
 def test_an_empty_range_is_refused():
     for pixel_range in ((1, 0), (0, 0), (0, float('nan'))):
-        with pytest.raises(MisuseError, match=r'^local_head.pixel_range=.* must be above the lowest'):
+        with pytest.raises(ConfigError, match=r'^local_head.pixel_range=.* must be above the lowest'):
             ReconstructionTarget(pixel_range, 3)
 
 
@@ -136,7 +136,7 @@ class Model(BaseModel):
     ],
 )
 def test_statistics_that_restore_nothing_are_refused(options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         ReconstructionTarget((0, 255), 4).check_model(Model(ToyNet(), **options))
 
 
@@ -190,7 +190,7 @@ def test_heads_reconstruct_what_the_backbone_takes(channels, top):
             wrong = copy.deepcopy(model)
             for head in wrong.backbone.local.values():
                 head.target = ReconstructionTarget((0, 255), channels)
-            with pytest.raises(MisuseError, match=r'pixel_range=\(0, 255\) does not fit the images: channel 0'):
+            with pytest.raises(ConfigError, match=r'pixel_range=\(0, 255\) does not fit the images: channel 0'):
                 wrong.train_step(batch(channels, top), LocalLearningOptimWrapper(torch.optim.SGD(wrong.parameters(), lr=0.0)))
 
 

@@ -9,7 +9,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmman import LocalLearningOptimWrapper
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads import SegLocalHead
 from mmman.heads.infopro import supervised_contrast
 from mmman.local.single_values import running_statistics_for_single_values
@@ -149,7 +149,7 @@ def test_modes_return_where_the_layer_or_what_follows_fails():
 def test_a_layer_without_running_statistics_is_refused():
     layer = nn.BatchNorm1d(2, track_running_stats=False)
     with (
-        pytest.raises(MisuseError, match='keeps no running statistics .*drop_last=True'),
+        pytest.raises(ConfigError, match='keeps no running statistics .*drop_last=True'),
         running_statistics_for_single_values(layer, 1),
     ):
         layer(torch.ones(1, 2))
@@ -175,7 +175,7 @@ def test_images_of_several_labels():
     contrast = classifier({**HEADS['contrast'], 'head': head})
     samples = batch(2, 64)
     samples['data_samples'] = data
-    with pytest.raises(MisuseError, match='needs one label an image: .*several labels, set contrast=False'):
+    with pytest.raises(ConfigError, match='needs one label an image: .*several labels, set contrast=False'):
         gradients(contrast, samples)
 
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmman import MomentumTransfer
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.partition import Feature
 from tests.toy import ToyUnit
 
@@ -87,7 +87,7 @@ def test_depthwise_bias(source):
 
 def test_depthwise_bias_is_for_maps(source):
     with pytest.raises(
-        MisuseError, match="transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'"
+        ConfigError, match="transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'"
     ):
         MomentumTransfer(source, Feature(8, 2, extra_tokens=1), bias='depthwise')
 
@@ -157,5 +157,5 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
     ],
 )
 def test_meaningless_combinations(source, options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         MomentumTransfer(source, Feature(8, 2), **options)

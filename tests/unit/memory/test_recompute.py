@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.memory.recompute import Recomputed, ends_told, is_costly, keep_, recompute_
 from tests.toy import CLASSES, ToyUnit, classify, toy_batches, toy_config
 from tests.unit.local.test_localize import trained_alike
@@ -156,7 +156,7 @@ def test_a_graph_of_selective_units_is_walked_once():
     model = build('cifar', num_blocks=1, selective_recompute=True)
     loss = model(**toy_batches(1, pixels=32, dtype=torch.float32)[0], mode='loss')['loss_ce']
     loss.backward(retain_graph=True)
-    with pytest.raises(MisuseError, match='can be back-propagated once: put it into recompute'):
+    with pytest.raises(ConfigError, match='can be back-propagated once: put it into recompute'):
         loss.backward()
 
 
@@ -319,13 +319,13 @@ def test_names():
     [
         (['layer1.0', 'layer9.0'], PartitionError, r"\['layer9.0'\].* stem, layer1.0, layer1.1, .*layer3.1$"),
         (['layer1', 'layer'], PartitionError, r"\['layer'\]"),
-        (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
-        ('layer1.0', MisuseError, r"recompute='layer1.0': choose True or False or a list of strings"),
-        ({'selective_recompute': 'layer1'}, MisuseError, r"selective_recompute='layer1': choose True or False or a list"),
-        ({'selective_recompute': None}, MisuseError, r'selective_recompute=None: choose True or False or a list of strings'),
+        (['stem'], ConfigError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
+        ('layer1.0', ConfigError, r"recompute='layer1.0': choose True or False or a list of strings"),
+        ({'selective_recompute': 'layer1'}, ConfigError, r"selective_recompute='layer1': choose True or False or a list"),
+        ({'selective_recompute': None}, ConfigError, r'selective_recompute=None: choose True or False or a list of strings'),
         ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
-        ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be computed again as a whole: put it into recom'),
-        ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, MisuseError, 'layer2.1: in recompute and'),
+        ({'selective_recompute': ['stem']}, ConfigError, 'the stem can only be computed again as a whole: put it into recom'),
+        ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, ConfigError, 'layer2.1: in recompute and'),
     ],
     ids=str,
 )
@@ -342,12 +342,12 @@ def test_checkpointed_twice_is_refused():
     from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 
     net = MODELS.build({'type': 'mmdet.ResNet', 'depth': 18, 'with_cp': True})
-    with pytest.raises(MisuseError, match='layer1.0 is checkpointed by with_cp already: drop with_cp'):
+    with pytest.raises(ConfigError, match='layer1.0 is checkpointed by with_cp already: drop with_cp'):
         localize_(net, 1, recompute=True)
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
     turn_on_activation_checkpointing(model.backbone, 'layer1.1')
-    with pytest.raises(MisuseError, match=r'forward of unit layer1.1 was replaced \(activation_checkpointing\?\)'):
+    with pytest.raises(ConfigError, match=r'forward of unit layer1.1 was replaced \(activation_checkpointing\?\)'):
         localize_(model.backbone, 1, recompute=True)
     localize_(model.backbone, 1, recompute=['layer1.0'])
 
@@ -384,7 +384,7 @@ def test_a_compiled_unit_is_refused():
     model = toy(num_blocks=1, recompute=True)
     model.backbone.layer1[1].compile(backend='eager')
     batch = toy_batches(1)[0]
-    with pytest.raises(MisuseError, match='a compiled ToyUnit cannot run again .*leave it out of recompute'):
+    with pytest.raises(ConfigError, match='a compiled ToyUnit cannot run again .*leave it out of recompute'):
         model(**batch, mode='loss')
     with torch.no_grad():
         compiled = torch.compile(model.backbone.eval(), backend='eager', fullgraph=True)
@@ -418,7 +418,7 @@ def test_an_input_that_is_overwritten_is_noticed():
     model.backbone.stem.register_forward_hook(lambda module, args, output: kept.append(output))
     loss = model(**toy_batches(1)[0], mode='loss')['loss_ce']
     kept[0].detach().add_(1)
-    with pytest.raises(MisuseError, match='an input of ToyUnit was changed in place'):
+    with pytest.raises(ConfigError, match='an input of ToyUnit was changed in place'):
         loss.backward()
 
 
@@ -433,7 +433,7 @@ def test_what_is_overwritten_inside_is_noticed(layers, way, message):
     unit, x = nn.Sequential(*layers), torch.randn(1, 8, 4, 4, requires_grad=True)
     recompute_(unit, way == 'selective')
     y = unit(x * 1).square().sum()
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         y.backward()
 
 
@@ -447,7 +447,7 @@ def test_another_number_of_tensors_the_second_time_is_noticed():
 
     unit = Wavering()
     recompute_(unit)
-    with pytest.raises(MisuseError, match='Wavering saved 2 tensors for the backward pass, and 1 when it ran again'):
+    with pytest.raises(ConfigError, match='Wavering saved 2 tensors for the backward pass, and 1 when it ran again'):
         unit(torch.randn(3, requires_grad=True)).sum().backward()
 
 

@@ -10,7 +10,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.scopes import trained_parameters
 from mmman.parallel import BlockReducer
 from tests.toy import toy_batches
@@ -73,7 +73,7 @@ def test_what_the_user_hid_from_ddp_stays_hidden():
 
 @pytest.mark.parametrize('option', ['static_graph', 'mixed_precision', 'delay_all_reduce_named_params'])
 def test_options_without_a_meaning(option):
-    with pytest.raises(MisuseError, match=f'does not take {option}'):
+    with pytest.raises(ConfigError, match=f'does not take {option}'):
         LocalDistributedDataParallel(toy(), **{option: True})
 
 
@@ -93,7 +93,7 @@ def test_a_parameter_in_two_blocks_is_refused_by_name(first, second, blocks):
         assert f'{first}.weight' in scopes[0] and f'{second}.weight' not in scopes[0]
         return
     for refused in (lambda: LocalDistributedDataParallel(model), lambda: step(model)):
-        with pytest.raises(MisuseError, match=f'{first}.weight and {second}.weight are one parameter.* blocks {blocks} '):
+        with pytest.raises(ConfigError, match=f'{first}.weight and {second}.weight are one parameter.* blocks {blocks} '):
             refused()
 
 
@@ -105,7 +105,7 @@ def test_a_parameter_without_gradient_is_named_at_once(path, blamed):
     for model in models:
         model.get_submodule(path).unused = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     parallel = LocalDistributedDataParallel(models[0])
-    with pytest.raises(MisuseError, match=f'^{blamed} got no gradient.*find_unused_parameters=True'):
+    with pytest.raises(ConfigError, match=f'^{blamed} got no gradient.*find_unused_parameters=True'):
         step(parallel, wrapper(models[0]))
     parallel = LocalDistributedDataParallel(model, find_unused_parameters=True)
     optim_wrapper = wrapper(model)
@@ -190,7 +190,7 @@ def test_blocks_do_not_share_the_state_of_a_hook():
         states.append(PowerSGDState(None, 1, start_powerSGD_iter=2))
         return states[-1]
 
-    with pytest.raises(MisuseError, match=r'share one PowerSGDState.*register_comm_hook\(lambda: PowerSGDState'):
+    with pytest.raises(ConfigError, match=r'share one PowerSGDState.*register_comm_hook\(lambda: PowerSGDState'):
         parallel.register_comm_hook(PowerSGDState(None, 1), powerSGD_hook)
     parallel.register_comm_hook(state, powerSGD_hook)
     optim_wrapper = wrapper(model)
