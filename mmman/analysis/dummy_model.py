@@ -59,7 +59,7 @@ def build_dummy_model(
     if isinstance(local, LocalBlocks):
         local.is_init = True  # counts as initialised: the values don't matter
         for head in local.values():
-            head.transfer.sync_(head.source.of(model.backbone))
+            head.transfer.init_from_(head.source.of(model.backbone))
     if sizes_only is not None:
         sizes_only.strip_(model)
     cfg.optim_wrapper.optimizer.lr = 0.0

@@ -41,14 +41,14 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         if not head.transfer.is_synced:
             raise ConfigError(
                 "nothing has started the momentum copies: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
-                'training loop of your own, call sync_ and update_ of every head.transfer as that hook does'
+                'training loop of your own, call init_from_ and ema_update_ of every head.transfer as that hook does'
             )
 
 
 def _check_blocks_train(backbone: nn.Module) -> None:
     """Raise if a block has no trainable parameter because it was frozen after the blocks were planned."""
     local = backbone.local
-    if (frozen := local.plan.frozen_block(backbone, local.only)) is not None:
+    if (frozen := local.plan.frozen_block(backbone, local.trained_index)) is not None:
         raise ConfigError(
             f'{frozen} of {type(backbone).__name__} has no trainable parameter: it was frozen after its blocks were planned. '
             'Freeze by frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '

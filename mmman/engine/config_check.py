@@ -15,7 +15,7 @@ from mmengine.runner import BaseLoop, Runner
 import mmman.registry as registries
 from mmman.builder.backbone import LocalBackbone, check_backbone_options
 from mmman.errors import ConfigError
-from mmman.local.local_head import GIVEN, LocalHead
+from mmman.local.local_head import INJECTED_ARGS, LocalHead
 from mmman.options import Positive, Range, check_options, checked, option_parameters
 
 _REGISTRIES = (
@@ -71,9 +71,9 @@ def _check_component(component: Any, node: Mapping[str, Any], where: str) -> Non
     if component is LocalBackbone:
         check_backbone_options(options, where)
     elif _is_a(component, BaseLoop):
-        check_options(component, options, where, given=('runner', 'dataloader'))
+        check_options(component, options, where, injected=('runner', 'dataloader'))
     elif _is_a(component, LocalHead):
-        check_options(component, options, where, given=GIVEN)
+        check_options(component, options, where, injected=INJECTED_ARGS)
     elif not _is_a(component, Runner):
         check_options(component, options, where)
 

@@ -17,7 +17,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
-from mmman.builder.model import changed_options
+from mmman.builder.model import mismatched_options
 from mmman.engine.config_check import check_config
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 from mmman.engine.paramwise import separate_local_heads
@@ -53,7 +53,7 @@ class EMABiasHook(Hook):
     def __init__(self, momentum: Annotated[float, Range(0, 1)] = 0.995, interval: Count = 1) -> None:
         self.momentum = momentum
         self.interval = interval
-        self._seen_steps = 0
+        self._last_steps = 0
         self._loaded_checkpoint = False
 
     def before_run(self, runner: Runner) -> None:
@@ -72,7 +72,7 @@ class EMABiasHook(Hook):
             runner.register_hook(WatchdogHook())  # has the lowest priority, so its own before_run still runs
         backbone = localized_backbone(_unwrap(runner.model))
         if isinstance(runner._train_loop, BaseLoop):  # a test run initialises and trains nothing
-            _warn_of_changed_heads(runner.cfg)
+            _warn_about_mismatched_heads(runner.cfg)
             check_prefix(backbone)
             separate_local_heads(runner)
 
@@ -101,40 +101,40 @@ class EMABiasHook(Hook):
         if not self._loaded_checkpoint:
             report_pretrained(backbone)
         for head in backbone.local.values():
-            head.transfer.sync_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
-        self._seen_steps = runner.optim_wrapper.steps
+            head.transfer.init_from_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
+        self._last_steps = runner.optim_wrapper.steps
         if _is_stage(runner.model):
-            for head in backbone.local.trained():
-                runner.model.comm.follow = partial(self._follow, head)
+            for head in backbone.local.trained_heads():
+                runner.model.comm.on_next_unit = partial(self._update_from_next_stage, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Update the copies if the optimizer stepped, and log the scales s_j."""
         backbone = localized_backbone(_unwrap(runner.model))
-        heads = backbone.local.trained()
+        heads = backbone.local.trained_heads()
         steps = runner.optim_wrapper.steps
-        if steps != self._seen_steps and steps % self.interval == 0 and not _is_stage(runner.model):
+        if steps != self._last_steps and steps % self.interval == 0 and not _is_stage(runner.model):
             for head in heads:
-                head.transfer.update_(head.source.of(backbone), self.momentum)
-        self._seen_steps = steps
+                head.transfer.ema_update_(head.source.of(backbone), self.momentum)
+        self._last_steps = steps
         scales = {f'train/local/{head.block}/s': head.transfer.s for head in heads if head.transfer.s is not None}
         if scales:
             for name, value in zip(scales, torch.stack([*scales.values()]).tolist(), strict=True):
                 runner.message_hub.update_scalar(name, value)
 
-    def _follow(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
+    def _update_from_next_stage(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
         """Update a copy in a pipeline: after each step, the next stage sends the state of its first unit."""
         if steps % self.interval == 0:
-            head.transfer.update_(unit, self.momentum)
+            head.transfer.ema_update_(unit, self.momentum)
 
 
-def _warn_of_changed_heads(cfg: Config) -> None:
+def _warn_about_mismatched_heads(cfg: Config) -> None:
     model = cfg.get('model')
     backbone = model.get('backbone') if isinstance(model, Mapping) else None
     if not isinstance(backbone, Mapping) or 'local_head' not in backbone:
         return
-    if changed := changed_options(model):
+    if mismatched := mismatched_options(model):
         print_log(
-            f"local heads differ from the model's own head in {', '.join(changed)}: a config that changes the head has to "
+            f"local heads differ from the model's own head in {', '.join(mismatched)}: a config that changes the head has to "
             "change model.backbone.local_head too, or inherit type='mmman.LocalModel', whose local heads follow it",
             logger='current',
             level=logging.WARNING,

@@ -20,8 +20,8 @@ from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
 from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDARecorder, StepGraphs
+from mmman.local.block_parameters import parameters_by_block
 from mmman.local.blocks import localized_backbone
-from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
 from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.options import Count, Positive, checked
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @OPTIM_WRAPPERS.register_module()
-@checked('optim_wrapper', given=('optimizer',))
+@checked('optim_wrapper', injected=('optimizer',))
 class LocalLearningOptimWrapper(OptimWrapper):
     """Trains a localised model: back-propagates every local loss at its boundary, and steps once per iteration.
 
@@ -132,7 +132,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if module is not self._model:
             check_model(model, self.update)
             self._model, self._backbone = module, localized_backbone(module)
-            *blocks, _ = trained_parameters(module)
+            *blocks, _ = parameters_by_block(module)
             self._blocks = BlockGroups(self.optimizer, [block.values() for block in blocks])
             self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
             self._graphs = None

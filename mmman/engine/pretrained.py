@@ -39,12 +39,12 @@ def report_pretrained(backbone: nn.Module) -> None:
     Raises:
         ConfigError: No tensor was loaded.
     """
-    config, unfilled = _config(backbone), backbone.local.unfilled
-    if config is None or unfilled is None:
+    config, missing_pretrained = _config(backbone), backbone.local.missing_pretrained
+    if config is None or missing_pretrained is None:
         return
     own, tensors = _stock(backbone), _read(config)
     counted = [name for name in own if not name.endswith('num_batches_tracked')]  # optional for BatchNorm and for mmengine
-    missed = [name for name in counted if name in unfilled]
+    missed = [name for name in counted if name in missing_pretrained]
     taken = len(counted) - len(missed)
     if not taken:
         raise ConfigError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')

@@ -222,7 +222,7 @@ class StepGraphs:
     ) -> None:
         self.model, self.recorder = model, recorder
         self._backward, self._stepped = backward, stepped
-        self._local = local.trained()
+        self._local = local.trained_heads()
         self._dense = DenseLoss(model, size, lambda loss: loss, self._make_loss)
         self._cut: Callable[[], None] | None = None  # set during a capture
         self._asked: tuple[_RecordedLoss, AnchorTargets] | None = None
@@ -267,7 +267,7 @@ class StepGraphs:
                     for parameter, gradient in part.gradients.items():
                         parameter.grad = gradient.detach()
                     self._stepped(part.block)
-            session.passed()
+            session.mark_all_passed()
         else:
             step = self._steps[key] = self._record(session, inputs, data_samples)
         session.log.update(step.log)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmman.errors import ConfigError
 from mmman.heads.dry_run import describe_error
 from mmman.heads.layers import INIT, conv_bn_relu, linear_bn_relu
-from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead, drop_keys
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
 from mmman.registry import MODELS
@@ -50,7 +50,7 @@ class ClsLocalHead(LocalHead):
         self.head = _classifier(head, in_channels)
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if 'head' not in model:
             return {}
         stock = model['backbone'].get('backbone') or {}  # VGG's classifier is in the backbone
@@ -58,7 +58,7 @@ class ClsLocalHead(LocalHead):
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        head = without(options.get('head'), ('in_channels', 'hidden_dim'))
+        head = drop_keys(options.get('head'), ('in_channels', 'hidden_dim'))
         name = str(head.get('type')).rpartition('.')[-1]
         return {'head': {**head, 'type': _LINEAR.get(name, name)}}
 
@@ -91,7 +91,7 @@ class ClsLocalHead(LocalHead):
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class DGLLocalHead(ClsLocalHead):
     """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
 

@@ -25,7 +25,7 @@ from mmman.heads.det_config import (
 )
 from mmman.heads.dry_run import IMAGES, DryRunError, detection_samples, unreached_parameters
 from mmman.heads.levels import LevelProjection, assign_levels, size_range
-from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead, drop_keys
 from mmman.local.transfer import MomentumTransfer
 from mmman.memory.detection.anchor_targets import is_known
 from mmman.memory.detection.losses import AnchorLoss, dense_head_losses
@@ -34,7 +34,7 @@ from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class DetLocalHead(LocalHead):
     """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
 
@@ -127,7 +127,7 @@ class DetLocalHead(LocalHead):
         return _UNREACHED[key]
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get('num_classes') is not None and 'bbox_head' in model:
             return {}  # replaces the model's own dense head
         if isinstance(model.get('bbox_head'), Mapping):
@@ -141,7 +141,7 @@ class DetLocalHead(LocalHead):
         if 'bbox_head' not in options:
             return {}
         sizes = ('in_channels', 'feat_channels', 'stacked_convs')
-        return {'bbox_head': without(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
+        return {'bbox_head': drop_keys(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
@@ -155,7 +155,7 @@ class DetLocalHead(LocalHead):
         return self.projection(y)
 
     @property
-    def sees_channel_bias(self) -> bool:
+    def supports_channel_bias(self) -> bool:
         norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
         return not any(isinstance(module, norms) for module in self.bbox_head.modules())
 

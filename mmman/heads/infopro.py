@@ -13,14 +13,14 @@ from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
 from mmman.heads.layers import conv_bn_relu
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, Positive, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class InfoProLocalHead(ClsLocalHead):
     """The local head of information propagation (Wang et al., "Revisiting Locally Supervised Learning", 2021).
 
@@ -72,8 +72,8 @@ class InfoProLocalHead(ClsLocalHead):
             self.fc = nn.Identity()
         self.decoder = ReconstructionDecoder(channels, boundary.stride, not is_small, boundary.image_channels)
         self.target = ReconstructionTarget(pixel_range, boundary.image_channels)
-        self.lambda_rec = boundary.at_block(lambda_rec)
-        self.lambda_task = boundary.at_block(lambda_task)
+        self.lambda_rec = boundary.interpolate(lambda_rec)
+        self.lambda_task = boundary.interpolate(lambda_task)
         if not (self.lambda_rec or self.lambda_task):
             print_log(f'lambda_rec and lambda_task are 0 at block {self.block}: no loss trains it', logger='current', level=30)
         self.temperature = temperature

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmman.errors import ConfigError
 from mmman.heads.dry_run import IMAGES, DryRunError, describe_error, unreached_parameters
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
-from mmman.local.local_head import GIVEN, Boundary, LocalHead
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, checked
 from mmman.registry import MODELS
@@ -31,7 +31,7 @@ FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input':
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class SegLocalHead(LocalHead):
     """Transfer, then a decode head and, as an option, a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
 
@@ -81,8 +81,8 @@ class SegLocalHead(LocalHead):
                 f'are frozen: {", ".join(unreached)}',
                 logger='current',
             )
-        self.lambda_task = boundary.at_block(lambda_task)
-        self.lambda_rec = boundary.at_block(lambda_rec)
+        self.lambda_task = boundary.interpolate(lambda_task)
+        self.lambda_rec = boundary.interpolate(lambda_rec)
         self.decoder, self.target = None, None
         if self.lambda_rec:
             self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, True, boundary.image_channels)
@@ -90,7 +90,7 @@ class SegLocalHead(LocalHead):
         self.uses_images = self.decoder is not None
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         return {'decode_head': model['decode_head']} if 'decode_head' in model else {}
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.memory.recompute import Recomputed
 from mmman.options import Range, checked
@@ -21,7 +21,7 @@ from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class ViTLocalHead(ClsLocalHead):
     """Transfer, one more learnable layer, LayerNorm, class token, linear classifier (MAN++ on ViT).
 
@@ -38,7 +38,7 @@ class ViTLocalHead(ClsLocalHead):
         ConfigError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
     """
 
-    sees_channel_bias = True
+    supports_channel_bias = True
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class ViTLocalHead(ClsLocalHead):
             )
         if pool == 'cls_token' and not extra:
             raise ConfigError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
-        following = [*zip(boundary.following, boundary.following_features, strict=True)][:layers]
+        following = [*zip(boundary.following_units, boundary.following_features, strict=True)][:layers]
         feature = following[-1][1] if following else boundary.feature
         super().__init__(boundary, transfer, head, feature.channels, loss_weight, init_cfg=None)
         self.pool = pool or ('cls_token' if extra else 'mean')
@@ -67,16 +67,16 @@ class ViTLocalHead(ClsLocalHead):
     def unit_copies(self) -> list[nn.Module]:
         return [*super().unit_copies, self.layers]
 
-    def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
-            return self.transfer(x, run=class_token)
-        return super().transferred(x, inputs)
+            return self.transfer(x, run_copy=class_token)
+        return super().apply_transfer(x, inputs)
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
-        grid = self.grid_of(self.feature, inputs)
+        hw_shape = self.hw_shape_args(self.feature, inputs)
         for i, layer in enumerate(self.layers, start=1):
             is_read = self.pool == 'cls_token' and i == len(self.layers)
-            y = class_token(layer, y) if is_read else layer(y, *grid)
+            y = class_token(layer, y) if is_read else layer(y, *hw_shape)
         y = self.norm(y)
         return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
 

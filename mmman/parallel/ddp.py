@@ -10,7 +10,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from mmman.errors import ConfigError
-from mmman.local.scopes import trained_parameters
+from mmman.local.block_parameters import parameters_by_block
 from mmman.memory.chunks import replaced
 from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS
@@ -105,7 +105,7 @@ class BlockReducer:
 
 
 @MODEL_WRAPPERS.register_module()
-@checked('model_wrapper_cfg', given=('module',))
+@checked('model_wrapper_cfg', injected=('module',))
 class LocalDistributedDataParallel(MMDistributedDataParallel):
     """Distributed data parallel training of a localised model. With one block it is ``MMDistributedDataParallel``.
 
@@ -134,10 +134,10 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
         for option, instead in REFUSED.items():
             if kwargs.get(option):
                 raise ConfigError(f'LocalDistributedDataParallel does not take {option}: {instead}')
-        check_options(DistributedDataParallel, kwargs, 'model_wrapper_cfg', given=('module',))
+        check_options(DistributedDataParallel, kwargs, 'model_wrapper_cfg', injected=('module',))
         if next(module.parameters()).device.type == 'cpu':
             kwargs.update(device_ids=None, output_device=None)
-        *blocks, own = trained_parameters(module)
+        *blocks, own = parameters_by_block(module)
         with _hidden_from_ddp(module, {parameter for block in blocks for parameter in block.values()}):
             super().__init__(
                 module,

@@ -194,7 +194,7 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
             backward, backward_held = (max(0, costs.peak(start, end, held) - kept - later) for held in (None, i))
             flops_backward = costs.flops(end) - costs.flops(start)
         output = costs.size(i)
-        taps = [element for element, tap in enumerate(chain.taps) if tap == i]
+        taps = [element for element, tap in enumerate(chain.out_units) if tap == i]
         units.append(
             UnitCost(
                 kept=kept - costs.alive(before),

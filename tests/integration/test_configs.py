@@ -470,7 +470,7 @@ def build_for_training(cfg: Config) -> BaseModel:
         if isinstance(module, (_BatchNorm, nn.Linear)) and not module.weight.any():
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
         for copied in head.transfer.copies[1:]:
             for parameter in copied.parameters():
                 parameter.data *= 0.9

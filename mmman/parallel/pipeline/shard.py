@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmman.errors import ConfigError
-from mmman.local.scopes import blocks_of_tensors
+from mmman.local.block_parameters import block_index
 
 SHARED = 'data_preprocessor.'
 """Prefix of tensors that every stage holds: the few values with which heads undo the normalisation of images."""
@@ -34,7 +34,7 @@ class StageShard:
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         self.model = model
-        blocks = blocks_of_tensors(model)
+        blocks = block_index(model)
         self.own = {name for name, block in blocks.items() if block == stage or name.startswith(SHARED)}
         self.foreign = blocks.keys() - self.own
         self._meta: dict[str, Tensor] = {}

@@ -169,8 +169,8 @@ def test_the_log_has_every_scale(tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'momentum': 1.5}, 'a finite number from 0 to 1'),
-        ({'interval': 0}, 'a whole number from 1'),
+        ({'momentum': 1.5}, 'a finite number >= 0 and <= 1'),
+        ({'interval': 0}, 'an integer >= 1'),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -152,7 +152,7 @@ def test_a_state_dict_of_the_backbone_itself_has_its_heads(raw):
     for model in (model_of(), copy.deepcopy(model_of()), pickle.loads(pickle.dumps(model_of()))):
         model.backbone.load_state_dict(own)
         assert all(torch.equal(value, own[name]) for name, value in model.backbone.state_dict().items())
-        assert model.backbone.local.unfilled is None
+        assert model.backbone.local.missing_pretrained is None
 
 
 class Holder(BaseModule):

@@ -62,7 +62,7 @@ class Steps:
             sample.gt_instances = sample.gt_instances[: i * seed]
         self.model.train_step(data, self.optim_wrapper)
         for head in self.backbone.local.values():
-            head.transfer.update_(head.source.of(self.backbone), 0.99)
+            head.transfer.ema_update_(head.source.of(self.backbone), 0.99)
         return {key: log.current() for key, log in self.optim_wrapper.message_hub.log_scalars.items() if 'local/' in key}
 
 

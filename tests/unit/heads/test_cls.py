@@ -382,7 +382,7 @@ def test_only_the_class_token_is_computed(layers, recompute):
                     y = layer(y)
                 feature = F.layer_norm(y, (8,), eps=1e-6)[:, 0]
             else:
-                feature = head.embed(head.transferred(x, IMAGES), IMAGES)
+                feature = head.embed(head.apply_transfer(x, IMAGES), IMAGES)
             feature.square().sum().backward()
         flops.append(counter.flops)
         own = [p.grad for p in (*transfer.bias.parameters(), *head.layers.parameters())]
@@ -414,7 +414,7 @@ def test_the_class_token_of_an_attention_that_is_another():
 
 
 def test_vit_head_options_are_checked():
-    with pytest.raises(ConfigError, match='layers=-1: choose a whole number from 0'):
+    with pytest.raises(ConfigError, match='layers=-1: expected an integer >= 0'):
         local_head('ViTLocalHead', where=boundary(TOKENS), layers=-1)
     with pytest.raises(ConfigError, match='for transformers; .*DGLLocalHead'):
         local_head('ViTLocalHead')

@@ -245,5 +245,5 @@ def test_advice_does_not_name_the_head_that_is_refused():
 
 
 def test_downsample_is_refused_below_one():
-    with pytest.raises(ConfigError, match='downsample=0: choose a whole number from 1'):
+    with pytest.raises(ConfigError, match='downsample=0: expected an integer >= 1'):
         backbone_with('RetinaHead', downsample=0)

@@ -179,7 +179,7 @@ def test_heads_reconstruct_what_the_backbone_takes(channels, top):
         model = Model(stock, **statistics)
         model.init_weights()
         for head in stock.local.values():
-            head.transfer.sync_(head.source.of(stock))
+            head.transfer.init_from_(head.source.of(stock))
         wrapper = LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0))
         model.train_step(batch(channels, top), wrapper)
         losses = {name: buffer.current() for name, buffer in wrapper.message_hub.log_scalars.items() if 'loss_rec' in name}

@@ -248,7 +248,7 @@ def test_pretrained_weights_of_the_backbone_bring_no_heads(tmp_path):
 
 def sync(model):
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
 
 
 def step(model):

@@ -23,7 +23,7 @@ def toy(**options):
 
 def sync(model):
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
 
 
 def wrapper(model, lr=0.1, **options):
@@ -228,8 +228,8 @@ def test_a_local_loss_that_is_not_finite_names_its_block_and_stops_before_the_st
         ({'num_blocks': 8}, PartitionError, '7 trainable units'),
         ({'partition': ['layer7.0']}, PartitionError, "after 'layer7.0'"),
         ({'local_head': None}, ConfigError, 'set local_head'),
-        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is no mmman.LocalHead'),
-        ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads'),
+        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is not a subclass of mmman.LocalHead'),
+        ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
     ],
 )
 def test_options_that_do_not_fit(options, error, message):
@@ -241,7 +241,7 @@ def test_localise_once():
     from mmman import localize_
 
     model = toy()
-    with pytest.raises(ConfigError, match='localise a backbone once'):
+    with pytest.raises(ConfigError, match='can be localised only once'):
         localize_(model.backbone, 2, {'type': 'mmman.ToyLocalHead'})
     delocalize_(model.backbone)
     with pytest.raises(ConfigError, match='is not localised'):

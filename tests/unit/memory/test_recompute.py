@@ -74,7 +74,7 @@ def train(model, steps=3, **options):
     for batch in toy_batches(steps, pixels=32, dtype=torch.float32):
         step(model, optim_wrapper, batch)
         for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), 0.9)
+            head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
         states.append({name: value.clone() for name, value in model.state_dict().items()})
     states.append({'random': torch.get_rng_state()})
     return states
@@ -320,9 +320,9 @@ def test_names():
         (['layer1.0', 'layer9.0'], PartitionError, r"\['layer9.0'\].* stem, layer1.0, layer1.1, .*layer3.1$"),
         (['layer1', 'layer'], PartitionError, r"\['layer'\]"),
         (['stem'], ConfigError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
-        ('layer1.0', ConfigError, r"recompute='layer1.0': choose True or False or a list of strings"),
-        ({'selective_recompute': 'layer1'}, ConfigError, r"selective_recompute='layer1': choose True or False or a list"),
-        ({'selective_recompute': None}, ConfigError, r'selective_recompute=None: choose True or False or a list of strings'),
+        ('layer1.0', ConfigError, r"recompute='layer1.0': expected True, False or a list of strings"),
+        ({'selective_recompute': 'layer1'}, ConfigError, r"selective_recompute='layer1': expected True, False or a list"),
+        ({'selective_recompute': None}, ConfigError, r'selective_recompute=None: expected True, False or a list of strings'),
         ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
         ({'selective_recompute': ['stem']}, ConfigError, 'the stem can only be computed again as a whole: put it into recom'),
         ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, ConfigError, 'layer2.1: in recompute and'),

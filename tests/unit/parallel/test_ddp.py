@@ -11,7 +11,7 @@ from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
 from mmman.errors import ConfigError
-from mmman.local.scopes import trained_parameters
+from mmman.local.block_parameters import parameters_by_block
 from mmman.parallel import BlockReducer
 from tests.toy import toy_batches
 from tests.unit.local.test_session import gradients, step, toy, wrapper
@@ -89,11 +89,11 @@ def test_a_parameter_in_two_blocks_is_refused_by_name(first, second, blocks):
     model = toy(num_blocks=3, partition=['layer1.1', 'layer2.1'])
     model.get_submodule(second).weight = model.get_submodule(first).weight
     if blocks is None:
-        *scopes, _ = trained_parameters(model)
+        *scopes, _ = parameters_by_block(model)
         assert f'{first}.weight' in scopes[0] and f'{second}.weight' not in scopes[0]
         return
     for refused in (lambda: LocalDistributedDataParallel(model), lambda: step(model)):
-        with pytest.raises(ConfigError, match=f'{first}.weight and {second}.weight are one parameter.* blocks {blocks} '):
+        with pytest.raises(ConfigError, match=f'{first}.weight and {second}.weight are the same parameter.* blocks {blocks},'):
             refused()
 
 
@@ -116,8 +116,8 @@ def test_a_parameter_without_gradient_is_named_at_once(path, blamed):
 
 def test_conversion_to_sync_batchnorm_keeps_the_scopes():
     model = toy(num_blocks=3)
-    names = [[*scope] for scope in trained_parameters(model)]
-    converted = trained_parameters(convert_sync_batchnorm(model))
+    names = [[*scope] for scope in parameters_by_block(model)]
+    converted = parameters_by_block(convert_sync_batchnorm(model))
     assert [[*scope] for scope in converted] == names
     assert all(model.get_parameter(name) is p for scope in converted for name, p in scope.items())
 
@@ -141,7 +141,7 @@ def test_a_reduction_isnt_waited_for_before_the_end_of_the_iteration():
     futures, seen = [], {}
     for reducer in parallel.block_reducers.values():
         reducer.register_comm_hook(futures, double)
-    names = [[*scope] for scope in trained_parameters(model)]
+    names = [[*scope] for scope in parameters_by_block(model)]
 
     def at_last_block(*_):
         seen.update({name: model.get_parameter(name).grad.clone() for name in names[1]})

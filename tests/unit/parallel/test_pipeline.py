@@ -188,7 +188,7 @@ def test_who_leaves_in_order_is_not_missed():
     ('options', 'message'),
     [
         ({'pipeline': {'queue': 3}}, 'PipelineOptions has no option queue; the options are staleness, timeout'),
-        ({'pipeline': {'staleness': -1}}, 'pipeline.staleness=-1: choose a whole number from 0'),
+        ({'pipeline': {'staleness': -1}}, 'pipeline.staleness=-1: expected an integer >= 0'),
         ({'model': {'type': 'ToyClassifier', 'backbone': {'type': 'ToyNet'}}}, 'trains the blocks of a localised model'),
         ({'custom_hooks': [{'type': 'EMAHook'}]}, 'EMAHook averages a whole model'),
         ({'optim_wrapper.clip_grad': {'max_norm': 1}, 'optim_wrapper.clip_scope': 'global'}, 'needs all gradients at once'),

@@ -101,7 +101,7 @@ def test_a_backbone_that_freezes_in_init_weights_is_refused_by_name():
     model.backbone = localize_(FreezesWhenInitialised().double(), 3, HEAD, partition='stage')
     model.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     with pytest.raises(ConfigError, match='^block 1 .* of FreezesWhenInitialised has no trainable parameter'):
         model.train_step(toy_batches(1)[0], LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
 

@@ -13,7 +13,7 @@ from mmman.errors import ConfigError
 
 
 @contextmanager
-def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> Iterator[None]:
+def use_running_stats_for_batch_of_one(head: nn.Module, batch_size: int) -> Iterator[None]:
     """While this context is open, BatchNorm layers of ``head`` that get one value per channel use their running statistics.
 
     PyTorch rejects such an input in training. A batch of one image produces it where features are pooled to one pixel. The
@@ -38,8 +38,8 @@ def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> It
             return
         if layer.running_mean is None:
             raise ConfigError(
-                'a BatchNorm layer of a local head keeps no running statistics (track_running_stats=False), and a batch of one '
-                'image has no others: use larger batches, drop the last one of an epoch (drop_last=True), or take another norm'
+                'a BatchNorm layer of a local head keeps no running statistics (track_running_stats=False), so it cannot '
+                'normalise a batch of one image: use larger batches, set drop_last=True, or use another norm layer'
             )
         switched.add(layer)
         layer.training = False
