@@ -45,7 +45,7 @@ class CIFARResNet(BaseModule):
 
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ConfigError(f'CIFARResNet: depth={depth} is not 6n+2; choose 20, 32, 44, 56, 110, ...')
+            raise ConfigError(f'CIFARResNet.depth={depth}: expected 6n+2, e.g. 20, 32, 44, 56 or 110')
         super().__init__(
             init_cfg
             or [

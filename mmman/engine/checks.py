@@ -32,16 +32,16 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
     _check_blocks_train(backbone)
     if heads := backbone.local.uninitialised():
         raise ConfigError(
-            f'nothing has initialised the local heads on {", ".join(heads)}: call model.init_weights() before the first step, '
-            'or load a state dict that has them; where init_weights of the model is its own and calls no '
+            f'the local heads after {", ".join(heads)} are not initialised: call model.init_weights() before the first step, '
+            'or load a state dict that contains them; if the model overrides init_weights without calling '
             'super().init_weights(), call backbone.local.init_weights() as well'
         )
     for head in backbone.local.values():
         head.check_model(module)
         if not head.transfer.is_synced:
             raise ConfigError(
-                "nothing has started the momentum copies: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
-                'training loop of your own, call init_from_ and ema_update_ of every head.transfer as that hook does'
+                "the momentum copies are not initialised: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
+                'custom training loop, call init_from_ and ema_update_ of every head.transfer as that hook does'
             )
 
 
@@ -51,8 +51,8 @@ def _check_blocks_train(backbone: nn.Module) -> None:
     if (frozen := local.plan.frozen_block(backbone, local.trained_index)) is not None:
         raise ConfigError(
             f'{frozen} of {type(backbone).__name__} has no trainable parameter: it was frozen after its blocks were planned. '
-            'Freeze by frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
-            'blocks are counted without it'
+            'Freeze with frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
+            'the blocks are planned without it'
         )
 
 
@@ -74,7 +74,7 @@ def _check_ddp(model: nn.Module, update: str) -> None:
         )
     if update == 'immediate':
         raise ConfigError(
-            f"{type(model).__name__} reduces all gradients after the forward pass, update='immediate' steps in it: set {ours}"
+            f"{type(model).__name__} reduces gradients after forward, but update='immediate' steps during it: set {ours}"
         )
 
 
@@ -87,7 +87,7 @@ def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
             module = model.get_submodule('.'.join(parts[:depth]))
             if isinstance(module, CheckpointWrapper) or (module is not model and 'forward' in vars(module)):
                 raise ConfigError(
-                    f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped '
-                    '(activation_checkpointing?): '
-                    'local learning frees these activations already; use recompute=True of LocalBackbone to checkpoint units'
+                    f'{".".join(parts[:depth])} contains blocks with local heads, but its forward was wrapped '
+                    '(activation_checkpointing?): local learning frees these activations already; to checkpoint units set '
+                    'recompute=True of LocalBackbone'
                 )

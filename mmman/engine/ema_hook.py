@@ -64,7 +64,8 @@ class EMABiasHook(Hook):
             )
         if runner.cfg.get('compile'):
             raise ConfigError(
-                'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
+                'cfg.compile compiles the whole training step, which contains local backward passes: remove it, and call '
+                'compile() on units instead'
             )
         check_config(runner.cfg)
         watched = _is_stage(runner.model) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
@@ -93,8 +94,8 @@ class EMABiasHook(Hook):
         """Log which pretrained weights were loaded, and set copies to their source unless the checkpoint contains them."""
         if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
             raise ConfigError(
-                f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
-                f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
+                f"a localised model requires optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
+                f'not {type(runner.optim_wrapper).__name__}; for AMP set its dtype option'
             )
         _initialise_heads(runner)
         backbone = localized_backbone(_unwrap(runner.model))
@@ -155,7 +156,7 @@ def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) 
     if ours != theirs:
         raise CheckpointError(
             f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}], '
-            f'and they differ in {len(ours ^ theirs)} keys, the first is {min(ours ^ theirs)}. '
+            f'and {len(ours ^ theirs)} keys differ, the first is {min(ours ^ theirs)}. '
             'Resume with the config that it was trained with, or start a new run from its weights: '
             'load_from without resume'
         )

@@ -40,7 +40,7 @@ def autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | di
     if isinstance(dtype, str):
         dtype = {'float16': torch.float16, 'bfloat16': torch.bfloat16}[dtype]
     if dtype is torch.float16 and get_device() == 'cpu':
-        raise ConfigError("autocast on a CPU takes bfloat16 only: set optim_wrapper.dtype='bfloat16'")
+        raise ConfigError("autocast on a CPU supports bfloat16 only: set optim_wrapper.dtype='bfloat16'")
     return dtype
 
 

@@ -37,16 +37,16 @@ class AugLocalHead(ClsLocalHead):
         chosen = sorted({(i + 1) * count // depth - 1 for i in range(depth)} - {-1})
         super().__init__(boundary, transfer, head, shapes[chosen[-1] + 1 if chosen else 0].channels, loss_weight)
         self.adapters, self.units = ModuleList(), ModuleList()
-        seen = boundary.feature
+        feature = boundary.feature
         for i in chosen:
-            self.adapters.append(_Adapter(seen, shapes[i]))
+            self.adapters.append(_Adapter(feature, shapes[i]))
             unit = copy.deepcopy(boundary.following_units[i]).requires_grad_(True)
             for layer in unit.modules():
                 if hasattr(layer, 'reset_parameters'):
                     layer.reset_parameters()
             self.units.append(unit)
-            seen = shapes[i + 1]
-        self.last = seen
+            feature = shapes[i + 1]
+        self.last_feature = feature
 
     @property
     def unit_copies(self) -> list[nn.Module]:
@@ -57,7 +57,7 @@ class AugLocalHead(ClsLocalHead):
         for adapter, unit in zip(self.adapters, self.units, strict=True):
             y = adapter(y, size)
             y = unit(y, *self.hw_shape_args(adapter.target, inputs))
-        return self.last.pool(y)
+        return self.last_feature.pool(y)
 
 
 class _Adapter(nn.Module):

@@ -75,7 +75,9 @@ class InfoProLocalHead(ClsLocalHead):
         self.lambda_rec = boundary.interpolate(lambda_rec)
         self.lambda_task = boundary.interpolate(lambda_task)
         if not (self.lambda_rec or self.lambda_task):
-            print_log(f'lambda_rec and lambda_task are 0 at block {self.block}: no loss trains it', logger='current', level=30)
+            print_log(
+                f'lambda_rec and lambda_task are 0 at block {self.block}, so no loss trains it', logger='current', level=30
+            )
         self.temperature = temperature
         self.contrast = None
         if contrast:
@@ -130,7 +132,7 @@ def _hard_labels(data_samples: list) -> Tensor:
     labels = [] if 'gt_score' in data_samples[0] else [sample.gt_label for sample in data_samples]
     if not labels or any(len(label) != 1 for label in labels):
         raise ConfigError(
-            'supervised contrast needs one label an image: drop the batch augmentation (Mixup, CutMix), or, where images have '
-            'several labels, set contrast=False'
+            'supervised contrast requires one label per image: remove the batch augmentation (Mixup, CutMix), or, if images '
+            'have several labels, set contrast=False'
         )
     return torch.cat(labels)

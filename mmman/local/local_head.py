@@ -173,7 +173,7 @@ class LocalHead(BaseModule):
     def _refuse_backward(self, grad: Tensor) -> None:
         raise ConfigError(
             f'a backward pass crossed the boundary after {self.unit} outside local training. To train locally set '
-            "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...) (AMP is its dtype option; the --amp of the "
+            "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...) (for AMP set its dtype option; --amp of the "
             'stock tools replaces the wrapper); to train or differentiate end to end call mmman.delocalize_(backbone) or use '
             'num_blocks=1'
         )

@@ -255,7 +255,7 @@ def test_a_head_for_another_task_is_refused(model, task):
     head.task = task
     message = error_of(lambda: head.check_model(other))
     assert (message is None) == (model == task)
-    assert model == task or 'choose another model.backbone.local_head.type' in message
+    assert model == task or 'set another model.backbone.local_head.type' in message
 
 
 WRAPPERS = [

@@ -219,7 +219,7 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_refused():
-    with pytest.raises(ConfigError, match='images_per_chunk=0: choose'):
+    with pytest.raises(ConfigError, match='images_per_chunk=0: expected'):
         one_step(detector('RetinaNet'), images(), images_per_chunk=0)
     model = detector('RetinaNet')
     model.__class__ = type('Distiller', (type(model),), {'loss': lambda self: None})

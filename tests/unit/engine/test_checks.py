@@ -46,7 +46,7 @@ def test_ddp_options_that_lose_gradients_are_refused(group, options, message):
 
 def test_stock_ddp_refuses_immediate_updates(group):
     model = ddp(toy(), find_unused_parameters=True)
-    with pytest.raises(ConfigError, match="reduces all gradients after the forward pass, update='immediate' steps in it"):
+    with pytest.raises(ConfigError, match="after forward, but update='immediate' steps during it"):
         step(model, wrapper(model, update='immediate'))
 
 

@@ -179,7 +179,7 @@ def test_options_out_of_range(options, message):
 
 
 def test_runs_that_are_not_local_learning_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match='needs optim_wrapper = .*LocalLearningOptimWrapper.* not OptimWrapper'):
+    with pytest.raises(ConfigError, match='requires optim_wrapper = .*LocalLearningOptimWrapper.* not OptimWrapper'):
         runner_of(tmp_path, optim_wrapper={'type': 'OptimWrapper'}).train()
     with pytest.raises(ConfigError, match='cfg.compile'):
         runner_of(tmp_path, cfg={'compile': True}).train()
@@ -200,5 +200,5 @@ def test_a_forgotten_hook_is_refused(tmp_path):
 def test_resume_with_another_transfer_names_a_key(tmp_path):
     runner_of(tmp_path).train()
     options = {'transfer': {'scale': False}}
-    with pytest.raises(CheckpointError, match=r'differ in 3 keys, the first is backbone.local.layer1_1.transfer.delta'):
+    with pytest.raises(CheckpointError, match=r'3 keys differ, the first is backbone.local.layer1_1.transfer.delta'):
         runner_of(tmp_path, model_options=options, load_from=str(tmp_path / 'iter_4.pth'), resume=True).train()

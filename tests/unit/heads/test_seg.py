@@ -122,7 +122,7 @@ def test_any_single_level_head_serves(network):
         ({'type': 'PointHead', 'channels': 8}, ''),
         (
             {'type': 'DepthwiseSeparableASPPHead', 'channels': 8, 'c1_in_channels': 4, 'c1_channels': 2},
-            'takes low-level features: set c1_in_channels=0',
+            'requires low-level features: set c1_in_channels=0',
         ),
     ],
 )
@@ -162,7 +162,7 @@ def test_of_a_head_that_predicts_masks_only_the_classes_count(kind):
         (
             {'type': 'IterativeDecodeHead'},
             None,
-            'IterativeDecodeHead does not say num_classes',
+            'IterativeDecodeHead does not set num_classes',
             'decode_head=dict(num_classes=',
         ),
         (
@@ -200,10 +200,10 @@ def test_what_the_loss_does_not_reach_is_frozen():
 def test_another_number_of_classes_is_refused():
     head = local_head()
     head.check_model(SimpleNamespace(num_classes=4))
-    with pytest.raises(ConfigError, match='num_classes=4, the model 19: set .*decode_head.num_classes=19'):
+    with pytest.raises(ConfigError, match='num_classes=4, but the model has 19: set .*decode_head.num_classes=19'):
         head.check_model(SimpleNamespace(num_classes=19))
 
 
 def test_images_must_be_restorable():
-    with pytest.raises(ConfigError, match='NoneType does not tell how it normalises'):
+    with pytest.raises(ConfigError, match='NoneType does not expose how it normalises'):
         local_head(lambda_rec=1.0).check_model(SimpleNamespace(num_classes=4))
