@@ -14,6 +14,10 @@ class PartitionError(LocalLearningError, ValueError):
 
 
 class MisuseError(LocalLearningError, RuntimeError):
+    """Deprecated: the former name of :class:`ConfigError`. It is a base class until release 0.2, so existing handlers work."""
+
+
+class ConfigError(MisuseError):
     """An option, or a combination of components, is invalid and would train the model incorrectly."""
 
 

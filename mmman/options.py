@@ -17,11 +17,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 Component = TypeVar('Component', bound=Callable)
 
-Elsewhere = Callable[[str, Mapping[str, Any]], str | None]
+LocateOption = Callable[[str, Mapping[str, Any]], str | None]
 """Called with an unknown option and all given options. Returns a message that says where the option belongs, or None."""
 
 
@@ -30,41 +30,41 @@ class Range:
     """Bounds of a number or of the length of a sequence, used as ``Annotated[int, Range(1)]``. Numbers are always finite.
 
     Attributes:
-        least: Minimum, included.
-        most: Maximum, included.
+        minimum: Lower bound, included.
+        maximum: Upper bound, included.
         above: Lower bound, excluded.
         below: Upper bound, excluded.
     """
 
-    least: float | None = None
-    most: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     above: float | None = None
     below: float | None = None
 
     def __contains__(self, value: float) -> bool:
         return (
-            (self.least is None or value >= self.least)
-            and (self.most is None or value <= self.most)
+            (self.minimum is None or value >= self.minimum)
+            and (self.maximum is None or value <= self.maximum)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
         )
 
     def __str__(self) -> str:
-        bounds = {'from': self.least, 'above': self.above, 'to': self.most, 'below': self.below}
-        return ' '.join(f'{word} {bound:g}' for word, bound in bounds.items() if bound is not None)
+        bounds = {'>=': self.minimum, '>': self.above, '<=': self.maximum, '<': self.below}
+        return ' and '.join(f'{sign} {bound:g}' for sign, bound in bounds.items() if bound is not None)
 
 
 @dataclass(frozen=True)
-class _Place:
-    """The arguments of :func:`checked` for a component: the place of its options, and which parameters are no options."""
+class _CheckedComponent:
+    """A component and the arguments of :func:`checked` for it."""
 
     where: str
     component: Callable
-    given: tuple[str, ...]
-    elsewhere: Elsewhere | None
+    injected: tuple[str, ...]
+    locate_option: LocateOption | None
 
 
-_PLACES: dict[Callable, _Place] = {}  # components decorated by checked(), by the function that has the signature
+_CHECKED: dict[Callable, _CheckedComponent] = {}  # decorated components, by the function that has the signature
 
 Positive = Annotated[float, Range(above=0)]
 """A finite number above 0."""
@@ -74,16 +74,18 @@ Count = Annotated[int, Range(1)]
 """An integer, at least 1."""
 
 
-def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None = None) -> Callable[[Component], Component]:
+def checked(
+    where: str, injected: Iterable[str] = (), locate_option: LocateOption | None = None
+) -> Callable[[Component], Component]:
     """Decorate a class or a builder function so that its arguments are checked on every call.
 
     Args:
         where: The place of the component's options in a config, e.g. ``'optim_wrapper'``, for error messages.
-        given: Parameters that other code passes, not the config.
-        elsewhere: Returns a message that says where an unknown option belongs, or None.
+        injected: Parameters that other code passes, not the config.
+        locate_option: Returns a message that says where an unknown option belongs, or None.
 
     Returns:
-        A decorator. A decorated call raises :class:`MisuseError` for an option that is unknown, missing or of a wrong type or
+        A decorator. A decorated call raises :class:`ConfigError` for an option that is unknown, missing or of a wrong type or
         value. A parameter without an annotation takes any value.
     """
 
@@ -95,11 +97,11 @@ def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None =
             own, values = (args[:1], args[1:]) if inspect.isclass(component) else ((), args)
             if not own or type(own[0]).__init__ is with_check:  # otherwise a subclass defines the options
                 options = {**dict(zip(names, values, strict=False)), **kwargs}
-                check_options(component, {name: value for name, value in options.items() if name not in given}, where)
+                check_options(component, {name: value for name, value in options.items() if name not in injected}, where)
             return call(*args, **kwargs)
 
         names = [*option_parameters(component)]
-        _PLACES[inspect.unwrap(call)] = _Place(where, component, tuple(given), elsewhere)
+        _CHECKED[inspect.unwrap(call)] = _CheckedComponent(where, component, tuple(injected), locate_option)
         if inspect.isclass(component):
             component.__init__ = with_check
             return component
@@ -108,41 +110,41 @@ def checked(where: str, given: Iterable[str] = (), elsewhere: Elsewhere | None =
     return decorate
 
 
-def check_options(component: Callable, options: Mapping[str, Any], where: str, given: Iterable[str] = ()) -> None:
+def check_options(component: Callable, options: Mapping[str, Any], where: str, injected: Iterable[str] = ()) -> None:
     """Check options against the signature of the component that will be called with them.
 
     Args:
         component: A class or function.
         options: The arguments by name.
         where: The place of the options in a config, for error messages.
-        given: Parameters that other code passes, in addition to those passed to :func:`checked`. They are not options.
+        injected: Parameters that other code passes, in addition to those passed to :func:`checked`. They are not options.
 
     Raises:
-        MisuseError: An option is unknown, missing or of a wrong type or value. The message names the option and the
+        ConfigError: An option is unknown, missing or of a wrong type or value. The message names the option and the
             allowed values; for an unknown option it suggests the closest known one.
     """
     parameters, hints, name = option_parameters(component), _hints(component), component.__name__
-    place = _PLACES.get(_signature_owner(component), _Place(where, component, (), None))
-    given = {*given, *place.given}
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    known = [one for one, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and one not in given]
+    entry = _CHECKED.get(_signature_owner(component), _CheckedComponent(where, component, (), None))
+    injected = {*injected, *entry.injected}
+    accepts_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    known = [n for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n not in injected]
     for option, value in options.items():
         if option in known:
             if option in hints and not _fits(hints[option], value):
-                raise MisuseError(f'{where}.{option}={_short(value)}: choose {_describe(hints[option])}')
-        elif not takes_any:
-            if place.elsewhere is not None and (hint := place.elsewhere(option, options)):
-                raise MisuseError(f'{where}.{option}: {hint}')
-            raise MisuseError(f'{where}: {_unknown(option, known, name)}')
+                raise ConfigError(f'{where}.{option}={_short(value)}: expected {_describe(hints[option])}')
+        elif not accepts_any:
+            if entry.locate_option is not None and (hint := entry.locate_option(option, options)):
+                raise ConfigError(f'{where}.{option}: {hint}')
+            raise ConfigError(f'{where}: {_unknown_option(option, known, name)}')
     for option in known:
         if parameters[option].default is inspect.Parameter.empty and option not in options:
-            raise MisuseError(f'{where}: {name} needs {option}')
+            raise ConfigError(f'{where}: {name} requires the option {option}')
 
 
-def _unknown(option: object, known: Sequence[str], name: str) -> str:
+def _unknown_option(option: object, known: Sequence[str], name: str) -> str:
     """Return the message for an unknown option, with a suggestion."""
     near = difflib.get_close_matches(str(option), known, 1)
-    owners = [one.where for one in _PLACES.values() if option in {*option_parameters(one.component)} - {*one.given}]
+    owners = [entry.where for entry in _CHECKED.values() if option in {*option_parameters(entry.component)} - {*entry.injected}]
     owners.sort(key=lambda where: '.' not in where)  # places in a config before functions, in any order of imports
     if near:
         hint = f'did you mean {near[0]}?'
@@ -175,7 +177,7 @@ def _fits(hint: Any, value: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         bounds = next((extra for extra in arguments[1:] if isinstance(extra, Range)), None)
-        return _fits(arguments[0], value) and (bounds is None or _measure(value) in bounds)
+        return _fits(arguments[0], value) and (bounds is None or _size(value) in bounds)
     if origin in (Union, types.UnionType):
         return any(_fits(argument, value) for argument in arguments)
     if origin is Literal:
@@ -199,7 +201,7 @@ def _fits(hint: Any, value: Any) -> bool:
     return True  # other annotations are not checked
 
 
-def _measure(value: Any) -> float:
+def _size(value: Any) -> float:
     return value if isinstance(value, (int, float)) else len(value)
 
 
@@ -208,7 +210,8 @@ def _describe(hint: Any) -> str:
     if origin is Annotated:
         return ' '.join([_describe(arguments[0]), *(str(extra) for extra in arguments[1:] if isinstance(extra, Range))])
     if origin in (Union, types.UnionType):
-        return _any_of([_describe(argument) for argument in arguments])
+        choices = [_describe(argument) for argument in arguments]
+        return _any_of([part for choice in choices for part in (('True', 'False') if choice == _NAMES[bool] else (choice,))])
     if origin is Literal:
         return _any_of([repr(argument) for argument in arguments])
     if origin is tuple and arguments and arguments[-1] is not Ellipsis:
@@ -222,12 +225,12 @@ _NAMES = {
     None: 'None',
     type(None): 'None',
     bool: 'True or False',
-    int: 'a whole number',
+    int: 'an integer',
     float: 'a finite number',
     str: 'a string',
     dict: 'a dict',
 }
-_PLURALS = {int: 'whole numbers', float: 'finite numbers', str: 'strings', dict: 'dicts'}
+_PLURALS = {int: 'integers', float: 'finite numbers', str: 'strings', dict: 'dicts'}
 
 
 def _bare(hint: Any) -> Any:

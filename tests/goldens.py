@@ -162,7 +162,7 @@ def build(cfg: Config, size: tuple[int, int, int], is_double: bool) -> BaseModel
     model = revert_sync_batchnorm(MODELS.build(model_config(cfg, *size[1:])))
     model.backbone.local.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return (model.double() if is_double else model).train()
 
 
@@ -181,7 +181,7 @@ def train(name: str, wrap: Callable = lambda model: model, rank: int = 0) -> dic
         batch = random_batch(model, cfg.default_scope, *size, seed=10 * rank + step)
         log.append(wrapped.train_step(copy.deepcopy(batch), optim_wrapper))
         for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), MOMENTUM)
+            head.transfer.ema_update_(head.source.of(model.backbone), MOMENTUM)
     logged = {key: [float(value) for value in buffer.data[0]] for key, buffer in hub.log_scalars.items()}
     return {
         'weights': digest(model.state_dict()),

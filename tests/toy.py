@@ -55,12 +55,12 @@ class ToyNet(BaseModule):
 
 @register_chain(f'{ToyNet.__module__}.ToyNet')
 def toy_chain(backbone):
-    units, taps = [Unit.single('stem', 0)], []
+    units, out_units = [Unit.single('stem', 0)], []
     for i, name in enumerate(backbone.stages):
         units += [Unit.single(f'{name}.{child}', i) for child, _ in backbone.get_submodule(name).named_children()]
         if i in backbone.out_indices:
-            taps.append(len(units) - 1)
-    return Chain(tuple(units), tuple(taps))
+            out_units.append(len(units) - 1)
+    return Chain(tuple(units), tuple(out_units))
 
 
 @MODELS.register_module()

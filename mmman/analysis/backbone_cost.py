@@ -69,7 +69,7 @@ def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> CostPred
         shape: (B, C, H, W) of a batch of float32 images.
 
     Raises:
-        MisuseError: The model has no localised backbone, or several.
+        ConfigError: The model has no localised backbone, or several.
         CostError: The transfer has no momentum copy; the cost model assumes one.
     """
     backbone = localized_backbone(model)

@@ -12,8 +12,8 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
-from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError
-from mmman.heads.dry_run import IMAGES, describe_error, detection_samples
+from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError
+from mmman.heads.dry_run import BATCH_SIZE, describe_error, detection_samples
 from mmman.local.session import Session
 
 SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
@@ -57,8 +57,8 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
         except LocalLearningError:
             raise
         except Exception as error:
-            raise MisuseError(f'the local heads fail in a first step ({describe_error(error)}), and {why}') from error
-    raise MisuseError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
+            raise ConfigError(f'the local heads fail in a first step ({describe_error(error)}), and {why}') from error
+    raise ConfigError(f'the localised model fails in a first step, where the stock model does not ({describe_error(failure)})')
 
 
 def _for_cpu(cfg: Config) -> Config:
@@ -146,10 +146,10 @@ def _backbone_step(cfg: Config, scope: str, side: int) -> list[str]:
 def _batch(model: nn.Module, scope: str, side: int) -> dict:
     if scope == 'mmdet':
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
-        batch = {'inputs': [*torch.randint(256, (IMAGES, 3, side, side), dtype=torch.uint8)]}
+        batch = {'inputs': [*torch.randint(256, (BATCH_SIZE, 3, side, side), dtype=torch.uint8)]}
         masks = any('mask' in name for name, _ in model.named_modules())
         return {**batch, 'data_samples': detection_samples(side, classes, along=1, masks=masks)}
-    batch = random_batch(model, scope, IMAGES, side, side)
+    batch = random_batch(model, scope, BATCH_SIZE, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:
         sample.set_metainfo({'img_shape': shape, 'ori_shape': shape, 'pad_shape': shape, 'batch_input_shape': shape})

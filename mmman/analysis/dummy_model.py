@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 
 from mmman.analysis.sizes_only import SizesOnly
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.blocks import LocalBlocks
 
 OBJECTS = 10
@@ -59,7 +59,7 @@ def build_dummy_model(
     if isinstance(local, LocalBlocks):
         local.is_init = True  # counts as initialised: the values don't matter
         for head in local.values():
-            head.transfer.sync_(head.source.of(model.backbone))
+            head.transfer.init_from_(head.source.of(model.backbone))
     if sizes_only is not None:
         sizes_only.strip_(model)
     cfg.optim_wrapper.optimizer.lr = 0.0
@@ -77,16 +77,16 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
         seed: Seed of the random generator.
 
     Raises:
-        MisuseError: ``scope`` is another library, or no module of the model has ``num_classes``.
+        ConfigError: ``scope`` is another library, or no module of the model has ``num_classes``.
     """
     annotate = {'mmdet': _boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
     if annotate is None:
-        raise MisuseError(f'no random data for default_scope={scope!r}: choose mmdet, mmseg or mmpretrain')
+        raise ConfigError(f'no random data for default_scope={scope!r}: choose mmdet, mmseg or mmpretrain')
     heads = [getattr(model, name) for name in ('bbox_head', 'roi_head', 'decode_head', 'head') if hasattr(model, name)]
     parts = (part for owner in (*heads, model) for part in owner.modules())
     classes = next((part.num_classes for part in parts if getattr(part, 'num_classes', None)), None)
     if classes is None:
-        raise MisuseError(f'no random data for {type(model).__name__}: none of its modules has num_classes')
+        raise ConfigError(f'no random data for {type(model).__name__}: none of its modules has num_classes')
     generator = torch.Generator().manual_seed(seed)
     inputs, samples = [], []
     for _ in range(size):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 DATA_NEEDED = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -21,7 +21,7 @@ class SizesOnly(FakeTensorMode):
     Reading a number from a tensor gives 1, a mask selects everything, and ``torch.equal`` is true. Real tensors may be inputs.
 
     Raises:
-        MisuseError: When the mode is left, if the step had any other data-dependent shapes or values.
+        ConfigError: When the mode is left, if the step had any other data-dependent shapes or values.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class SizesOnly(FakeTensorMode):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, DATA_NEEDED):
-            raise MisuseError(
+            raise ConfigError(
                 f'shapes depend on data here ({error}): detectors, and losses that select elements, are measured with data'
             ) from error
 

@@ -67,7 +67,7 @@ class StepMeter:
         """Take one training step and update the momentum copies."""
         self.model.train_step(self.data, self.optim_wrapper)
         for head in self._heads:
-            head.transfer.update_(head.source.of(self.model.backbone), EMA_MOMENTUM)
+            head.transfer.ema_update_(head.source.of(self.model.backbone), EMA_MOMENTUM)
 
     def memory(self) -> Memory:
         """Count live tensor bytes of one step exactly, on the CPU or a GPU. CUDA graphs are off, as they hide allocations."""

@@ -8,7 +8,7 @@ from typing import Annotated
 from mmengine.model import BaseModule
 from torch import Tensor
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import Count, Range, checked
 from mmman.registry import MODELS
 
@@ -29,7 +29,7 @@ class CIFARResNet(BaseModule):
         init_cfg: mmengine's initialisation. Default: He for convolutions, 1 for norms.
 
     Raises:
-        MisuseError: ``depth`` is no 6n+2.
+        ConfigError: ``depth`` is no 6n+2.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class CIFARResNet(BaseModule):
 
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise MisuseError(f'CIFARResNet: depth={depth} is not 6n+2; choose 20, 32, 44, 56, 110, ...')
+            raise ConfigError(f'CIFARResNet.depth={depth}: expected 6n+2, e.g. 20, 32, 44, 56 or 110')
         super().__init__(
             init_cfg
             or [

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mmman.local.localize import localize_
-from mmman.local.part_options import check_parts, class_of
+from mmman.local.option_checks import check_local_options, resolve_type
 from mmman.options import Count, Positive, check_options, checked
 from mmman.planning.memory_cuts import MemoryCuts
 from mmman.registry import MODELS
@@ -18,14 +18,14 @@ from mmman.registry import MODELS
 def _stock_option(option: str, options: Mapping[str, Any]) -> str | None:
     """Return a hint if ``option`` belongs to the stock backbone. Stock configs set such options in ``model.backbone``."""
     stock = options.get('backbone')
-    kind = class_of(stock.get('type')) if isinstance(stock, Mapping) else None
+    kind = resolve_type(stock.get('type')) if isinstance(stock, Mapping) else None
     if any(option in inspect.signature(cls.__init__).parameters for cls in getattr(kind, '__mro__', ())[:-1]):
-        return f'{kind.__name__} has this option, the stock backbone: set model.backbone.backbone.{option}'
+        return f'this is an option of the stock backbone, {kind.__name__}: set model.backbone.backbone.{option}'
     return None
 
 
 @MODELS.register_module()
-@checked('model.backbone', elsewhere=_stock_option)
+@checked('model.backbone', locate_option=_stock_option)
 def LocalBackbone(  # noqa: N802  named as a config writes it
     backbone: dict,
     num_blocks: Count | None = None,
@@ -49,7 +49,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     Returns:
         The backbone, an instance of the stock class.
     """
-    check_parts(transfer, local_head)
+    check_local_options(transfer, local_head)
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
     if isinstance(partition, dict):
@@ -76,7 +76,7 @@ def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backb
         where: The place of the options in the config, for error messages.
 
     Raises:
-        MisuseError: An option is unknown, missing or of a wrong type or value, or contradicts another.
+        ConfigError: An option is unknown, missing or of a wrong type or value, or contradicts another.
     """
     check_options(LocalBackbone, options, where)
-    check_parts(options.get('transfer'), options.get('local_head'), where)
+    check_local_options(options.get('transfer'), options.get('local_head'), where)

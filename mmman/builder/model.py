@@ -10,8 +10,8 @@ from mmengine.config import ConfigDict
 from mmengine.model import BaseModel
 
 from mmman.builder.backbone import LocalBackbone
-from mmman.errors import MisuseError
-from mmman.local.part_options import class_of
+from mmman.errors import ConfigError
+from mmman.local.option_checks import resolve_type
 from mmman.options import checked
 from mmman.registry import MODELS
 
@@ -48,26 +48,26 @@ def LocalModel(model_type: str | type, backbone: dict, **options) -> BaseModel: 
         The model, an instance of the stock class.
 
     Raises:
-        MisuseError: ``backbone`` is not a ``mmman.LocalBackbone``.
+        ConfigError: ``backbone`` is not a ``mmman.LocalBackbone``.
     """
-    backbone = _following({**options, 'backbone': backbone})
+    backbone = _with_derived_options({**options, 'backbone': backbone})
     return MODELS.build(ConfigDict({**options, 'type': model_type, 'backbone': backbone}))
 
 
-def _following(model: Mapping[str, Any]) -> dict[str, Any]:
+def _with_derived_options(model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config of the localised backbone, with the options that local heads take from the model's own head."""
     backbone = model['backbone']
-    if class_of(backbone.get('type')) is not LocalBackbone:
-        raise MisuseError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel takes 'mmman.LocalBackbone'")
+    if resolve_type(backbone.get('type')) is not LocalBackbone:
+        raise ConfigError(f"model.backbone.type={backbone.get('type')!r}: mmman.LocalModel requires 'mmman.LocalBackbone'")
     local_head = backbone.get('local_head')
     if not isinstance(local_head, Mapping) or 'type' not in local_head:  # LocalBackbone raises
         return dict(backbone)
-    follow = getattr(class_of(local_head['type']), 'follow', None)
-    followed = follow(model, local_head) if follow else {}
-    return {**backbone, 'local_head': _merged(copy.deepcopy(followed), local_head)}
+    derive = getattr(resolve_type(local_head['type']), 'derive_options', None)
+    derived = derive(model, local_head) if derive else {}
+    return {**backbone, 'local_head': _merged(copy.deepcopy(derived), local_head)}
 
 
-def changed_options(model: Mapping[str, Any]) -> list[str]:
+def mismatched_options(model: Mapping[str, Any]) -> list[str]:
     """Return the options in which the local heads differ from the model's own head.
 
     Args:
@@ -77,11 +77,11 @@ def changed_options(model: Mapping[str, Any]) -> list[str]:
         The keys below ``local_head``, e.g. ``bbox_head.anchor_generator.ratios``. Excludes options that only set a head's size.
     """
     local_head = model['backbone'].get('local_head')
-    kind = class_of(local_head['type']) if local_head else None
-    if kind is None or class_of(model.get('type')) is LocalModel:
+    kind = resolve_type(local_head['type']) if local_head else None
+    if kind is None or resolve_type(model.get('type')) is LocalModel:
         return []
-    followed = kind.follow(model, local_head)
-    ours, theirs = kind.task_options(local_head), kind.task_options(followed)
+    derived = kind.derive_options(model, local_head)
+    ours, theirs = kind.task_options(local_head), kind.task_options(derived)
     return sorted(key for name in theirs for key in _differences(ours.get(name), theirs[name], name))
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
 
 
@@ -19,7 +19,7 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         update: The ``update`` option of :class:`mmman.LocalLearningOptimWrapper`.
 
     Raises:
-        MisuseError: The model has no localised backbone, or more than one; local heads don't fit the model or were never
+        ConfigError: The model has no localised backbone, or more than one; local heads don't fit the model or were never
             initialised; a block has no trainable parameter; momentum copies were never initialised; DDP options or activation
             checkpointing break local backward passes.
     """
@@ -31,28 +31,28 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
     _check_checkpointing(module, backbone)
     _check_blocks_train(backbone)
     if heads := backbone.local.uninitialised():
-        raise MisuseError(
-            f'nothing has initialised the local heads on {", ".join(heads)}: call model.init_weights() before the first step, '
-            'or load a state dict that has them; where init_weights of the model is its own and calls no '
+        raise ConfigError(
+            f'the local heads after {", ".join(heads)} are not initialised: call model.init_weights() before the first step, '
+            'or load a state dict that contains them; if the model overrides init_weights without calling '
             'super().init_weights(), call backbone.local.init_weights() as well'
         )
     for head in backbone.local.values():
         head.check_model(module)
         if not head.transfer.is_synced:
-            raise MisuseError(
-                "nothing has started the momentum copies: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
-                'training loop of your own, call sync_ and update_ of every head.transfer as that hook does'
+            raise ConfigError(
+                "the momentum copies are not initialised: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
+                'custom training loop, call init_from_ and ema_update_ of every head.transfer as that hook does'
             )
 
 
 def _check_blocks_train(backbone: nn.Module) -> None:
     """Raise if a block has no trainable parameter because it was frozen after the blocks were planned."""
     local = backbone.local
-    if (frozen := local.plan.frozen_block(backbone, local.only)) is not None:
-        raise MisuseError(
+    if (frozen := local.plan.frozen_block(backbone, local.trained_index)) is not None:
+        raise ConfigError(
             f'{frozen} of {type(backbone).__name__} has no trainable parameter: it was frozen after its blocks were planned. '
-            'Freeze by frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
-            'blocks are counted without it'
+            'Freeze with frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
+            'the blocks are planned without it'
         )
 
 
@@ -62,19 +62,19 @@ def _check_ddp(model: nn.Module, update: str) -> None:
     if hasattr(model, 'block_reducers'):  # LocalDistributedDataParallel, or a wrapper with the same attributes
         return
     if not isinstance(model, DistributedDataParallel):
-        raise MisuseError(f'{type(model).__name__} cannot train a localised model: set {ours}')
+        raise ConfigError(f'{type(model).__name__} cannot train a localised model: set {ours}')
     if model.static_graph:
-        raise MisuseError(
+        raise ConfigError(
             'static_graph=True leaves the gradients of local losses unreduced from the second step on: set it to False'
         )
     if not model.find_unused_parameters:
-        raise MisuseError(
+        raise ConfigError(
             'local losses are back-propagated inside the forward pass, which DDP accepts only with '
             f'{ours}, or with MMDistributedDataParallel and find_unused_parameters=True'
         )
     if update == 'immediate':
-        raise MisuseError(
-            f"{type(model).__name__} reduces all gradients after the forward pass, update='immediate' steps in it: set {ours}"
+        raise ConfigError(
+            f"{type(model).__name__} reduces gradients after forward, but update='immediate' steps during it: set {ours}"
         )
 
 
@@ -86,8 +86,8 @@ def _check_checkpointing(model: nn.Module, backbone: nn.Module) -> None:
         for depth in range(len(parts)):
             module = model.get_submodule('.'.join(parts[:depth]))
             if isinstance(module, CheckpointWrapper) or (module is not model and 'forward' in vars(module)):
-                raise MisuseError(
-                    f'{".".join(parts[:depth])} has blocks with local heads inside and its forward was wrapped '
-                    '(activation_checkpointing?): '
-                    'local learning frees these activations already; use recompute=True of LocalBackbone to checkpoint units'
+                raise ConfigError(
+                    f'{".".join(parts[:depth])} contains blocks with local heads, but its forward was wrapped '
+                    '(activation_checkpointing?): local learning frees these activations already; to checkpoint units set '
+                    'recompute=True of LocalBackbone'
                 )

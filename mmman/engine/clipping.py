@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import Positive, checked
 
 
@@ -31,11 +31,11 @@ class ClipByValue:
 
 
 def check_clipping(clip_grad: dict | None) -> None:
-    """Raise :class:`MisuseError` if an option of ``clip_grad`` is unknown to torch or out of range."""
+    """Raise :class:`ConfigError` if an option of ``clip_grad`` is unknown to torch or out of range."""
     if clip_grad is None:
         return
     options = dict(clip_grad)
     kind = options.pop('type', 'norm')
     if kind not in ('norm', 'value'):
-        raise MisuseError(f"optim_wrapper.clip_grad.type={kind!r}: choose 'norm' or 'value'")
+        raise ConfigError(f"optim_wrapper.clip_grad.type={kind!r}: choose 'norm' or 'value'")
     (ClipByNorm if kind == 'norm' else ClipByValue)(**options)

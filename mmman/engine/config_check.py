@@ -14,8 +14,8 @@ from mmengine.runner import BaseLoop, Runner
 
 import mmman.registry as registries
 from mmman.builder.backbone import LocalBackbone, check_backbone_options
-from mmman.errors import MisuseError
-from mmman.local.local_head import GIVEN, LocalHead
+from mmman.errors import ConfigError
+from mmman.local.local_head import INJECTED_ARGS, LocalHead
 from mmman.options import Positive, Range, check_options, checked, option_parameters
 
 _REGISTRIES = (
@@ -50,19 +50,19 @@ def check_config(cfg: Config | Mapping[str, Any]) -> None:
         cfg: The complete config, as passed to a runner.
 
     Raises:
-        MisuseError: An option is invalid. The message gives its place in the config and says what to change.
+        ConfigError: An option is invalid. The message gives its place in the config and says what to change.
     """
     cfg = dict(cfg.items())  # a Config is not a Mapping
-    components = [*_components(cfg, '')]
+    components = [*_find_components(cfg, '')]
     for where, node in components:
-        if _component(node['type']) is None:
-            raise MisuseError(f'{where}.type={node["type"]!r}: {_unknown_name(node["type"])}')
+        if _resolve_component(node['type']) is None:
+            raise ConfigError(f'{where}.type={node["type"]!r}: {_unknown_name(node["type"])}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         for where, node in components:
-            _check_component(_component(node['type']), node, where)
+            _check_component(_resolve_component(node['type']), node, where)
     _check_hooks(cfg)
     _check_pipeline(cfg)
-    _check_places(cfg)
+    _check_misplaced_options(cfg)
 
 
 def _check_component(component: Any, node: Mapping[str, Any], where: str) -> None:
@@ -71,23 +71,23 @@ def _check_component(component: Any, node: Mapping[str, Any], where: str) -> Non
     if component is LocalBackbone:
         check_backbone_options(options, where)
     elif _is_a(component, BaseLoop):
-        check_options(component, options, where, given=('runner', 'dataloader'))
+        check_options(component, options, where, injected=('runner', 'dataloader'))
     elif _is_a(component, LocalHead):
-        check_options(component, options, where, given=GIVEN)
+        check_options(component, options, where, injected=INJECTED_ARGS)
     elif not _is_a(component, Runner):
         check_options(component, options, where)
 
 
-def _components(node: Any, where: str) -> Iterator[tuple[str, Mapping]]:
+def _find_components(node: Any, where: str) -> Iterator[tuple[str, Mapping]]:
     """Yield the place and content of every dict in ``node`` whose ``type`` belongs to mmman."""
     if isinstance(node, Mapping):
         if _is_ours(node.get('type')):
             yield where, node
         for name, value in node.items():
-            yield from _components(value, f'{where}.{name}' if where else str(name))
+            yield from _find_components(value, f'{where}.{name}' if where else str(name))
     elif isinstance(node, (list, tuple)):
         for index, value in enumerate(node):
-            yield from _components(value, f'{where}[{index}]')
+            yield from _find_components(value, f'{where}[{index}]')
 
 
 def _is_ours(kind: Any) -> bool:
@@ -95,7 +95,7 @@ def _is_ours(kind: Any) -> bool:
     return name.startswith('mmman.')
 
 
-def _component(kind: Any) -> Any:
+def _resolve_component(kind: Any) -> Any:
     if not isinstance(kind, str):
         return kind
     return _registered().get(kind.removeprefix('mmman.').rpartition('.')[-1])
@@ -111,7 +111,7 @@ def _registered() -> dict[str, Any]:
 def _unknown_name(kind: str) -> str:
     known = sorted(_registered())
     near = difflib.get_close_matches(kind.removeprefix('mmman.'), known, 1)
-    return 'mmman has nothing of that name; ' + (f'did you mean mmman.{near[0]}?' if near else f'it has {", ".join(known)}')
+    return 'mmman has no such component; ' + (f'did you mean mmman.{near[0]}?' if near else f'it has {", ".join(known)}')
 
 
 def _is_a(component: Any, base: type) -> bool:
@@ -123,26 +123,26 @@ def _check_hooks(cfg: Mapping[str, Any]) -> None:
     hooks = [hook for hook in hooks if isinstance(hook, Mapping)]
     count = sum(_name(hook.get('type')) == 'EMABiasHook' for hook in hooks)
     if count > 1:
-        raise MisuseError(f'custom_hooks has {count} of mmman.EMABiasHook, and each would move the momentum copies: keep one')
+        raise ConfigError(f'the config has {count} mmman.EMABiasHook, and each would update the momentum copies: keep one')
 
 
 def _check_pipeline(cfg: Mapping[str, Any]) -> None:
-    options, runs = cfg.get('pipeline'), _name(cfg.get('runner_type')) == 'PipelineRunner'
-    if options is not None and runs:
+    options, is_pipeline = cfg.get('pipeline'), _name(cfg.get('runner_type')) == 'PipelineRunner'
+    if options is not None and is_pipeline:
         check_options(PipelineOptions, options, 'pipeline')
     known = option_parameters(PipelineOptions)
-    if isinstance(options, Mapping) and not runs and known.keys() & options.keys():
-        raise MisuseError("pipeline has no effect without runner_type='mmman.PipelineRunner': set it, or remove pipeline")
+    if isinstance(options, Mapping) and not is_pipeline and known.keys() & options.keys():
+        raise ConfigError("pipeline has no effect without runner_type='mmman.PipelineRunner': set it, or remove pipeline")
 
 
-def _check_places(cfg: Mapping[str, Any]) -> None:
+def _check_misplaced_options(cfg: Mapping[str, Any]) -> None:
     """Reject options of the backbone or the optim wrapper that are set at the top level of the config, or in its model.
 
     A config may use such a name for a variable at its top level if the value equals the option's.
     """
     model = cfg.get('model')
     backbone = model.get('backbone') if isinstance(model, Mapping) else None
-    if not (isinstance(backbone, Mapping) and _component(backbone.get('type')) is LocalBackbone):
+    if not (isinstance(backbone, Mapping) and _resolve_component(backbone.get('type')) is LocalBackbone):
         return
     wrapper = cfg.get('optim_wrapper') or {}
     owners = [
@@ -153,7 +153,7 @@ def _check_places(cfg: Mapping[str, Any]) -> None:
         for place, holder in (('', cfg), ('model.', model)):
             for name in sorted(names & holder.keys()):
                 if place or holder[name] != owner.get(name):
-                    raise MisuseError(f'{place}{name} has no effect there: set {where}.{name}')
+                    raise ConfigError(f'{place}{name} has no effect: set {where}.{name} instead')
 
 
 def _name(kind: Any) -> str:

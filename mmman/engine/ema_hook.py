@@ -17,12 +17,12 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 
-from mmman.builder.model import changed_options
+from mmman.builder.model import mismatched_options
 from mmman.engine.config_check import check_config
 from mmman.engine.optim_wrapper import LocalLearningOptimWrapper
 from mmman.engine.paramwise import separate_local_heads
 from mmman.engine.pretrained import check_prefix, report_pretrained
-from mmman.errors import CheckpointError, MisuseError
+from mmman.errors import CheckpointError, ConfigError
 from mmman.local.blocks import localized_backbone
 from mmman.local.local_head import LocalHead
 from mmman.options import Count, Range, checked
@@ -44,7 +44,7 @@ class EMABiasHook(Hook):
         interval: Number of optimizer steps between updates.
 
     Raises:
-        MisuseError: The run isn't set up for local learning, or pretrained weights (``init_cfg``) don't fit the backbone.
+        ConfigError: The run isn't set up for local learning, or pretrained weights (``init_cfg``) don't fit the backbone.
         CheckpointError: The checkpoint to resume has different local heads.
     """
 
@@ -53,18 +53,19 @@ class EMABiasHook(Hook):
     def __init__(self, momentum: Annotated[float, Range(0, 1)] = 0.995, interval: Count = 1) -> None:
         self.momentum = momentum
         self.interval = interval
-        self._seen_steps = 0
+        self._last_steps = 0
         self._loaded_checkpoint = False
 
     def before_run(self, runner: Runner) -> None:
         """Reject settings that local learning doesn't support. mmengine calls this before weights are initialised."""
         if type(runner).__name__ == 'FlexibleRunner':
-            raise MisuseError(
+            raise ConfigError(
                 'FlexibleRunner strategies (FSDP, DeepSpeed, ColossalAI) are not supported: use Runner, and DDP to scale'
             )
         if runner.cfg.get('compile'):
-            raise MisuseError(
-                'cfg.compile compiles the whole train step, which local backward passes break; call unit.compile() on units'
+            raise ConfigError(
+                'cfg.compile compiles the whole training step, which contains local backward passes: remove it, and call '
+                'compile() on units instead'
             )
         check_config(runner.cfg)
         watched = _is_stage(runner.model) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
@@ -72,7 +73,7 @@ class EMABiasHook(Hook):
             runner.register_hook(WatchdogHook())  # has the lowest priority, so its own before_run still runs
         backbone = localized_backbone(_unwrap(runner.model))
         if isinstance(runner._train_loop, BaseLoop):  # a test run initialises and trains nothing
-            _warn_of_changed_heads(runner.cfg)
+            _warn_about_mismatched_heads(runner.cfg)
             check_prefix(backbone)
             separate_local_heads(runner)
 
@@ -92,49 +93,49 @@ class EMABiasHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Log which pretrained weights were loaded, and set copies to their source unless the checkpoint contains them."""
         if not isinstance(runner.optim_wrapper, LocalLearningOptimWrapper):
-            raise MisuseError(
-                f"a localised model needs optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
-                f'not {type(runner.optim_wrapper).__name__}; AMP is its dtype option'
+            raise ConfigError(
+                f"a localised model requires optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...), "
+                f'not {type(runner.optim_wrapper).__name__}; for AMP set its dtype option'
             )
         _initialise_heads(runner)
         backbone = localized_backbone(_unwrap(runner.model))
         if not self._loaded_checkpoint:
             report_pretrained(backbone)
         for head in backbone.local.values():
-            head.transfer.sync_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
-        self._seen_steps = runner.optim_wrapper.steps
+            head.transfer.init_from_(head.source.of(backbone), keep_loaded=self._loaded_checkpoint)
+        self._last_steps = runner.optim_wrapper.steps
         if _is_stage(runner.model):
-            for head in backbone.local.trained():
-                runner.model.comm.follow = partial(self._follow, head)
+            for head in backbone.local.trained_heads():
+                runner.model.comm.on_next_unit = partial(self._update_from_next_stage, head)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         """Update the copies if the optimizer stepped, and log the scales s_j."""
         backbone = localized_backbone(_unwrap(runner.model))
-        heads = backbone.local.trained()
+        heads = backbone.local.trained_heads()
         steps = runner.optim_wrapper.steps
-        if steps != self._seen_steps and steps % self.interval == 0 and not _is_stage(runner.model):
+        if steps != self._last_steps and steps % self.interval == 0 and not _is_stage(runner.model):
             for head in heads:
-                head.transfer.update_(head.source.of(backbone), self.momentum)
-        self._seen_steps = steps
+                head.transfer.ema_update_(head.source.of(backbone), self.momentum)
+        self._last_steps = steps
         scales = {f'train/local/{head.block}/s': head.transfer.s for head in heads if head.transfer.s is not None}
         if scales:
             for name, value in zip(scales, torch.stack([*scales.values()]).tolist(), strict=True):
                 runner.message_hub.update_scalar(name, value)
 
-    def _follow(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
+    def _update_from_next_stage(self, head: LocalHead, steps: int, unit: Mapping[str, Tensor]) -> None:
         """Update a copy in a pipeline: after each step, the next stage sends the state of its first unit."""
         if steps % self.interval == 0:
-            head.transfer.update_(unit, self.momentum)
+            head.transfer.ema_update_(unit, self.momentum)
 
 
-def _warn_of_changed_heads(cfg: Config) -> None:
+def _warn_about_mismatched_heads(cfg: Config) -> None:
     model = cfg.get('model')
     backbone = model.get('backbone') if isinstance(model, Mapping) else None
     if not isinstance(backbone, Mapping) or 'local_head' not in backbone:
         return
-    if changed := changed_options(model):
+    if mismatched := mismatched_options(model):
         print_log(
-            f"local heads differ from the model's own head in {', '.join(changed)}: a config that changes the head has to "
+            f"local heads differ from the model's own head in {', '.join(mismatched)}: a config that changes the head has to "
             "change model.backbone.local_head too, or inherit type='mmman.LocalModel', whose local heads follow it",
             logger='current',
             level=logging.WARNING,
@@ -155,7 +156,7 @@ def check_local_heads(theirs: Mapping[str, object], ours: Mapping[str, object]) 
     if ours != theirs:
         raise CheckpointError(
             f'cannot resume: the checkpoint has local heads on [{_heads(theirs)}], this config on [{_heads(ours)}], '
-            f'and they differ in {len(ours ^ theirs)} keys, the first is {min(ours ^ theirs)}. '
+            f'and {len(ours ^ theirs)} keys differ, the first is {min(ours ^ theirs)}. '
             'Resume with the config that it was trained with, or start a new run from its weights: '
             'load_from without resume'
         )

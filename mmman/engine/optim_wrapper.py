@@ -18,10 +18,10 @@ from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
-from mmman.errors import MisuseError
-from mmman.experimental.cuda_graphs import CUDARecorder, StepGraphs
+from mmman.errors import ConfigError
+from mmman.experimental.cuda_graphs import CUDAGraphCapturer, StepGraphs
+from mmman.local.block_parameters import parameters_by_block
 from mmman.local.blocks import localized_backbone
-from mmman.local.scopes import trained_parameters
 from mmman.local.session import Session
 from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.options import Count, Positive, checked
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @OPTIM_WRAPPERS.register_module()
-@checked('optim_wrapper', given=('optimizer',))
+@checked('optim_wrapper', injected=('optimizer',))
 class LocalLearningOptimWrapper(OptimWrapper):
     """Trains a localised model: back-propagates every local loss at its boundary, and steps once per iteration.
 
@@ -66,7 +66,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         steps: Number of optimizer steps. Iterations that accumulate and steps that the loss scaler skips don't count.
 
     Raises:
-        MisuseError: An option is not supported; or, at the first iteration, the model can't be trained with these options.
+        ConfigError: An option is not supported; or, at the first iteration, the model can't be trained with these options.
         NonFiniteLossError: A local loss is NaN or infinite. Under a loss scaler the step is skipped with a warning instead.
     """
 
@@ -86,11 +86,13 @@ class LocalLearningOptimWrapper(OptimWrapper):
         check_clipping(clip_grad)
         super().__init__(optimizer, accumulative_counts=accumulative_counts, clip_grad=clip_grad)
         if cuda_graphs and accumulative_counts != 1:
-            raise MisuseError('cuda_graphs=True writes gradients anew each step: it takes accumulative_counts=1')
+            raise ConfigError('cuda_graphs=True overwrites gradients in every step: set accumulative_counts=1')
         if update == 'immediate' and clip_grad and clip_scope == 'global' and self.grad_name == 'grad_norm':
-            raise MisuseError("update='immediate' never has all gradients at once: clip_scope='global' takes 'synchronous'")
+            raise ConfigError(
+                "update='immediate' never has all gradients at once: clip_scope='global' requires update='synchronous'"
+            )
         if use_fsdp:
-            raise MisuseError('use_fsdp is not supported: local learning trains whole or DDP-replicated models')
+            raise ConfigError('use_fsdp is not supported: local learning trains models in one process or under DDP')
         self.clip_scope = clip_scope
         self.update = update
         self.images_per_chunk = images_per_chunk
@@ -98,28 +100,28 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self.dtype = autocast_dtype(dtype, loss_scale)
         self.loss_scaler, self._fixed_scale = make_loss_scaler(self.dtype, loss_scale)
         if update == 'immediate' and self.loss_scaler is not None:
-            raise MisuseError(
+            raise ConfigError(
                 "update='immediate' steps before a loss scaler knows that all gradients are finite: "
                 "choose dtype='bfloat16' or update='synchronous'"
             )
         if cuda_graphs and self.loss_scaler is not None:
-            raise MisuseError("cuda_graphs=True has no loss scaler: choose dtype='bfloat16' or cuda_graphs=False")
+            raise ConfigError("cuda_graphs=True does not support a loss scaler: choose dtype='bfloat16' or cuda_graphs=False")
         self.steps = 0
         optimizer.register_step_post_hook(self._count_step)
         self._model: nn.Module | None = None
         self._backbone: nn.Module | None = None
-        self._parallel: LocalDistributedDataParallel | None = None
+        self._ddp: LocalDistributedDataParallel | None = None
         self._blocks: BlockGroups | None = None
         self._dense: DenseLoss | None = None
         self._graphs: StepGraphs | None = None
-        self._due: int | None = None  # the block whose gradients are being reduced; it steps at the next boundary
+        self._pending_block: int | None = None  # the block whose gradients are being reduced; it steps at the next boundary
         self._local_log: dict[str, Tensor] = {}
         self._loss_log = LocalLossLog(is_scaled=self.loss_scaler is not None)
 
     @property
     def graph_bytes(self) -> int:
         """GPU memory of the CUDA graphs, in bytes."""
-        return 0 if self._graphs is None else self._graphs.recorder.nbytes()
+        return 0 if self._graphs is None else self._graphs.capturer.nbytes()
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
@@ -132,20 +134,20 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if module is not self._model:
             check_model(model, self.update)
             self._model, self._backbone = module, localized_backbone(module)
-            *blocks, _ = trained_parameters(module)
+            *blocks, _ = parameters_by_block(module)
             self._blocks = BlockGroups(self.optimizer, [block.values() for block in blocks])
-            self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scaled)
+            self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scale)
             self._graphs = None
         if self.cuda_graphs and self._graphs is None:
             self._graphs = self._step_graphs(model)
-        self._parallel = model if hasattr(model, 'block_reducers') else None
-        self._due = None
+        self._ddp = model if hasattr(model, 'block_reducers') else None
+        self._pending_block = None
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
         session = Session(module, local, self.local_backward, self._dense)
         if self.cuda_graphs:
-            session.strategy = self._graphs.in_session(session)
+            session.strategy = self._graphs.strategy_for(session)
         with super().optim_context(model), precision, session:
             yield
         self._local_log = session.log
@@ -158,25 +160,25 @@ class LocalLearningOptimWrapper(OptimWrapper):
             block: The block that the loss trains, 1 to K-1.
         """
         self._back_propagate(loss, block)
-        self._block_done(block)
+        self._after_backward(block)
 
     def _back_propagate(self, loss: Tensor, block: int) -> None:
         loss = self.scale_loss(loss)
         reducer = self._reducer(block)
         with torch.autocast(loss.device.type, enabled=False):
-            loss = self._scaled(loss)
+            loss = self._scale(loss)
             (loss if reducer is None else reducer.prepare(loss)).backward()
 
-    def _block_done(self, block: int) -> None:
+    def _after_backward(self, block: int) -> None:
         reducer = self._reducer(block)
         if self.update == 'immediate' and self.should_sync():
-            due, self._due = (block, None) if reducer is None else (self._due, block)
-            if due is not None:
-                self._step_block(due)
+            ready, self._pending_block = (block, None) if reducer is None else (self._pending_block, block)
+            if ready is not None:
+                self._step_block(ready)
 
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate the task loss, then log the iteration's local losses, with one device-to-host transfer."""
-        self._scaled(loss).backward(**kwargs)
+        self._scale(loss).backward(**kwargs)
         self._end_iteration()
 
     def finish_iteration(self, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:
@@ -220,7 +222,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self.loss_scaler.load_state_dict(scaler)
         super().load_state_dict(state_dict)
 
-    def _scaled(self, loss: Tensor) -> Tensor:
+    def _scale(self, loss: Tensor) -> Tensor:
         return loss if self.loss_scaler is None else self.loss_scaler.scale(loss)
 
     def _count_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
@@ -231,16 +233,16 @@ class LocalLearningOptimWrapper(OptimWrapper):
 
     def _end_iteration(self) -> None:
         self._inner_count += 1
-        if self._parallel is not None:
-            self._parallel.wait()
+        if self._ddp is not None:
+            self._ddp.wait()
         local_log, self._local_log = self._local_log, {}
         self._loss_log.report(local_log, self.message_hub)
-        if self._due is not None:
-            self._step_block(self._due)
-            self._due = None
+        if self._pending_block is not None:
+            self._step_block(self._pending_block)
+            self._pending_block = None
 
     def _reducer(self, block: int) -> BlockReducer | None:
-        return None if self._parallel is None else self._parallel.block_reducers.get(block)
+        return None if self._ddp is None else self._ddp.block_reducers.get(block)
 
     def _step_block(self, block: int) -> None:
         """Clip the gradients of one block, step its parameters only, and free its gradients."""
@@ -257,11 +259,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         device = next(model.parameters()).device.type
         if is_model_wrapper(model) or device != 'cuda':
             reason = f'the model is in {type(model).__name__}' if is_model_wrapper(model) else f'the model is on the {device}'
-            raise MisuseError(
-                f'cuda_graphs=True is for one process with one GPU, and {reason}: set optim_wrapper.cuda_graphs=False'
+            raise ConfigError(
+                f'cuda_graphs=True requires one process with one GPU, but {reason}: set optim_wrapper.cuda_graphs=False'
             )
         blocks = self._backbone.local
-        return StepGraphs(model, self.images_per_chunk, blocks, self._back_propagate, self._block_done, CUDARecorder())
+        return StepGraphs(model, self.images_per_chunk, blocks, self._back_propagate, self._after_backward, CUDAGraphCapturer())
 
     def _clip_grad(self) -> None:
         by_block = self.clip_scope == 'block' and self.grad_name == 'grad_norm' and self._blocks is not None

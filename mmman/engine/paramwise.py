@@ -22,7 +22,7 @@ from mmman.local.blocks import localized_backbone
 
 LOCAL_HEADS = 'local_heads'
 """The name under which the constructor sees the local heads, as a sibling of the backbone."""
-_KEY = 'backbone.local'  # the name of the local heads in paramwise_cfg.custom_keys
+_CONFIG_KEY = 'backbone.local'  # the name of the local heads in paramwise_cfg.custom_keys
 
 
 def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
@@ -40,10 +40,10 @@ def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
     """
     cfg = copy.deepcopy(cfg)
     if keys := (cfg.get('paramwise_cfg') or {}).get('custom_keys'):
-        cfg['paramwise_cfg']['custom_keys'] = {key.replace(_KEY, LOCAL_HEADS): value for key, value in keys.items()}
+        cfg['paramwise_cfg']['custom_keys'] = {key.replace(_CONFIG_KEY, LOCAL_HEADS): value for key, value in keys.items()}
     model = model.module if is_model_wrapper(model) else model
     order = {parameter: i for i, parameter in enumerate(model.parameters())}
-    with _beside_backbone(model):
+    with _local_heads_outside_backbone(model):
         wrapper = build_optim_wrapper(model, cfg)
     wrapper.optimizer.param_groups.sort(key=lambda group: min(order[parameter] for parameter in group['params']))
     return wrapper
@@ -64,7 +64,7 @@ def separate_local_heads(runner: Runner) -> None:
     runner.scale_lr(wrapper, runner.auto_scale_lr)
     names = [name for name, _ in runner.model.named_parameters() if '.local.' in name]
     before, after = (
-        _options(runner.model, names, optimizer) for optimizer in (runner.optim_wrapper.optimizer, wrapper.optimizer)
+        _initial_options(runner.model, names, optimizer) for optimizer in (runner.optim_wrapper.optimizer, wrapper.optimizer)
     )
     if before == after:
         return
@@ -73,14 +73,14 @@ def separate_local_heads(runner: Runner) -> None:
         runner.param_schedulers = runner.build_param_scheduler(runner.cfg.param_scheduler)
     rates = sorted({options['lr'] for options in after.values()})
     print_log(
-        f'paramwise_cfg: local heads are no part of the backbone; they train at a learning rate of '
-        f"{', '.join(f'{rate:g}' for rate in rates)}. To change it, set custom_keys={{'{_KEY}': dict(lr_mult=...)}}",
+        f'paramwise_cfg: settings of the backbone do not apply to local heads; they train at a learning rate of '
+        f"{', '.join(f'{rate:g}' for rate in rates)}. To change it, set custom_keys={{'{_CONFIG_KEY}': dict(lr_mult=...)}}",
         logger='current',
     )
 
 
 @contextmanager
-def _beside_backbone(model: nn.Module) -> Iterator[None]:
+def _local_heads_outside_backbone(model: nn.Module) -> Iterator[None]:
     """Context in which the local heads are a child of the model, not of its backbone."""
     backbone = localized_backbone(model)
     local = backbone.local
@@ -93,7 +93,7 @@ def _beside_backbone(model: nn.Module) -> Iterator[None]:
         backbone.local = local
 
 
-def _options(model: nn.Module, names: list[str], optimizer: Optimizer) -> dict[str, dict]:
+def _initial_options(model: nn.Module, names: list[str], optimizer: Optimizer) -> dict[str, dict]:
     """Return the initial learning rate and the weight decay of each named parameter."""
     found = {}
     for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import torch
 from mmengine.device import get_device
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import Count, Positive, Range, checked
 
 
@@ -33,14 +33,14 @@ def autocast_dtype(dtype: str | torch.dtype | None, loss_scale: str | float | di
         loss_scale: The value in the config. Unless it is None, it implies float16 if ``dtype`` is None.
 
     Raises:
-        MisuseError: The dtype is float16 and the device is a CPU.
+        ConfigError: The dtype is float16 and the device is a CPU.
     """
     if dtype is None:
         dtype = None if loss_scale is None else 'float16'
     if isinstance(dtype, str):
         dtype = {'float16': torch.float16, 'bfloat16': torch.bfloat16}[dtype]
     if dtype is torch.float16 and get_device() == 'cpu':
-        raise MisuseError("autocast on a CPU takes bfloat16 only: set optim_wrapper.dtype='bfloat16'")
+        raise ConfigError("autocast on a CPU supports bfloat16 only: set optim_wrapper.dtype='bfloat16'")
     return dtype
 
 

@@ -15,21 +15,21 @@ from mmengine.model import PretrainedInit
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 
 def check_prefix(backbone: nn.Module) -> None:
     """Check, before weights are initialised, that the file has tensors below the configured prefix.
 
     Raises:
-        MisuseError: No tensor of the file has the prefix. The message names the file and what to change.
+        ConfigError: No tensor of the file has the prefix. The message names the file and what to change.
     """
     config = _config(backbone)
     if config and config.get('prefix'):
         tensors = _read(config)
         if not any(name.startswith(_prefix(config)) for name in tensors):
-            raise MisuseError(
-                f'{config["checkpoint"]} has nothing below {_prefix(config)!r}; {_hint(backbone, config, tensors)}'
+            raise ConfigError(
+                f'{config["checkpoint"]} has no tensor below {_prefix(config)!r}; {_suggest_fix(backbone, config, tensors)}'
             )
 
 
@@ -37,28 +37,28 @@ def report_pretrained(backbone: nn.Module) -> None:
     """Log in one line, after weights are initialised, which tensors were loaded and which were not.
 
     Raises:
-        MisuseError: No tensor was loaded.
+        ConfigError: No tensor was loaded.
     """
-    config, unfilled = _config(backbone), backbone.local.unfilled
-    if config is None or unfilled is None:
+    config, missing_pretrained = _config(backbone), backbone.local.missing_pretrained
+    if config is None or missing_pretrained is None:
         return
-    own, tensors = _stock(backbone), _read(config)
+    own, tensors = _stock_tensors(backbone), _read(config)
     counted = [name for name in own if not name.endswith('num_batches_tracked')]  # optional for BatchNorm and for mmengine
-    missed = [name for name in counted if name in unfilled]
-    taken = len(counted) - len(missed)
-    if not taken:
-        raise MisuseError(f'{config["checkpoint"]} brought nothing; {_hint(backbone, config, tensors)}')
-    prefix = _prefix(config) or _prefix_of(tensors, own) or ''
-    theirs = {prefix + name for name in own}
-    left = Counter(_group(name, prefix) for name in tensors if name not in theirs)
-    parts = [f'taken {taken} of {len(counted)} backbone tensors from {config["checkpoint"]}']
-    if missed:
-        parts.append(f'not there, or of another shape: {", ".join(missed[:3])}{", ..." if len(missed) > 3 else ""}')
-    if len(theirs & tensors.keys()) < taken:
-        parts.append(f'{type(backbone).__name__} converts names, so what was left is not known')
+    missing = [name for name in counted if name in missing_pretrained]
+    num_loaded = len(counted) - len(missing)
+    if not num_loaded:
+        raise ConfigError(f'no tensor was loaded from {config["checkpoint"]}; {_suggest_fix(backbone, config, tensors)}')
+    prefix = _prefix(config) or _find_prefix(tensors, own) or ''
+    expected = {prefix + name for name in own}
+    unused = Counter(_top_level_key(name, prefix) for name in tensors if name not in expected)
+    parts = [f'loaded {num_loaded} of {len(counted)} backbone tensors from {config["checkpoint"]}']
+    if missing:
+        parts.append(f'missing, or of another shape: {", ".join(missing[:3])}{", ..." if len(missing) > 3 else ""}')
+    if len(expected & tensors.keys()) < num_loaded:
+        parts.append(f'{type(backbone).__name__} converts names, so the unused tensors are not known')
     else:
-        parts.append(f'left: {", ".join(f"{count} of {name}" for name, count in left.items()) or "nothing"}')
-    print_log('; '.join(parts), logger='current', level=logging.WARNING if missed else logging.INFO)
+        parts.append(f'unused: {", ".join(f"{count} of {name}" for name, count in unused.items()) or "nothing"}')
+    print_log('; '.join(parts), logger='current', level=logging.WARNING if missing else logging.INFO)
 
 
 def _config(backbone: nn.Module) -> dict | None:
@@ -77,11 +77,11 @@ def _read(config: dict) -> dict[str, Tensor]:
     return checkpoint.get('state_dict', checkpoint)
 
 
-def _stock(backbone: nn.Module) -> dict[str, Tensor]:
+def _stock_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in backbone.state_dict().items() if not name.startswith('local.')}
 
 
-def _prefix_of(names: Iterable[str], own: dict[str, Tensor]) -> str | None:
+def _find_prefix(names: Iterable[str], own: dict[str, Tensor]) -> str | None:
     """Return the prefix below which at least half of the backbone's names are found, or None."""
     counts = Counter()
     for name in names:
@@ -91,19 +91,21 @@ def _prefix_of(names: Iterable[str], own: dict[str, Tensor]) -> str | None:
     return prefix if 2 * count >= len(own) else None
 
 
-def _group(name: str, prefix: str) -> str:
+def _top_level_key(name: str, prefix: str) -> str:
     inner = prefix if name.startswith(prefix) else ''
     return f'{inner}{name.removeprefix(inner).split(".")[0]}.*'
 
 
-def _hint(backbone: nn.Module, config: dict, tensors: dict[str, Tensor]) -> str:
+def _suggest_fix(backbone: nn.Module, config: dict, tensors: dict[str, Tensor]) -> str:
     """Say what to change so that the file fits the backbone."""
-    own, kind = _stock(backbone), type(backbone).__name__
-    prefix = _prefix_of(tensors, own)
+    own, kind = _stock_tensors(backbone), type(backbone).__name__
+    prefix = _find_prefix(tensors, own)
     if prefix is None:
-        return f'{kind} has {next(iter(own))}, ..., the file {next(iter(tensors), None)}, ...: take a file of this backbone'
+        return (
+            f'{kind} has {next(iter(own))}, ..., the file {next(iter(tensors), None)}, ...: use a checkpoint of this backbone'
+        )
     if prefix != _prefix(config):
-        return f'the tensors of {kind} are there below {prefix!r}: set prefix={prefix or None!r} in its init_cfg'
+        return f'the file has the tensors of {kind} below {prefix!r}: set prefix={prefix or None!r} in its init_cfg'
     name = next(name for name in own if prefix + name in tensors)
     shapes = [tuple(tensor.shape) for tensor in (own[name], tensors[prefix + name])]
-    return f'{name} of {kind} has the shape {shapes[0]}, there {shapes[1]}: take a file of this depth and width'
+    return f'{name} of {kind} has the shape {shapes[0]}, in the file {shapes[1]}: use a checkpoint of this depth and width'

@@ -18,9 +18,9 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mmman.errors import MisuseError
-from mmman.memory.chunks import Losses, with_gradients
-from mmman.memory.detection.anchor_targets import AnchorTargets, check_known
+from mmman.errors import ConfigError
+from mmman.memory.chunks import Losses, attach_grads
+from mmman.memory.detection.anchor_targets import AnchorTargets, check_stock_targets
 from mmman.memory.detection.dense_loss import DenseLocalHead, DenseLoss
 from mmman.memory.detection.focal_loss import focal_loss_without_kernel, summed_focal_loss
 from mmman.memory.detection.losses import BatchLoss, Sizes, SummedAnchorLoss
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 T = TypeVar('T')
 
 
-class Recorder(Protocol):
+class GraphCapturer(Protocol):
     """Captures the device operations between :meth:`begin` and :meth:`end`."""
 
     def begin(self) -> None: ...
@@ -45,72 +45,72 @@ class Recorder(Protocol):
     def cancel(self) -> None:
         """End a capture that failed, if one is in progress."""
 
-    def place_of(self, tensor: Tensor) -> Tensor:
+    def static_view(self, tensor: Tensor) -> Tensor:
         """A view of the memory of a tensor from a capture. It doesn't keep later segments from reusing the memory."""
 
-    def start(self) -> None:
-        """Make the current stream's work so far visible to later calls of :meth:`aside`."""
+    def sync_side_stream(self) -> None:
+        """Make the current stream's work so far visible to later calls of :meth:`on_side_stream`."""
 
-    def aside(self, compute: Callable[[], T]) -> T:
-        """Run ``compute``, which returns tensors, without waiting for segments launched since :meth:`start`."""
+    def on_side_stream(self, compute: Callable[[], T]) -> T:
+        """Run ``compute``, which returns tensors, without waiting for segments launched since :meth:`sync_side_stream`."""
 
     def nbytes(self) -> int:
         """Bytes of device memory that the captures reserve, in use or not."""
 
 
-class CUDARecorder:
+class CUDAGraphCapturer:
     """Captures CUDA graphs that share a memory pool: memory freed by one segment is reused by the next, for any batch shape."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
         self._stream, self._side = torch.cuda.Stream(), torch.cuda.Stream(priority=-1)
-        self._recording: torch.cuda.graph | None = None
+        self._capture: torch.cuda.graph | None = None
 
     def begin(self) -> None:
         # thread_local: other threads, which load data, continue
-        recording = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
-        recording.__enter__()
-        self._recording = recording
+        capture = torch.cuda.graph(torch.cuda.CUDAGraph(), self.pool, self._stream, capture_error_mode='thread_local')
+        capture.__enter__()
+        self._capture = capture
 
     def end(self) -> Callable[[], None]:
-        recording, self._recording = self._recording, None
-        recording.__exit__(None, None, None)
-        return recording.cuda_graph.replay
+        capture, self._capture = self._capture, None
+        capture.__exit__(None, None, None)
+        return capture.cuda_graph.replay
 
     def cancel(self) -> None:
-        if self._recording is not None:
+        if self._capture is not None:
             with suppress(RuntimeError):
-                self._recording.cuda_graph.capture_end()
-            self._recording.stream_ctx.__exit__(None, None, None)
-            self._recording = None
+                self._capture.cuda_graph.capture_end()
+            self._capture.stream_ctx.__exit__(None, None, None)
+            self._capture = None
 
-    def place_of(self, tensor: Tensor) -> Tensor:
-        size = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-        raw = _Raw(tensor.data_ptr(), size * tensor.element_size())
-        return torch.as_tensor(raw, device=tensor.device).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+    def static_view(self, tensor: Tensor) -> Tensor:
+        extent = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+        memory = _RawMemory(tensor.data_ptr(), extent * tensor.element_size())
+        return torch.as_tensor(memory, device=tensor.device).view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
 
-    def start(self) -> None:
+    def sync_side_stream(self) -> None:
         self._side.wait_stream(torch.cuda.current_stream())
 
-    def aside(self, compute: Callable[[], T]) -> T:
+    def on_side_stream(self, compute: Callable[[], T]) -> T:
         with torch.cuda.stream(self._side):
-            made = compute()
-        here = torch.cuda.current_stream()
-        here.wait_stream(self._side)
-        for tensor in tree_leaves(made):
-            tensor.record_stream(here)
-        return made
+            result = compute()
+        current = torch.cuda.current_stream()
+        current.wait_stream(self._side)
+        for tensor in tree_leaves(result):
+            tensor.record_stream(current)
+        return result
 
     def nbytes(self) -> int:
         segments = (one for one in torch.cuda.memory_snapshot() if (*one['segment_pool_id'],) == (*self.pool,))
         return sum(segment['total_size'] for segment in segments)
 
 
-class _Raw:
+class _RawMemory:
     """Bytes on the device, exposed through the CUDA array interface."""
 
-    def __init__(self, pointer: int, size: int) -> None:
-        self.__cuda_array_interface__ = {'shape': (size,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {'shape': (nbytes,), 'typestr': '|u1', 'data': (pointer, False), 'version': 3}
 
 
 class _LossWithoutKernel(SummedAnchorLoss):
@@ -120,11 +120,11 @@ class _LossWithoutKernel(SummedAnchorLoss):
         return focal_loss_without_kernel(self.head.loss_cls, scores, labels, weights, avg_factor=self.avg_factor)
 
 
-class _RecordedLoss(SummedAnchorLoss):
+class _CapturedLoss(SummedAnchorLoss):
     """Losses of a dense head in a capture. Their targets are read from memory that is filled before the segment runs.
 
     Args:
-        head: An anchor-based dense head that :func:`check_known` accepts.
+        head: An anchor-based dense head that :func:`check_stock_targets` accepts.
         sizes: Height and width of its feature maps, by level.
         count: Number of images.
         device: Device of the targets.
@@ -139,7 +139,7 @@ class _RecordedLoss(SummedAnchorLoss):
         shapes = {'labels': shape, 'weights': shape, 'boxes': (*shape, 4), 'box weights': (*shape, 4), 'positive': ()}
         integers = {'labels', 'positive'}
         self.memory = tuple(
-            _unfilled(shape, torch.long if name in integers else torch.float, device) for name, shape in shapes.items()
+            _empty(shape, torch.long if name in integers else torch.float, device) for name, shape in shapes.items()
         )
         *targets, self.avg_factor = self.memory
         self.targets = [[*target.split(levels, dim=1)] for target in targets]
@@ -160,35 +160,35 @@ class _RecordedLoss(SummedAnchorLoss):
 
 
 @dataclass
-class _Part:
+class _Segment:
     """A segment: the operations from one cut of a capture to the next.
 
     Attributes:
         replay: Launches the segment.
         targets: Targets of the dense head whose losses the segment computes; None if it computes none.
-        places: The memory that the segment reads these targets from.
+        target_buffers: The memory that the segment reads these targets from.
         gradients: The memory of the gradients that exist at the segment's end, but not before it.
         block: The block that these gradients belong to; None for the last block, and if there are no gradients.
     """
 
     replay: Callable[[], None]
     targets: AnchorTargets | None
-    places: list[Tensor]
+    target_buffers: list[Tensor]
     gradients: dict[nn.Parameter, Tensor]
     block: int | None
 
-    def run(self, recorder: Recorder, data_samples: list) -> None:
+    def launch(self, capturer: GraphCapturer, data_samples: list) -> None:
         if self.targets is not None:
-            self.targets.write(recorder.aside(partial(self.targets.find, data_samples)), self.places)
+            self.targets.write(capturer.on_side_stream(partial(self.targets.match, data_samples)), self.target_buffers)
         self.replay()
 
 
 @dataclass
-class _Step:
+class _CapturedStep:
     """A captured step: the memory of its inputs, its segments in order, and the memory of its losses."""
 
     inputs: Tensor
-    parts: list[_Part]
+    segments: list[_Segment]
     log: Losses
     losses: Losses
 
@@ -201,37 +201,37 @@ class StepGraphs:
 
     Args:
         model: The detector.
-        size: Images per chunk, as in :class:`DenseLoss`.
+        chunk_size: Images per chunk, as in :class:`DenseLoss`.
         local: The model's local heads.
         backward: Back-propagates the local loss of a block.
-        stepped: Called after a block's backward pass.
-        recorder: Captures the graphs.
+        after_backward: Called after a block's backward pass.
+        capturer: Captures the graphs.
 
     Raises:
-        MisuseError: The targets of a dense head can't be computed in advance.
+        ConfigError: The targets of a dense head can't be computed in advance.
     """
 
     def __init__(
         self,
         model: BaseModel,
-        size: int | None,
+        chunk_size: int | None,
         local: LocalBlocks,
         backward: Callable[[Tensor, int], None],
-        stepped: Callable[[int], None],
-        recorder: Recorder,
+        after_backward: Callable[[int], None],
+        capturer: GraphCapturer,
     ) -> None:
-        self.model, self.recorder = model, recorder
-        self._backward, self._stepped = backward, stepped
-        self._local = local.trained()
-        self._dense = DenseLoss(model, size, lambda loss: loss, self._make_loss)
-        self._cut: Callable[[], None] | None = None  # set during a capture
-        self._asked: tuple[_RecordedLoss, AnchorTargets] | None = None
-        self._steps: dict[tuple, _Step] = {}
+        self.model, self.capturer = model, capturer
+        self._backward, self._after_backward = backward, after_backward
+        self._local = local.trained_heads()
+        self._dense = DenseLoss(model, chunk_size, lambda loss: loss, self._make_loss)
+        self._end_segment: Callable[[], None] | None = None  # set during a capture
+        self._pending_targets: tuple[_CapturedLoss, AnchorTargets] | None = None
+        self._steps: dict[tuple, _CapturedStep] = {}
         self._is_warm = False
         for head in (*(getattr(head, 'dense_head', None) for head in self._local), getattr(model, 'bbox_head', None)):
-            check_known(head, model)
+            check_stock_targets(head, model)
 
-    def in_session(self, session: Session) -> _GraphStrategy:
+    def strategy_for(self, session: Session) -> _GraphStrategy:
         """Return the strategy that computes the losses of a step in a session."""
         return _GraphStrategy(self, session)
 
@@ -241,14 +241,14 @@ class StepGraphs:
     def _make_loss(
         self, owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor
     ) -> BatchLoss:
-        is_summed = self._dense.size is not None
-        if self._cut is None:  # a step without graphs
+        is_summed = self._dense.chunk_size is not None
+        if self._end_segment is None:  # a step without graphs
             samples = data_samples if owner is None else owner.filter_gt(data_samples)
             return (SummedAnchorLoss if is_summed else _LossWithoutKernel)(head, sizes, samples, like)
-        self._cut()  # nothing in the segment that begins here uses the memory of the previous targets
-        loss = _RecordedLoss(head, sizes, len(data_samples), like.device, is_summed)
-        size_range = None if owner is None else owner.gt_size_range
-        self._asked = loss, AnchorTargets(head, sizes, size_range, like.device)
+        self._end_segment()  # nothing in the segment that begins here uses the memory of the previous targets
+        loss = _CapturedLoss(head, sizes, len(data_samples), like.device, is_summed)
+        gt_size_range = None if owner is None else owner.gt_size_range
+        self._pending_targets = loss, AnchorTargets(head, sizes, gt_size_range, like.device)
         return loss
 
     def task_losses(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
@@ -256,102 +256,102 @@ class StepGraphs:
         if not self._is_warm:  # libraries initialise in the first step
             self._is_warm = True
             return self._dense.task_losses(inputs, data_samples)
-        self.recorder.start()
-        key = self._key(inputs)
+        self.capturer.sync_side_stream()
+        key = self._capture_key(inputs)
         if key in self._steps:
             step = self._steps[key]
             step.inputs.copy_(inputs)
-            for part in step.parts:
-                part.run(self.recorder, data_samples)
-                if part.block is not None:
-                    for parameter, gradient in part.gradients.items():
+            for segment in step.segments:
+                segment.launch(self.capturer, data_samples)
+                if segment.block is not None:
+                    for parameter, gradient in segment.gradients.items():
                         parameter.grad = gradient.detach()
-                    self._stepped(part.block)
-            session.passed()
+                    self._after_backward(segment.block)
+            session.mark_all_passed()
         else:
-            step = self._steps[key] = self._record(session, inputs, data_samples)
+            step = self._steps[key] = self._capture_step(session, inputs, data_samples)
         session.log.update(step.log)
-        gradients = step.parts[-1].gradients
-        return with_gradients(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
+        gradients = step.segments[-1].gradients
+        return attach_grads(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
 
-    def _key(self, inputs: Tensor) -> tuple:
+    def _capture_key(self, inputs: Tensor) -> tuple:
         """What a capture is valid for: shape, dtype, training modes and the model's memory. Gradients must not exist yet."""
         found: list[int] = []
         modules = [self.model]
         while modules:  # far faster than nn.Module's iterators, which would leave the GPU idle
             module = modules.pop()
-            modules += filter(_is_there, module._modules.values())
+            modules += filter(_is_not_none, module._modules.values())
             found.append(module.training)
-            for parameter in filter(_is_there, module._parameters.values()):
+            for parameter in filter(_is_not_none, module._parameters.values()):
                 found += parameter.data_ptr(), parameter.requires_grad
                 if parameter.grad is not None:
-                    raise MisuseError(
-                        'cuda_graphs: there are gradients before the step: call zero_grad(set_to_none=True) after each'
+                    raise ConfigError(
+                        'cuda_graphs: gradients exist before the step: call zero_grad(set_to_none=True) after each step'
                     )
-            found += (buffer.data_ptr() for buffer in filter(_is_there, module._buffers.values()))
+            found += (buffer.data_ptr() for buffer in filter(_is_not_none, module._buffers.values()))
         return inputs.shape, inputs.dtype, *found
 
-    def _record(self, session: Session, inputs: Tensor, data_samples: list) -> _Step:
+    def _capture_step(self, session: Session, inputs: Tensor, data_samples: list) -> _CapturedStep:
         """Capture a step, and launch each segment as soon as it is captured."""
-        recorder, place_of = self.recorder, self.recorder.place_of
-        parts: list[_Part] = []
-        known: set[nn.Parameter] = set()
+        capturer, static_view = self.capturer, self.capturer.static_view
+        segments: list[_Segment] = []
+        seen: set[nn.Parameter] = set()
 
         def end(block: int | None = None) -> None:
-            replay = recorder.end()
-            targets, places = None, []
-            if self._asked is not None:
-                (loss, targets), self._asked = self._asked, None
-                places = [place_of(tensor) for tensor in loss.memory]
+            replay = capturer.end()
+            targets, target_buffers = None, []
+            if self._pending_targets is not None:
+                (loss, targets), self._pending_targets = self._pending_targets, None
+                target_buffers = [static_view(tensor) for tensor in loss.memory]
                 del loss.memory
-            new = (p for p in self.model.parameters() if p.grad is not None and p not in known)
-            gradients = {p: place_of(p.grad) for p in new}
-            known.update(gradients)
-            if not parts:
-                place.copy_(inputs)
-                only_shape = inputs.new_empty(()).expand(inputs.shape)  # from here on only the shape is read
-                session.batch = only_shape, data_samples
-            parts.append(_Part(replay, targets, places, gradients, block))
-            parts[-1].run(recorder, data_samples)
+            new = (p for p in self.model.parameters() if p.grad is not None and p not in seen)
+            gradients = {p: static_view(p.grad) for p in new}
+            seen.update(gradients)
+            if not segments:
+                static_inputs.copy_(inputs)
+                shape_only = inputs.new_empty(()).expand(inputs.shape)  # from here on only the shape is read
+                session.batch = shape_only, data_samples
+            segments.append(_Segment(replay, targets, target_buffers, gradients, block))
+            segments[-1].launch(capturer, data_samples)
 
-        def cut() -> None:
+        def end_segment() -> None:
             end()
-            recorder.begin()
+            capturer.begin()
 
         def end_block(loss: Tensor, block: int) -> None:
             self._backward(loss, block)
             end(block)
-            self._stepped(block)
-            recorder.begin()
+            self._after_backward(block)
+            capturer.begin()
 
-        recorder.begin()
-        with self._failing(), ExitStack() as stack:
+        capturer.begin()
+        with self._cancel_on_error(), ExitStack() as stack:
             stack.callback(setattr, session, 'backward', session.backward)
             stack.callback(setattr, self, '_cut', None)
-            session.backward, self._cut = end_block, cut
-            made = [_unfilled(inputs.shape, inputs.dtype, inputs.device)]
-            session.batch, place = (made[0], data_samples), place_of(made[0])
-            loss, log = self.model.parse_losses(self._dense.task_losses(made.pop(), data_samples))
+            session.backward, self._end_segment = end_block, end_segment
+            captured = [_empty(inputs.shape, inputs.dtype, inputs.device)]  # a list, so that the last reference can be popped
+            session.batch, static_inputs = (captured[0], data_samples), static_view(captured[0])
+            loss, log = self.model.parse_losses(self._dense.task_losses(captured.pop(), data_samples))
             with torch.autocast(loss.device.type, enabled=False):
                 loss.backward()
             losses = {name: value.detach() for name, value in log.items() if name != 'loss'}
             del loss, log
             end()
-        for parameter in parts[-1].gradients:
+        for parameter in segments[-1].gradients:
             parameter.grad = None
-        logs = ({name: place_of(value) for name, value in some.items()} for some in (session.log, losses))
-        return _Step(place, parts, *logs)
+        logs = ({name: static_view(value) for name, value in some.items()} for some in (session.log, losses))
+        return _CapturedStep(static_inputs, segments, *logs)
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
+    def _cancel_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            self.recorder.cancel()
-            if isinstance(error, RuntimeError) and not isinstance(error, (MisuseError, torch.OutOfMemoryError)):
-                raise MisuseError(
-                    f'{type(self.model).__name__} has an operator that no CUDA graph can hold, such as one that waits for the '
-                    f'device ({error}): set optim_wrapper.cuda_graphs=False'
+            self.capturer.cancel()
+            if isinstance(error, RuntimeError) and not isinstance(error, (ConfigError, torch.OutOfMemoryError)):
+                raise ConfigError(
+                    f'{type(self.model).__name__} has an operator that a CUDA graph cannot capture, such as one that forces a '
+                    f'device-to-host sync ({error}): set optim_wrapper.cuda_graphs=False'
                 ) from error
             raise
 
@@ -370,11 +370,11 @@ class _GraphStrategy:
         return self.graphs.local_losses(head, y, inputs, data_samples)
 
 
-def _is_there(value: object) -> bool:
+def _is_not_none(value: object) -> bool:
     return value is not None
 
 
-def _unfilled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """Uninitialised memory, without the fill that ``torch.empty`` adds (and a capture includes) in deterministic mode."""
     options, before = torch.utils.deterministic, torch.utils.deterministic.fill_uninitialized_memory
     options.fill_uninitialized_memory = False

@@ -8,7 +8,7 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 
 from mmman.heads.cls import ClsLocalHead
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
 from mmman.partition import Feature
@@ -16,7 +16,7 @@ from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class AugLocalHead(ClsLocalHead):
     """The local head of Ma et al., "Scaling Supervised Local Learning with Augmented Auxiliary Networks" (2024).
 
@@ -33,20 +33,20 @@ class AugLocalHead(ClsLocalHead):
         self, boundary: Boundary, transfer: MomentumTransfer, head: dict, depth: Count = 2, loss_weight: float = 1.0
     ) -> None:
         shapes = [boundary.feature, *boundary.following_features]
-        count = len(boundary.following)
+        count = len(boundary.following_units)
         chosen = sorted({(i + 1) * count // depth - 1 for i in range(depth)} - {-1})
         super().__init__(boundary, transfer, head, shapes[chosen[-1] + 1 if chosen else 0].channels, loss_weight)
         self.adapters, self.units = ModuleList(), ModuleList()
-        seen = boundary.feature
+        feature = boundary.feature
         for i in chosen:
-            self.adapters.append(_Adapter(seen, shapes[i]))
-            unit = copy.deepcopy(boundary.following[i]).requires_grad_(True)
+            self.adapters.append(_Adapter(feature, shapes[i]))
+            unit = copy.deepcopy(boundary.following_units[i]).requires_grad_(True)
             for layer in unit.modules():
                 if hasattr(layer, 'reset_parameters'):
                     layer.reset_parameters()
             self.units.append(unit)
-            seen = shapes[i + 1]
-        self.last = seen
+            feature = shapes[i + 1]
+        self.last_feature = feature
 
     @property
     def unit_copies(self) -> list[nn.Module]:
@@ -56,8 +56,8 @@ class AugLocalHead(ClsLocalHead):
         size = inputs.shape[-2:]
         for adapter, unit in zip(self.adapters, self.units, strict=True):
             y = adapter(y, size)
-            y = unit(y, *self.grid_of(adapter.target, inputs))
-        return self.last.pool(y)
+            y = unit(y, *self.hw_shape_args(adapter.target, inputs))
+        return self.last_feature.pool(y)
 
 
 class _Adapter(nn.Module):

@@ -9,10 +9,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.dry_run import describe_error
 from mmman.heads.layers import INIT, conv_bn_relu, linear_bn_relu
-from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead, drop_keys
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Count, checked
 from mmman.registry import MODELS
@@ -30,7 +30,7 @@ class ClsLocalHead(LocalHead):
         boundary, transfer, loss_weight, init_cfg: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``head`` isn't such a head, or doesn't set ``num_classes``.
+        ConfigError: ``head`` isn't such a head, or doesn't set ``num_classes``.
     """
 
     task = 'classifier'
@@ -47,10 +47,10 @@ class ClsLocalHead(LocalHead):
     ) -> None:
         super().__init__(boundary, transfer, loss_weight, init_cfg)
         self.num_classes = head.get('num_classes')
-        self.head = _classifier(head, in_channels)
+        self.head = _build_classifier(head, in_channels)
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if 'head' not in model:
             return {}
         stock = model['backbone'].get('backbone') or {}  # VGG's classifier is in the backbone
@@ -58,9 +58,9 @@ class ClsLocalHead(LocalHead):
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        head = without(options.get('head'), ('in_channels', 'hidden_dim'))
+        head = drop_keys(options.get('head'), ('in_channels', 'hidden_dim'))
         name = str(head.get('type')).rpartition('.')[-1]
-        return {'head': {**head, 'type': _LINEAR.get(name, name)}}
+        return {'head': {**head, 'type': _LINEAR_HEADS.get(name, name)}}
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Compute features for the classifier.
@@ -79,19 +79,19 @@ class ClsLocalHead(LocalHead):
         return self.head.loss((self.embed(y, inputs),), data_samples)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the model is not a classifier, or has another number of classes."""
+        """Raise :class:`ConfigError` if the model is not a classifier, or has another number of classes."""
         super().check_model(model)
         owners = [getattr(model, name, None) for name in ('head', 'backbone')]
         theirs = next((n for owner in owners if (n := getattr(owner, 'num_classes', None)) and n > 0), None)
         if theirs not in (None, self.num_classes):
-            raise MisuseError(
-                f'the local head has num_classes={self.num_classes}, the model {theirs}: '
+            raise ConfigError(
+                f'the local head has num_classes={self.num_classes}, but the model has {theirs}: '
                 f'set model.backbone.local_head.head.num_classes={theirs} as well'
             )
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class DGLLocalHead(ClsLocalHead):
     """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
 
@@ -128,7 +128,7 @@ class DGLLocalHead(ClsLocalHead):
         return self.fcs(self.convs(y).mean((2, 3)))
 
 
-_LINEAR = {
+_LINEAR_HEADS = {
     'ClsHead': 'LinearClsHead',
     'MultiLabelClsHead': 'MultiLabelLinearClsHead',
     'DeiTClsHead': 'VisionTransformerClsHead',
@@ -136,35 +136,35 @@ _LINEAR = {
 """Heads that only hold a loss, or that take the output of a particular backbone, and the linear heads that replace them."""
 
 
-def _classifier(head: dict, in_channels: int) -> nn.Module:
+def _build_classifier(head: dict, in_channels: int) -> nn.Module:
     config = {name: value for name, value in head.items() if name not in ('in_channels', 'hidden_dim')}
     kind = config['type']
     name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
-    if name in _LINEAR:
-        config['type'] = f'mmpretrain.{_LINEAR[name]}'
+    if name in _LINEAR_HEADS:
+        config['type'] = f'mmpretrain.{_LINEAR_HEADS[name]}'
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
     if cls is None or not {'in_channels', 'num_classes'} <= inspect.signature(cls).parameters.keys():
-        raise MisuseError(
-            f'{name} cannot be a local classification head: it is no linear head with num_classes and in_channels; '
-            f'set local_head.head to another, e.g. {_others(name)}'
+        raise ConfigError(
+            f'{name} cannot be a local classification head: it is not a linear head with num_classes and in_channels; '
+            f'set local_head.head to another, e.g. {_other_heads(name)}'
         )
     if not config.get('num_classes'):
-        raise MisuseError(
-            f'local_head.head of type {name} does not say num_classes: set it, e.g. '
+        raise ConfigError(
+            f'local_head.head of type {name} does not set num_classes: add it, e.g. '
             "head=dict(type='LinearClsHead', num_classes=1000, loss=...)"
         )
     try:
         built = MODELS.build({**config, 'in_channels': in_channels})
         built((next(built.parameters()).new_zeros(2, in_channels),))
     except (AssertionError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-        raise MisuseError(
+        raise ConfigError(
             f'{name} cannot be a local classification head: it does not classify a vector of {in_channels} features '
-            f'({describe_error(error)}); set local_head.head to another, e.g. {_others(name)}'
+            f'({describe_error(error)}); set local_head.head to another, e.g. {_other_heads(name)}'
         ) from error
     return built
 
 
-def _others(name: str) -> str:
+def _other_heads(name: str) -> str:
     heads = ('LinearClsHead', 'MultiLabelLinearClsHead', 'VisionTransformerClsHead')
     return ', '.join(head for head in heads if head != name)

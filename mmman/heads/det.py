@@ -13,33 +13,33 @@ from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.det_config import (
-    UNFIT,
+    UNSUPPORTED_HEADS,
     anchors_by_level,
-    at_levels,
-    coarser,
-    refusal,
-    standing_alone,
-    throw_away,
+    build_temporary,
+    downsample_config,
+    select_levels,
+    unsupported_message,
+    without_other_networks,
 )
-from mmman.heads.dry_run import IMAGES, DryRunError, detection_samples, unreached_parameters
-from mmman.heads.levels import LevelProjection, assign_levels, size_range
-from mmman.local.local_head import GIVEN, Boundary, LocalHead, without
+from mmman.heads.dry_run import BATCH_SIZE, DryRunError, detection_samples, parameters_without_grad
+from mmman.heads.levels import LevelProjection, assign_levels, gt_size_range
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead, drop_keys
 from mmman.local.transfer import MomentumTransfer
-from mmman.memory.detection.anchor_targets import is_known
+from mmman.memory.detection.anchor_targets import has_stock_targets
 from mmman.memory.detection.losses import AnchorLoss, dense_head_losses
 from mmman.options import Count, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class DetLocalHead(LocalHead):
     """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
 
     The head predicts on the levels that :func:`assign_levels` returns. An anchor-based head is trained only on objects whose
-    size the anchors of its levels can match (:func:`size_range`); a point-based head has ``regress_ranges`` for this purpose.
+    size the anchors of its levels can match (:func:`gt_size_range`); a point-based head has ``regress_ranges`` for that.
 
     Args:
         bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
@@ -53,7 +53,7 @@ class DetLocalHead(LocalHead):
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``bbox_head`` isn't a dense head of that kind (the message names it); or both or neither of ``bbox_head``
+        ConfigError: ``bbox_head`` isn't a dense head of that kind (the message names it); or both or neither of ``bbox_head``
             and ``num_classes`` are given.
     """
 
@@ -73,42 +73,42 @@ class DetLocalHead(LocalHead):
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
         if (bbox_head is None) == (num_classes is None):
-            raise MisuseError(
-                'DetLocalHead needs bbox_head=_base_.model.bbox_head, or, in a detector without a dense head, num_classes'
+            raise ConfigError(
+                'DetLocalHead requires bbox_head=_base_.model.bbox_head or, for a detector without a dense head, num_classes'
             )
         if bbox_head is None:
             bbox_head, train_cfg = {**_RETINANET, 'num_classes': num_classes}, train_cfg or _RETINANET_TRAINING
-        config = standing_alone({**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None})
-        whole = throw_away(config)
-        name = type(whole).__name__
-        priors = getattr(whole, 'prior_generator', None)
-        reason = UNFIT.get(name)
-        if priors is None or not isinstance(config.get('in_channels'), int) or not hasattr(whole, 'stacked_convs'):
-            reason = 'it is no single-stage dense head with one in_channels, stacked_convs and a prior generator'
+        config = without_other_networks({**copy.deepcopy(bbox_head), 'train_cfg': train_cfg, 'test_cfg': None})
+        full_head = build_temporary(config)
+        name = type(full_head).__name__
+        prior_generator = getattr(full_head, 'prior_generator', None)
+        reason = UNSUPPORTED_HEADS.get(name)
+        if prior_generator is None or not isinstance(config.get('in_channels'), int) or not hasattr(full_head, 'stacked_convs'):
+            reason = 'it is not a single-stage dense head with one in_channels, stacked_convs and a prior generator'
         if reason:
-            raise MisuseError(refusal(name, reason))
-        strides = [stride[0] for stride in priors.strides]
+            raise ConfigError(unsupported_message(name, reason))
+        strides = [stride[0] for stride in prior_generator.strides]
         levels = assign_levels(boundary.stride, boundary.strides, strides)
         self.downsample = downsample
         self.level_strides = [strides[i] * downsample for i in levels]
         self.gt_size_range = None
-        anchors = anchors_by_level(whole)
+        anchors = anchors_by_level(full_head)
         if anchors is not None:
             sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
-            self.gt_size_range = size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
+            self.gt_size_range = gt_size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
 
         self.projection = LevelProjection(
             boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
         )
-        config = {**coarser(at_levels(config, whole, levels), downsample), 'stacked_convs': stacked_convs}
-        unreached = self._dry_run(config)
+        config = {**downsample_config(select_levels(config, full_head, levels), downsample), 'stacked_convs': stacked_convs}
+        untrained = self._dry_run(config)
         self.bbox_head = MODELS.build(config)
-        for parameter in unreached:
+        for parameter in untrained:
             self.bbox_head.get_parameter(parameter).requires_grad_(False)
-        if unreached:
+        if untrained:
             print_log(
-                f'{name} after {self.unit} has parameters that its own loss does not train; they are frozen: '
-                f'{", ".join(unreached)}',
+                f'{name} after {self.unit} has parameters that its own loss does not train, which are now frozen: '
+                f'{", ".join(untrained)}',
                 logger='current',
             )
 
@@ -116,18 +116,18 @@ class DetLocalHead(LocalHead):
         """Parameters of the dense head that its loss doesn't reach. Rejects a head that can't be built, or whose loss fails."""
         scope = DefaultScope.get_current_instance()
         key = repr((config, self.level_strides, scope and scope.scope_name))
-        if key not in _UNREACHED:
+        if key not in _UNTRAINED:
             try:
-                _UNREACHED[key] = _unreached(config, self.level_strides)
+                _UNTRAINED[key] = _find_untrained(config, self.level_strides)
             except DryRunError as error:
-                reason = f'it fails on feature maps of the strides {self.level_strides} ({error})'
+                reason = f'it fails on feature maps of strides {self.level_strides} ({error})'
                 if config['train_cfg'] is None:
-                    reason += ', perhaps because local_head.train_cfg is not given'
-                raise MisuseError(refusal(config['type'], reason)) from error
-        return _UNREACHED[key]
+                    reason += ', perhaps because local_head.train_cfg is not set'
+                raise ConfigError(unsupported_message(config['type'], reason)) from error
+        return _UNTRAINED[key]
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         if options.get('num_classes') is not None and 'bbox_head' in model:
             return {}  # replaces the model's own dense head
         if isinstance(model.get('bbox_head'), Mapping):
@@ -141,13 +141,13 @@ class DetLocalHead(LocalHead):
         if 'bbox_head' not in options:
             return {}
         sizes = ('in_channels', 'feat_channels', 'stacked_convs')
-        return {'bbox_head': without(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
+        return {'bbox_head': drop_keys(options['bbox_head'], sizes), 'train_cfg': options.get('train_cfg')}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor | list[Tensor]]:
         """The dense head's own losses (``loss_cls``, ``loss_bbox``, ...); arguments as in :meth:`LocalHead.loss`."""
-        return _losses_of(self.bbox_head, self.maps(y, inputs), self.filter_gt(data_samples))
+        return _compute_losses(self.bbox_head, self.feature_maps(y, inputs), self.filter_gt(data_samples))
 
-    def maps(self, y: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+    def feature_maps(self, y: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
         """The dense head's feature maps, (B, C, H, W) by level, from the transfer's output for the block."""
         y = self.as_map(y, inputs)
         if self.downsample > 1:
@@ -155,7 +155,7 @@ class DetLocalHead(LocalHead):
         return self.projection(y)
 
     @property
-    def sees_channel_bias(self) -> bool:
+    def supports_channel_bias(self) -> bool:
         norms = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
         return not any(isinstance(module, norms) for module in self.bbox_head.modules())
 
@@ -182,15 +182,15 @@ class DetLocalHead(LocalHead):
         return views
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the model is not a detector, or its own head has another ``num_classes``."""
+        """Raise :class:`ConfigError` if the model is not a detector, or its own head has another ``num_classes``."""
         super().check_model(model)
         own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
         own = own[0] if isinstance(own, nn.ModuleList) else own
         theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes
         if theirs not in (None, ours):
-            raise MisuseError(
-                f'the local head has num_classes={ours}, the model {theirs}: '
-                f'set num_classes={theirs} in model.backbone.local_head (below bbox_head, where one is given) as well'
+            raise ConfigError(
+                f'the local head has num_classes={ours}, but the model has {theirs}: '
+                f'set num_classes={theirs} in model.backbone.local_head (below bbox_head, if it has one) as well'
             )
 
 
@@ -223,11 +223,11 @@ _RETINANET_TRAINING = {
     'debug': False,
 }
 
-_UNREACHED: dict[str, tuple[str, ...]] = {}
+_UNTRAINED: dict[str, tuple[str, ...]] = {}
 """Results of dry runs by dense-head config and strides. They are the same for every model in a process."""
 
 
-def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
+def _find_untrained(config: dict, strides: list[int]) -> tuple[str, ...]:
     """Parameters of a dense head that get no gradient from its loss.
 
     If the loss fails on small maps (deformable convolutions), larger maps are tried, then larger maps with masks.
@@ -239,23 +239,23 @@ def _unreached(config: dict, strides: list[int]) -> tuple[str, ...]:
     failures = []
     for cells, masks in ((2, False), (4, False), (4, True)):
         try:
-            return unreached_parameters(build, partial(_losses, strides, cells, masks))
+            return parameters_without_grad(build, partial(_dry_run_losses, strides, cells, masks))
         except DryRunError as error:
             failures.append(error)
     raise failures[1]
 
 
-def _losses_of(head: nn.Module, maps: tuple[Tensor, ...], data_samples: list) -> dict[str, Tensor | list[Tensor]]:
-    """``head.loss(maps, data_samples)``, with targets computed for all images in one pass where :func:`is_known` allows it."""
-    if not is_known(head):
-        return head.loss(maps, data_samples)
-    return dense_head_losses(head, maps, lambda sizes, like: AnchorLoss(head, sizes, data_samples, like))
+def _compute_losses(head: nn.Module, feature_maps: tuple[Tensor, ...], data_samples: list) -> dict[str, Tensor | list[Tensor]]:
+    """``head.loss(feature_maps, data_samples)``, with targets of all images in one pass if :func:`has_stock_targets`."""
+    if not has_stock_targets(head):
+        return head.loss(feature_maps, data_samples)
+    return dense_head_losses(head, feature_maps, lambda sizes, like: AnchorLoss(head, sizes, data_samples, like))
 
 
-def _losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
+def _dry_run_losses(strides: list[int], cells: int, masks: bool, head: nn.Module) -> Iterator[dict]:
     """Losses of a dense head on random features, ``cells`` or more along a side: with objects of all sizes, then with none."""
     device = next(head.parameters()).device
     side = max(64, cells * max(strides))
-    for along in (5, 0):
-        maps = tuple(torch.randn(IMAGES, head.in_channels, side // s, side // s, device=device) for s in strides)
-        yield _losses_of(head, maps, detection_samples(side, head.num_classes, device, along, masks))
+    for objects_per_side in (5, 0):
+        feature_maps = tuple(torch.randn(BATCH_SIZE, head.in_channels, side // s, side // s, device=device) for s in strides)
+        yield _compute_losses(head, feature_maps, detection_samples(side, head.num_classes, device, objects_per_side, masks))

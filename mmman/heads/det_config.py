@@ -9,62 +9,62 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.dry_run import describe_error
 from mmman.registry import MODELS
 
-UNFIT = {
+UNSUPPORTED_HEADS = {
     'FSAFHead': "it chooses an object's level by comparing the losses of all levels",
     'RepPointsHead': "its point assigner needs the levels' scales to start at the pyramid's",
 }
 """Dense heads that build and run on a subset of the levels, but train something different there."""
-_INSTEAD = {
-    'LDHead': ('GFLHead', 'without its teacher'),
-    'LADHead': ('PAAHead', 'without its teacher'),
-    'CondInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
-    'BoxInstBboxHead': ('FCOSHead', 'without what it predicts for the mask head'),
+_REPLACEMENTS = {
+    'LDHead': ('GFLHead', 'the same head without its teacher'),
+    'LADHead': ('PAAHead', 'the same head without its teacher'),
+    'CondInstBboxHead': ('FCOSHead', 'the same head without the predictions for the mask head'),
+    'BoxInstBboxHead': ('FCOSHead', 'the same head without the predictions for the mask head'),
 }
 """Heads whose loss involves another network, the head that replaces them without that network, and how the two differ."""
 _LEVEL_COUNTS = ('num_ins',)
 """Options that hold the number of levels."""
-_OF_GENERATORS = {'strides', 'base_sizes', 'centers'}
+_GENERATOR_OPTIONS = {'strides', 'base_sizes', 'centers'}
 """Options of generators that may have one value per level."""
 
 
-def refusal(kind: str | type, reason: str) -> str:
+def unsupported_message(kind: str | type, reason: str) -> str:
     """Error message: why a dense head, named as in a config, can't be a local head, and what to set instead."""
     name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
     others = [head for head in ('RetinaHead', 'FCOSHead', 'ATSSHead', 'GFLHead') if head != name]
     return (
         f'{name} cannot be a local detection head: {reason}; set local_head.bbox_head to another, e.g. {", ".join(others)}, or '
-        "give local_head.num_classes in its place, which chooses RetinaNet's"
+        "set local_head.num_classes instead, which selects RetinaNet's"
     )
 
 
-def standing_alone(config: dict) -> dict:
+def without_other_networks(config: dict) -> dict:
     """Return the config itself or, if the head's loss involves another network, that of the head that does without it."""
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
-    if cls is None or cls.__name__ not in _INSTEAD:
+    if cls is None or cls.__name__ not in _REPLACEMENTS:
         return config
     from mmdet.models import dense_heads
 
-    name, why = _INSTEAD[cls.__name__]
-    options = _options(getattr(dense_heads, name))
-    print_log(f'local head: {name}, which {cls.__name__} is {why}', logger='current')
+    name, why = _REPLACEMENTS[cls.__name__]
+    options = _default_options(getattr(dense_heads, name))
+    print_log(f'Local heads use {name} in place of {cls.__name__}: {why}', logger='current')
     return {**{key: value for key, value in config.items() if key in options}, 'type': f'mmdet.{name}'}
 
 
-def throw_away(config: dict) -> nn.Module:
+def build_temporary(config: dict) -> nn.Module:
     """Build a temporary head on the whole pyramid, on the CPU, so that its values are available even when building on meta."""
     try:
         with torch.device('cpu'):
             return MODELS.build(copy.deepcopy(config))
     except Exception as error:  # a third party's constructor may fail in any way
-        raise MisuseError(refusal(config['type'], f'it cannot be built ({describe_error(error)})')) from error
+        raise ConfigError(unsupported_message(config['type'], f'it cannot be built ({describe_error(error)})')) from error
 
 
-def _options(cls: type) -> dict[str, object]:
+def _default_options(cls: type) -> dict[str, object]:
     """The options of a class by name with their defaults, including those that it passes to base classes."""
     found: dict[str, object] = {}
     for base in cls.__mro__:
@@ -73,20 +73,23 @@ def _options(cls: type) -> dict[str, object]:
     return {name: default for name, default in found.items() if name not in ('self', 'args', 'kwargs')}
 
 
-def anchors_by_level(whole: nn.Module) -> list[Tensor] | None:
+def anchors_by_level(full_head: nn.Module) -> list[Tensor] | None:
     """Base anchors of every level, (A, 4), if objects are assigned to anchors; None if they are assigned to points."""
-    generators = [whole.prior_generator, *(value for name, value in vars(whole).items() if name.endswith('prior_generator'))]
+    generators = [
+        full_head.prior_generator,
+        *(value for name, value in vars(full_head).items() if name.endswith('prior_generator')),
+    ]
     return next((generator.base_anchors for generator in generators if hasattr(generator, 'base_anchors')), None)
 
 
-def at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
+def select_levels(config: dict, full_head: nn.Module, levels: list[int]) -> dict:
     """The dense head's config with every per-level option, set or default, restricted to ``levels``."""
-    count = len(whole.prior_generator.strides)
-    options = _options(type(whole))
-    own = {name: value for name, value in vars(whole).items() if name in options and _is_per_level(value, count)}
+    count = len(full_head.prior_generator.strides)
+    options = _default_options(type(full_head))
+    own = {name: value for name, value in vars(full_head).items() if name in options and _is_per_level(value, count)}
     generators = {name: default for name, default in options.items() if _has_strides(default)}
     config = copy.deepcopy({**own, **generators, **config})
-    parts = [(value, _OF_GENERATORS) for value in config.values() if _has_strides(value)]
+    parts = [(value, _GENERATOR_OPTIONS) for value in config.values() if _has_strides(value)]
     for part, names in ((config, options.keys()), *parts):
         for name in names & part.keys():
             if _is_per_level(part[name], count):
@@ -94,13 +97,13 @@ def at_levels(config: dict, whole: nn.Module, levels: list[int]) -> dict:
     return config | {name: len(levels) for name in _LEVEL_COUNTS if name in options}
 
 
-def coarser(config: dict, factor: int) -> dict:
+def downsample_config(config: dict, factor: int) -> dict:
     """The dense head's config for grids ``factor`` times coarser, with anchors of the same sizes."""
     if factor == 1:
         return config
     generators = [value for value in config.values() if _has_strides(value)]
     for generator in generators:
-        if generator.get('base_sizes') is None and 'base_sizes' in _options(_generator_class(generator)):
+        if generator.get('base_sizes') is None and 'base_sizes' in _default_options(_generator_class(generator)):
             generator['base_sizes'] = [min(_pair(stride)) for stride in generator['strides']]
     for part in (config, *generators):
         if 'strides' in part:

@@ -11,18 +11,18 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.messages import one_line
 
-IMAGES = 2
+BATCH_SIZE = 2
 """Number of images in a batch: one is too few for BatchNorm after global pooling."""
 
 
-class DryRunError(MisuseError):
+class DryRunError(ConfigError):
     """Raised when a head can't be built or its loss fails. The message is the reason, on one line."""
 
 
-def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Module], Iterable[dict]]) -> tuple[str, ...]:
+def parameters_without_grad(build: Callable[[], nn.Module], losses: Callable[[nn.Module], Iterable[dict]]) -> tuple[str, ...]:
     """Run the losses of a head forward and backward, and return the parameters that get no gradient.
 
     A temporary head is built for this on the CPU (on the GPU in a job over NCCL, because losses may be averaged over
@@ -53,8 +53,8 @@ def unreached_parameters(build: Callable[[], nn.Module], losses: Callable[[nn.Mo
 
 def total_loss(losses: dict[str, Tensor | list[Tensor]]) -> Tensor:
     """The sum of the losses among a head's outputs, computed as in a model's ``parse_losses``."""
-    chosen = [value for name, value in losses.items() if 'loss' in name]
-    return sum(part.mean() for value in chosen for part in (value if isinstance(value, (list, tuple)) else [value]))
+    summed = [value for name, value in losses.items() if 'loss' in name]
+    return sum(part.mean() for value in summed for part in (value if isinstance(value, (list, tuple)) else [value]))
 
 
 def describe_error(error: BaseException) -> str:
@@ -62,44 +62,46 @@ def describe_error(error: BaseException) -> str:
     return one_line(f'{type(error).__name__}: {error}', 240)
 
 
-def detection_samples(side: int, classes: int, device: torch.device | str = 'cpu', along: int = 5, masks: bool = False) -> list:
-    """Create data samples of :data:`IMAGES` square images with objects of all sizes.
+def detection_samples(
+    side: int, classes: int, device: torch.device | str = 'cpu', objects_per_side: int = 5, masks: bool = False
+) -> list:
+    """Create data samples of :data:`BATCH_SIZE` square images with objects of all sizes.
 
     Args:
         side: Height and width of the images, in pixels.
         classes: Number of classes.
         device: Device of the tensors.
-        along: Maximum number of objects of one size along a side, without overlap; 0: no objects.
+        objects_per_side: Maximum number of objects of one size along a side, without overlap; 0: no objects.
         masks: Whether the objects have masks, as in data for instance segmentation.
     """
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512) if size <= side]
-    boxes = torch.cat([_grid(size, side, along) for size in sizes])
+    boxes = torch.cat([_grid_boxes(size, side, objects_per_side) for size in sizes])
     samples = []
-    for i in range(IMAGES):
+    for i in range(BATCH_SIZE):
         shape = (side, side)
         meta = {'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape, 'batch_input_shape': shape, 'img_id': i}
         sample = DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0), 'flip': False})
         labels = torch.arange(len(boxes)) % classes
         sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
         if masks:
-            sample.gt_instances.masks = BitmapMasks(_inside(boxes, side).numpy().astype('uint8'), side, side)
+            sample.gt_instances.masks = BitmapMasks(_box_masks(boxes, side).numpy().astype('uint8'), side, side)
         sample.ignored_instances = InstanceData(bboxes=boxes[:0].to(device), labels=labels[:0].to(device))
         sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, side, side)).to(device))
         samples.append(sample)
     return samples
 
 
-def _grid(size: int, side: int, along: int) -> Tensor:
+def _grid_boxes(size: int, side: int, objects_per_side: int) -> Tensor:
     """Boxes of one size, (N, 4), in rows and columns without overlap."""
-    places = torch.linspace(0, side - size, min(along, max(1, side // size)))
-    corners = torch.cartesian_prod(places, places)
+    positions = torch.linspace(0, side - size, min(objects_per_side, max(1, side // size)))
+    corners = torch.cartesian_prod(positions, positions)
     return torch.cat([corners, corners + size], 1)
 
 
-def _inside(boxes: Tensor, side: int) -> Tensor:
+def _box_masks(boxes: Tensor, side: int) -> Tensor:
     """Mask of each box in a square image, (N, side, side)."""
     centres = torch.arange(side) + 0.5
     across, down = ((centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None]) for i in (0, 1))

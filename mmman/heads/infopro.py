@@ -9,18 +9,18 @@ import torch.nn.functional as F
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
 from mmman.heads.layers import conv_bn_relu
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, Positive, checked
 from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class InfoProLocalHead(ClsLocalHead):
     """The local head of information propagation (Wang et al., "Revisiting Locally Supervised Learning", 2021).
 
@@ -72,10 +72,12 @@ class InfoProLocalHead(ClsLocalHead):
             self.fc = nn.Identity()
         self.decoder = ReconstructionDecoder(channels, boundary.stride, not is_small, boundary.image_channels)
         self.target = ReconstructionTarget(pixel_range, boundary.image_channels)
-        self.lambda_rec = boundary.at_block(lambda_rec)
-        self.lambda_task = boundary.at_block(lambda_task)
+        self.lambda_rec = boundary.interpolate(lambda_rec)
+        self.lambda_task = boundary.interpolate(lambda_task)
         if not (self.lambda_rec or self.lambda_task):
-            print_log(f'lambda_rec and lambda_task are 0 at block {self.block}: no loss trains it', logger='current', level=30)
+            print_log(
+                f'lambda_rec and lambda_task are 0 at block {self.block}, so no loss trains it', logger='current', level=30
+            )
         self.temperature = temperature
         self.contrast = None
         if contrast:
@@ -100,7 +102,7 @@ class InfoProLocalHead(ClsLocalHead):
         }
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the classes differ, or the images can't be restored."""
+        """Raise :class:`ConfigError` if the classes differ, or the images can't be restored."""
         super().check_model(model)
         self.target.check_model(model)
 
@@ -129,8 +131,8 @@ def supervised_contrast(features: Tensor, labels: Tensor, temperature: float) ->
 def _hard_labels(data_samples: list) -> Tensor:
     labels = [] if 'gt_score' in data_samples[0] else [sample.gt_label for sample in data_samples]
     if not labels or any(len(label) != 1 for label in labels):
-        raise MisuseError(
-            'supervised contrast needs one label an image: drop the batch augmentation (Mixup, CutMix), or, where images have '
-            'several labels, set contrast=False'
+        raise ConfigError(
+            'supervised contrast requires one label per image: remove the batch augmentation (Mixup, CutMix), or, if images '
+            'have several labels, set contrast=False'
         )
     return torch.cat(labels)

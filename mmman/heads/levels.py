@@ -33,7 +33,7 @@ def assign_levels(stride: int, strides: Sequence[int], level_strides: Sequence[i
     return [next((i for i, level in enumerate(level_strides) if level >= stride), len(level_strides) - 1)]
 
 
-def size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def gt_size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """The object sizes (square root of the area, pixels) that anchors of ``levels`` can match in the full pyramid.
 
     An anchor and an object with the same centre and shape have an IoU of at least 0.5 if their sizes differ by at most a factor

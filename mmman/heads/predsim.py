@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmman.heads.cls import ClsLocalHead
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import Range, checked
 from mmman.registry import MODELS
@@ -20,7 +20,7 @@ MAX_FEATURES = 2048
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class PredSimLocalHead(ClsLocalHead):
     """The ``predsim`` head of Nokland and Eidnes, "Training Neural Networks with Local Error Signals" (2019).
 
@@ -33,7 +33,7 @@ class PredSimLocalHead(ClsLocalHead):
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
-    sees_channel_bias = True
+    supports_channel_bias = True
 
     def __init__(
         self,

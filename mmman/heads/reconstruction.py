@@ -9,16 +9,16 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.layers import conv_bn_relu
 
-CHECKED_SIDE = 64
+CHECKED_PIXELS_PER_SIDE = 64
 """Approximate number of rows and of columns of every image that the pixel check reads."""
 
-MOST_OUTSIDE = 0.25
+MAX_OUTSIDE = 0.25
 """Maximum share of a channel's pixels outside the range: floating-point augmentations may overshoot."""
 
-LEAST_SPREAD = 0.02
+MIN_SPREAD = 0.02
 """Minimum share of the range that the values of a channel must span."""
 
 ROUNDING = 1e-3
@@ -76,16 +76,16 @@ class ReconstructionTarget:
         channels: Channels of the images.
 
     Raises:
-        MisuseError: The range is empty.
+        ConfigError: The range is empty.
     """
 
     def __init__(self, pixel_range: tuple[float, float], channels: int) -> None:
         self.low, self.high = pixel_range
         self.channels = channels
         if not self.high > self.low:
-            raise MisuseError(
-                f'local_head.pixel_range={tuple(pixel_range)}: the highest value of a pixel, the second, must be above the '
-                'lowest; (0, 255) for 8-bit images'
+            raise ConfigError(
+                f'local_head.pixel_range={tuple(pixel_range)}: expected (lowest, highest) with lowest < highest, e.g. (0, 255) '
+                'for 8-bit images'
             )
         self.is_checked = False
 
@@ -99,56 +99,56 @@ class ReconstructionTarget:
             Shaped as ``inputs``, in [0, 1].
 
         Raises:
-            MisuseError: Pixels of the first batch are outside the range, or span almost none of it.
+            ConfigError: Pixels of the first batch are outside the range, or span almost none of it.
         """
-        images = pixels(inputs, data_preprocessor, (self.low, self.high))
+        images = restore_pixels(inputs, data_preprocessor, (self.low, self.high))
         if not self.is_checked:
-            self._check(images)
+            self._check_pixel_range(images)
         return images.clamp_(0, 1)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the images can't be restored from the model's inputs."""
+        """Raise :class:`ConfigError` if the images can't be restored from the model's inputs."""
         preprocessor = getattr(model, 'data_preprocessor', None)
         name = type(preprocessor).__name__
         if not hasattr(preprocessor, '_enable_normalize'):
-            raise MisuseError(
-                f'{name} does not tell how it normalises images (mean, std), so a local head cannot reconstruct them: use the '
-                'data preprocessor of mmdet, mmseg or mmpretrain, or a head without reconstruction'
+            raise ConfigError(
+                f'{name} does not expose how it normalises images (mean, std), so a local head cannot reconstruct them: use '
+                'the data preprocessor of mmdet, mmseg or mmpretrain, or a head without reconstruction'
             )
         if not preprocessor._enable_normalize:
             return
         counts = preprocessor.mean.numel(), preprocessor.std.numel()
         if not {*counts} <= {1, self.channels}:
-            raise MisuseError(
+            raise ConfigError(
                 f'data_preprocessor.mean has {counts[0]} values and std {counts[1]}, but the backbone takes images of '
-                f'{self.channels} channels: give one value a channel, or one for all'
+                f'{self.channels} channels: set one value per channel, or one for all'
             )
         if not preprocessor.std.is_meta and not preprocessor.std.all():
-            raise MisuseError('data_preprocessor.std has a zero, and nothing can be divided by it: set a positive value')
+            raise ConfigError('data_preprocessor.std contains a zero, so images cannot be divided by it: set positive values')
 
-    def _check(self, images: Tensor) -> None:
+    def _check_pixel_range(self, images: Tensor) -> None:
         """Check a sample of the pixels of every image, by channel. A channel with a single value is skipped."""
-        rows, columns = (max(1, side // CHECKED_SIDE) for side in images.shape[-2:])
-        seen = images.detach()[..., ::rows, ::columns].transpose(0, 1).flatten(1)  # (channels, pixels)
-        is_blank = seen.amin(1) == seen.amax(1)
-        outside = ((seen < -ROUNDING) | (seen > 1 + ROUNDING)).float().mean(1)
-        inside = seen.clamp(0, 1)
-        is_wrong = ~is_blank & ((outside > MOST_OUTSIDE) | (inside.amax(1) - inside.amin(1) < LEAST_SPREAD))
+        rows, columns = (max(1, side // CHECKED_PIXELS_PER_SIDE) for side in images.shape[-2:])
+        samples = images.detach()[..., ::rows, ::columns].transpose(0, 1).flatten(1)  # (channels, pixels)
+        is_blank = samples.amin(1) == samples.amax(1)
+        outside = ((samples < -ROUNDING) | (samples > 1 + ROUNDING)).float().mean(1)
+        inside = samples.clamp(0, 1)
+        is_wrong = ~is_blank & ((outside > MAX_OUTSIDE) | (inside.amax(1) - inside.amin(1) < MIN_SPREAD))
         if (~is_wrong).all():
             self.is_checked = bool((~is_blank).any())
             return
         bad = int(is_wrong.nonzero()[0, 0])
         span = self.high - self.low
-        low, high = (float(value) * span + self.low for value in (seen[bad].min(), seen[bad].max()))
-        raise MisuseError(
+        low, high = (float(value) * span + self.low for value in (samples[bad].min(), samples[bad].max()))
+        raise ConfigError(
             f'local_head.pixel_range=({self.low:g}, {self.high:g}) does not fit the images: channel {bad} of the first batch '
-            f'has values from {low:.4g} to {high:.4g}, which leaves next to nothing to reconstruct. Set it to the lowest and '
-            'the highest value in the images that the data preprocessor gets, e.g. (0, 255) for 8 bits, (0, 65535) for 16 '
-            'bits, (0, 1) for fractions, and bring channels of different ranges to one in the data pipeline'
+            f'has values from {low:.4g} to {high:.4g}, so the reconstruction target is almost constant. Set it to the lowest '
+            'and the highest value in the images that the data preprocessor receives, e.g. (0, 255) for 8 bits, (0, 65535) for '
+            '16 bits, (0, 1) for fractions, and scale channels of different ranges to one range in the data pipeline'
         )
 
 
-def pixels(inputs: Tensor, data_preprocessor: nn.Module, pixel_range: tuple[float, float] = (0, 255)) -> Tensor:
+def restore_pixels(inputs: Tensor, data_preprocessor: nn.Module, pixel_range: tuple[float, float] = (0, 255)) -> Tensor:
     """Restore the images before the data preprocessor, with ``pixel_range`` mapped to [0, 1] and no clamping.
 
     Args:
@@ -180,8 +180,8 @@ def reconstruction_loss(logits: Tensor, images: Tensor, data_samples: list) -> T
     if all(size == whole for size in sizes):
         return F.binary_cross_entropy_with_logits(logits.float(), images)
     rows, columns = (
-        torch.arange(most, device=images.device) < torch.tensor(valid, device=images.device)[:, None]
-        for most, valid in zip(whole, zip(*sizes, strict=True), strict=True)
+        torch.arange(size, device=images.device) < torch.tensor(valid, device=images.device)[:, None]
+        for size, valid in zip(whole, zip(*sizes, strict=True), strict=True)
     )
     mask = (rows[:, None, :, None] & columns[:, None, None, :]).to(images.dtype)
     total = F.binary_cross_entropy_with_logits(logits.float(), images, mask, reduction='sum')

@@ -13,17 +13,17 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
-from mmman.heads.dry_run import IMAGES, DryRunError, describe_error, unreached_parameters
+from mmman.errors import ConfigError
+from mmman.heads.dry_run import BATCH_SIZE, DryRunError, describe_error, parameters_without_grad
 from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss
-from mmman.local.local_head import GIVEN, Boundary, LocalHead
+from mmman.local.local_head import INJECTED_ARGS, Boundary, LocalHead
 from mmman.local.transfer import MomentumTransfer
 from mmman.options import NonNegative, checked
 from mmman.registry import MODELS
 
-SHARED = ('num_classes', 'ignore_index', 'align_corners')
+SHARED_OPTIONS = ('num_classes', 'ignore_index', 'align_corners')
 """Options that a local head takes from the model's own decode head, whatever its kind."""
-OF_PIXELS = ('out_channels', 'threshold', 'sampler', 'loss_decode', 'norm_cfg')
+PIXEL_OPTIONS = ('out_channels', 'threshold', 'sampler', 'loss_decode', 'norm_cfg')
 """Further options, only from a head that classifies pixels. They mean other things in one that predicts masks (Mask2Former)."""
 
 FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input': False}
@@ -31,7 +31,7 @@ FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input':
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class SegLocalHead(LocalHead):
     """Transfer, then a decode head and, as an option, a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
 
@@ -52,7 +52,7 @@ class SegLocalHead(LocalHead):
         boundary, transfer, loss_weight: See :class:`LocalHead`.
 
     Raises:
-        MisuseError: ``decode_head`` doesn't set ``num_classes``; or ``network``, which the message names, needs several feature
+        ConfigError: ``decode_head`` doesn't set ``num_classes``; or ``network``, which the message names, needs several feature
             levels or another head's prediction, or its losses fail in a dry run.
     """
 
@@ -70,19 +70,24 @@ class SegLocalHead(LocalHead):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
-        config = {**_shared(decode_head), **copy.deepcopy(network or FCN), 'in_channels': boundary.channels, 'in_index': 0}
-        self.decode_head = _single_level(config, is_default=network is None)
-        unreached = _dry_run(config, is_default=network is None)
-        for parameter in unreached:
+        config = {
+            **_shared_options(decode_head),
+            **copy.deepcopy(network or FCN),
+            'in_channels': boundary.channels,
+            'in_index': 0,
+        }
+        self.decode_head = _build_single_level_head(config, is_default=network is None)
+        untrained = _find_untrained(config, is_default=network is None)
+        for parameter in untrained:
             self.decode_head.get_parameter(parameter).requires_grad_(False)
-        if unreached:
+        if untrained:
             print_log(
-                f'{type(self.decode_head).__name__} after {self.unit} has parameters that its own loss does not train; they '
-                f'are frozen: {", ".join(unreached)}',
+                f'{type(self.decode_head).__name__} after {self.unit} has parameters that its own loss does not train, '
+                f'which are now frozen: {", ".join(untrained)}',
                 logger='current',
             )
-        self.lambda_task = boundary.at_block(lambda_task)
-        self.lambda_rec = boundary.at_block(lambda_rec)
+        self.lambda_task = boundary.interpolate(lambda_task)
+        self.lambda_rec = boundary.interpolate(lambda_rec)
         self.decoder, self.target = None, None
         if self.lambda_rec:
             self.decoder = ReconstructionDecoder(boundary.channels, boundary.stride, True, boundary.image_channels)
@@ -90,14 +95,14 @@ class SegLocalHead(LocalHead):
         self.uses_images = self.decoder is not None
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         return {'decode_head': model['decode_head']} if 'decode_head' in model else {}
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
         head = options.get('decode_head') or {}
         own = head if isinstance(head, Mapping) else head[-1]
-        return {'decode_head': {name: own[name] for name in SHARED + OF_PIXELS if name in own}}
+        return {'decode_head': {name: own[name] for name in SHARED_OPTIONS + PIXEL_OPTIONS if name in own}}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""
@@ -111,29 +116,29 @@ class SegLocalHead(LocalHead):
         return losses
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if the task or the classes differ, or the images can't be restored."""
+        """Raise :class:`ConfigError` if the task or the classes differ, or the images can't be restored."""
         super().check_model(model)
         theirs = getattr(model, 'num_classes', None)
         if theirs not in (None, self.decode_head.num_classes):
-            raise MisuseError(
-                f'the local head has num_classes={self.decode_head.num_classes}, the model {theirs}: '
+            raise ConfigError(
+                f'the local head has num_classes={self.decode_head.num_classes}, but the model has {theirs}: '
                 f'set model.backbone.local_head.decode_head.num_classes={theirs} as well'
             )
         if self.target is not None:
             self.target.check_model(model)
 
 
-def _shared(decode_head: dict | list) -> dict:
+def _shared_options(decode_head: dict | list) -> dict:
     """Options of the model's own head on classes, labels and losses; of a cascade its last head, of K-Net its first."""
     own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
     own = own if 'num_classes' in own else own.get('kernel_generate_head', own)
     if 'num_classes' not in own:
-        raise MisuseError(
-            f'the decode head {_name(own)} does not say num_classes, which the local head needs: set '
-            'model.backbone.local_head.decode_head=dict(num_classes=...), with ignore_index, align_corners and loss_decode '
-            'where they are not the defaults'
+        raise ConfigError(
+            f'the decode head {_name(own)} does not set num_classes, which the local head requires: set '
+            'model.backbone.local_head.decode_head=dict(num_classes=...), and ignore_index, align_corners and loss_decode '
+            'if they differ from the defaults'
         )
-    names = SHARED + (OF_PIXELS if _classifies_pixels(own) else ())
+    names = SHARED_OPTIONS + (PIXEL_OPTIONS if _classifies_pixels(own) else ())
     return {name: copy.deepcopy(own[name]) for name in names if name in own}
 
 
@@ -152,7 +157,7 @@ def _name(decode_head: dict) -> str:
     return kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
 
 
-def _single_level(config: dict, is_default: bool) -> nn.Module:
+def _build_single_level_head(config: dict, is_default: bool) -> nn.Module:
     from mmseg.models.decode_heads.cascade_decode_head import BaseCascadeDecodeHead
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 
@@ -163,33 +168,33 @@ def _single_level(config: dict, is_default: bool) -> nn.Module:
         reason = f'it cannot be built for one feature map ({describe_error(error)})'
     else:
         if not isinstance(head, BaseDecodeHead) or isinstance(head, BaseCascadeDecodeHead):
-            reason = 'it is no decode head that predicts from features alone'
+            reason = 'it is not a decode head that predicts from features alone'
         elif head.input_transform is not None:
-            reason = 'it takes several feature levels'
+            reason = 'it requires several feature levels'
         elif getattr(head, 'c1_bottleneck', None) is not None:
-            reason = 'it takes low-level features: set c1_in_channels=0, c1_channels=0'
+            reason = 'it requires low-level features: set c1_in_channels=0, c1_channels=0'
     if reason:
-        raise MisuseError(_refusal(config, reason, is_default))
+        raise ConfigError(_unsupported_message(config, reason, is_default))
     return head
 
 
-def _dry_run(config: dict, is_default: bool) -> tuple[str, ...]:
+def _find_untrained(config: dict, is_default: bool) -> tuple[str, ...]:
     """Parameters that the decode head's losses don't train. Rejects a head whose losses fail."""
     scope = DefaultScope.get_current_instance()
     key = repr((config, scope and scope.scope_name))
-    if key not in _UNREACHED:
+    if key not in _UNTRAINED:
         try:
-            _UNREACHED[key] = unreached_parameters(partial(MODELS.build, copy.deepcopy(config)), _losses)
+            _UNTRAINED[key] = parameters_without_grad(partial(MODELS.build, copy.deepcopy(config)), _dry_run_losses)
         except DryRunError as error:
-            raise MisuseError(_refusal(config, f'it fails on one feature map ({error})', is_default)) from error
-    return _UNREACHED[key]
+            raise ConfigError(_unsupported_message(config, f'it fails on one feature map ({error})', is_default)) from error
+    return _UNTRAINED[key]
 
 
-def _refusal(config: dict, reason: str, is_default: bool) -> str:
+def _unsupported_message(config: dict, reason: str, is_default: bool) -> str:
     name = _name(config)
     if is_default:
         advice = (
-            "what it takes from the model's head does not fit it: set local_head.decode_head=dict(num_classes=..., "
+            "it does not support the options of the model's head: set local_head.decode_head=dict(num_classes=..., "
             'loss_decode=...), or local_head.network'
         )
     else:
@@ -198,15 +203,15 @@ def _refusal(config: dict, reason: str, is_default: bool) -> str:
     return f'{name} cannot be a local segmentation head: {reason}; {advice}'
 
 
-_UNREACHED: dict[str, tuple[str, ...]] = {}
+_UNTRAINED: dict[str, tuple[str, ...]] = {}
 """Results of dry runs by decode-head config. They are the same for every model in a process."""
 
 
-def _losses(head: nn.Module) -> Iterator[dict]:
+def _dry_run_losses(head: nn.Module) -> Iterator[dict]:
     """Losses of a decode head on a random map, with random labels."""
     from mmseg.structures import SegDataSample
 
     device = head.conv_seg.weight.device
-    labels = torch.randint(head.num_classes, (IMAGES, 1, 64, 64), device=device)
+    labels = torch.randint(head.num_classes, (BATCH_SIZE, 1, 64, 64), device=device)
     samples = [SegDataSample(gt_sem_seg=PixelData(data=label)) for label in labels]
-    yield head.loss((torch.randn(IMAGES, head.in_channels, 16, 16, device=device),), samples, {})
+    yield head.loss((torch.randn(BATCH_SIZE, head.in_channels, 16, 16, device=device),), samples, {})

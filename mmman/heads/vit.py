@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from mmengine.model import ModuleList
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.cls import ClsLocalHead
-from mmman.local.local_head import GIVEN, Boundary
+from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.memory.recompute import Recomputed
 from mmman.options import Range, checked
@@ -21,13 +21,13 @@ from mmman.registry import MODELS
 
 
 @MODELS.register_module()
-@checked('model.backbone.local_head', given=GIVEN)
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class ViTLocalHead(ClsLocalHead):
     """Transfer, one more learnable layer, LayerNorm, class token, linear classifier (MAN++ on ViT).
 
     The layer is built like the backbone's unit that follows the head's input; if none follows, there is no such layer. Without
     a class token (Swin, ``with_cls_token=False``) the mean of the patch tokens is classified. If the class token is classified,
-    the last layer computes only that token (:func:`class_token`).
+    the last layer computes only that token (:func:`forward_class_token`).
 
     Args:
         layers: Number of further learnable layers after the transfer. 0 needs the least memory and time; not in the paper.
@@ -35,10 +35,10 @@ class ViTLocalHead(ClsLocalHead):
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
 
     Raises:
-        MisuseError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
+        ConfigError: The backbone has maps instead of tokens, or has no class token for ``pool='cls_token'``.
     """
 
-    sees_channel_bias = True
+    supports_channel_bias = True
 
     def __init__(
         self,
@@ -51,12 +51,12 @@ class ViTLocalHead(ClsLocalHead):
     ) -> None:
         extra = boundary.feature.extra_tokens
         if extra is None:
-            raise MisuseError(
-                'ViTLocalHead is for transformers; for a convolutional backbone set local_head.type to DGLLocalHead or another'
+            raise ConfigError(
+                'ViTLocalHead requires a transformer; for a convolutional backbone set local_head.type, e.g. to DGLLocalHead'
             )
         if pool == 'cls_token' and not extra:
-            raise MisuseError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
-        following = [*zip(boundary.following, boundary.following_features, strict=True)][:layers]
+            raise ConfigError("model.backbone.local_head.pool='cls_token': the backbone has no class token; choose 'mean'")
+        following = [*zip(boundary.following_units, boundary.following_features, strict=True)][:layers]
         feature = following[-1][1] if following else boundary.feature
         super().__init__(boundary, transfer, head, feature.channels, loss_weight, init_cfg=None)
         self.pool = pool or ('cls_token' if extra else 'mean')
@@ -67,21 +67,21 @@ class ViTLocalHead(ClsLocalHead):
     def unit_copies(self) -> list[nn.Module]:
         return [*super().unit_copies, self.layers]
 
-    def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
-            return self.transfer(x, run=class_token)
-        return super().transferred(x, inputs)
+            return self.transfer(x, run_copy=forward_class_token)
+        return super().apply_transfer(x, inputs)
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
-        grid = self.grid_of(self.feature, inputs)
+        hw_shape = self.hw_shape_args(self.feature, inputs)
         for i, layer in enumerate(self.layers, start=1):
             is_read = self.pool == 'cls_token' and i == len(self.layers)
-            y = class_token(layer, y) if is_read else layer(y, *grid)
+            y = forward_class_token(layer, y) if is_read else layer(y, *hw_shape)
         y = self.norm(y)
         return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
 
 
-def class_token(layer: nn.Module, x: Tensor) -> Tensor:
+def forward_class_token(layer: nn.Module, x: Tensor) -> Tensor:
     """Compute a transformer layer's output for the first token only: attention is computed for this token's query only.
 
     The result equals ``layer(x)[:, :1]`` up to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer
@@ -94,24 +94,24 @@ def class_token(layer: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (B, 1, C).
     """
-    if not _is_plain(layer):
+    if not _is_stock_layer(layer):
         return layer(x)[:, :1]
-    own, first = vars(layer).get('forward'), partial(_first_token, layer)
+    own, first = vars(layer).get('forward'), partial(_forward_first_token, layer)
     return own.run(first, x) if isinstance(own, Recomputed) else first(x)
 
 
-def _is_plain(layer: nn.Module) -> bool:
+def _is_stock_layer(layer: nn.Module) -> bool:
     from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 
     return type(layer).forward is TransformerEncoderLayer.forward
 
 
-def _first_token(layer: nn.Module, x: Tensor) -> Tensor:
-    x = x[:, :1] + _first_attends(layer.attn, layer.ln1(x))
+def _forward_first_token(layer: nn.Module, x: Tensor) -> Tensor:
+    x = x[:, :1] + _attend_first_token(layer.attn, layer.ln1(x))
     return layer.ffn(layer.ln2(x), identity=x)
 
 
-def _first_attends(attn: nn.Module, x: Tensor) -> Tensor:
+def _attend_first_token(attn: nn.Module, x: Tensor) -> Tensor:
     """``attn(x)[:, :1]`` of mmpretrain's ``MultiheadAttention``, without computing keys and values of all tokens.
 
     With a single query q, a head's scores q·(W_k x + b_k) are (W_kᵀ q)·x plus a constant that softmax cancels. Its output Σ a
@@ -128,14 +128,14 @@ def _first_attends(attn: nn.Module, x: Tensor) -> Tensor:
 
     if type(attn).forward is not MultiheadAttention.forward or attn.v_shortcut or type(attn.qkv) is not nn.Linear:
         return attn(x)[:, :1]
-    by_head = (attn.num_heads, attn.head_dims)
-    of_query, of_keys, of_values = attn.qkv.weight.chunk(3)
-    to_query, _, to_values = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-    query = F.linear(x[:, 0], of_query, to_query).unflatten(-1, by_head)
-    asked = torch.einsum('bhd,hdc->bhc', query, of_keys.unflatten(0, by_head))
-    scores = asked @ x.transpose(1, 2) * attn.head_dims**-0.5
-    shares = F.dropout(scores.softmax(-1), attn.attn_drop, attn.training)
-    answer = torch.einsum('bhc,hdc->bhd', shares @ x, of_values.unflatten(0, by_head))
-    if to_values is not None:
-        answer = answer + shares.sum(-1, keepdim=True) * to_values.unflatten(0, by_head)
-    return attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(answer.flatten(1)[:, None]))))
+    head_shape = (attn.num_heads, attn.head_dims)
+    query_weight, key_weight, value_weight = attn.qkv.weight.chunk(3)
+    query_bias, _, value_bias = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    query = F.linear(x[:, 0], query_weight, query_bias).unflatten(-1, head_shape)
+    projected_query = torch.einsum('bhd,hdc->bhc', query, key_weight.unflatten(0, head_shape))
+    scores = projected_query @ x.transpose(1, 2) * attn.head_dims**-0.5
+    attention = F.dropout(scores.softmax(-1), attn.attn_drop, attn.training)
+    output = torch.einsum('bhc,hdc->bhd', attention @ x, value_weight.unflatten(0, head_shape))
+    if value_bias is not None:
+        output = output + attention.sum(-1, keepdim=True) * value_bias.unflatten(0, head_shape)
+    return attn.out_drop(attn.gamma1(attn.proj_drop(attn.proj(output.flatten(1)[:, None]))))

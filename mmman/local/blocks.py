@@ -10,7 +10,7 @@ from mmengine.model import BaseModule, ModuleDict
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.local_head import LocalHead
 from mmman.local.session import Session
 from mmman.partition import Chain, Plan
@@ -32,15 +32,15 @@ class LocalBlocks(ModuleDict):
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
         self.session: Session | None = None
-        self.only: int | None = None  # in a pipeline stage: the index, from 0, of the only head trained here
-        self.tapped = tuple(dict.fromkeys(chain.units[tap] for tap in chain.taps))
-        self.unfilled: list[str] | None = None  # stock tensors missing from the pretrained weights, once loaded
+        self.trained_index: int | None = None  # in a pipeline stage: the index, from 0, of the only head trained here
+        self.output_units = tuple(dict.fromkeys(chain.units[tap] for tap in chain.out_units))
+        self.missing_pretrained: list[str] | None = None  # stock tensors missing from the pretrained weights, once loaded
         self._init_info: dict | None = None  # mmengine's, while the model initialises its weights
-        self._initial: dict[str, Tensor] = {}  # the heads' initial values, until the model is done
-        self._loaded: set[str] = set()  # the heads that a state dict loaded completely
+        self._initial_values: dict[str, Tensor] = {}  # the heads' initial values, until the model is done
+        self._loaded_heads: set[str] = set()  # the heads that a state dict loaded completely
         last = {unit.name for unit in plan.blocks[-1]}
-        inner = {i for i, tap in enumerate(chain.taps) if chain.units[tap].name not in last}
-        self._plain_inner_taps = inner - chain.norms.keys()
+        inner = {i for i, tap in enumerate(chain.out_units) if chain.units[tap].name not in last}
+        self._detached_outputs = inner - chain.norms.keys()
         self.inner_norms = tuple(dict.fromkeys(path for i, path in chain.norms.items() if i in inner))
 
     @property
@@ -63,7 +63,7 @@ class LocalBlocks(ModuleDict):
     def _params_init_info(self) -> None:
         if not self.is_init:
             self.init_weights()
-        self._restore_initial()
+        self._restore_initial_values()
         self._init_info = None
 
     def init_weights(self) -> None:
@@ -72,40 +72,40 @@ class LocalBlocks(ModuleDict):
         super().init_weights()
         if is_first and self._init_info is not None:
             copied = {id(tensor) for head in self.values() for unit in head.unit_copies for tensor in _tensors(unit).values()}
-            self._initial = {n: t.detach().clone() for n, t in _tensors(self).items() if id(t) not in copied}
+            self._initial_values = {n: t.detach().clone() for n, t in _tensors(self).items() if id(t) not in copied}
 
     @torch.no_grad()
-    def _restore_initial(self) -> None:
+    def _restore_initial_values(self) -> None:
         own = _tensors(self)
-        changed = [name for name, value in self._initial.items() if not torch.equal(own[name], value)]
+        changed = [name for name, value in self._initial_values.items() if not torch.equal(own[name], value)]
         for name in changed:
-            own[name].copy_(self._initial[name])
+            own[name].copy_(self._initial_values[name])
         if changed:
             print_log(
-                f'init_weights of the model or its backbone changed {len(changed)} tensors of local heads, e.g. {changed[0]}, '
-                'after the heads had initialised them: they are as the heads initialised them again',
+                f'init_weights of the model or its backbone overwrote {len(changed)} initialised tensors of local heads, e.g. '
+                f"{changed[0]}: the heads' own initial values were restored",
                 logger='current',
             )
-        self._initial = {}
+        self._initial_values = {}
 
     def uninitialised(self) -> list[str]:
         """Keys of heads that define an initialisation which never ran, and that no state dict loaded."""
         if self.is_init:
             return []
-        return [key for key, head in self.items() if key not in self._loaded and _has_initialisation(head)]
+        return [key for key, head in self.items() if key not in self._loaded_heads and _has_initialisation(head)]
 
-    def trained(self) -> list[LocalHead]:
+    def trained_heads(self) -> list[LocalHead]:
         """The heads that this process trains: all of them, except in a pipeline stage."""
         heads = [*self.values()]
-        return heads if self.only is None else heads[self.only : self.only + 1]
+        return heads if self.trained_index is None else heads[self.trained_index : self.trained_index + 1]
 
-    def open(self, session: Session) -> None:
+    def attach_session(self, session: Session) -> None:
         """Attach a session to every boundary."""
         self.session = session
-        for head in self.trained():
+        for head in self.trained_heads():
             head.session = session
 
-    def close(self) -> None:
+    def detach_session(self) -> None:
         self.session = None
         for head in self.values():
             head.session = None
@@ -114,14 +114,14 @@ class LocalBlocks(ModuleDict):
         """Set the train/eval mode of every local head; ``norm_eval`` of the backbone also applies to the copies in heads."""
         for head in self.values():
             head.train(backbone.training)
-            head.transfer.follow_(head.source.of(backbone))
+            head.transfer.sync_mode_(head.source.of(backbone))
 
-    def detach_taps(self, backbone: nn.Module, args: tuple, outputs: tuple | list) -> tuple | list | None:
+    def detach_outputs(self, backbone: nn.Module, args: tuple, outputs: tuple | list) -> tuple | list | None:
         """Forward hook of the backbone. In a session, it detaches outputs that are taken from inside a non-final block."""
-        if self.session is None or not self._plain_inner_taps:
+        if self.session is None or not self._detached_outputs:
             return None
         return type(outputs)(
-            tree_map_only(Tensor, Tensor.detach, out) if i in self._plain_inner_taps else out for i, out in enumerate(outputs)
+            tree_map_only(Tensor, Tensor.detach, out) if i in self._detached_outputs else out for i, out in enumerate(outputs)
         )
 
     def detach_norm_input(self, norm: nn.Module, args: tuple) -> tuple | None:
@@ -143,11 +143,11 @@ class LocalBlocks(ModuleDict):
         if prefix == 'local.' and hasattr(self, '_params_init_info'):  # set by mmengine during weight initialisation
             state_dict.clear()
             state_dict.update(self.state_dict(prefix=prefix))
-            self.unfilled = [*missing_keys, *re.findall(r'size mismatch for (\S+):', ' '.join(error_msgs))]
+            self.missing_pretrained = [*missing_keys, *re.findall(r'size mismatch for (\S+):', ' '.join(error_msgs))]
         else:
             for key, head in self.items():
                 names = [f'{prefix}{key}.{name}' for name in head.state_dict() if not name.startswith('transfer.')]
-                self._loaded |= {key} if all(name in state_dict for name in names) else set()
+                self._loaded_heads |= {key} if all(name in state_dict for name in names) else set()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
 
@@ -169,12 +169,12 @@ def localized_backbone(model: nn.Module) -> nn.Module:
     """Return the localised backbone in ``model``.
 
     Raises:
-        MisuseError: The model has none, or more than one.
+        ConfigError: The model has none, or more than one.
     """
     found = [module for module in model.modules() if isinstance(getattr(module, 'local', None), LocalBlocks)]
     if len(found) != 1:
-        raise MisuseError(
-            f'{type(model).__name__} has {len(found)} localised backbones, exactly one is needed: '
+        raise ConfigError(
+            f'{type(model).__name__} has {len(found)} localised backbones, but exactly one is required: '
             "set model.backbone = dict(type='mmman.LocalBackbone', backbone=<the stock backbone>, ...)"
         )
     return found[0]

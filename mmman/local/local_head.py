@@ -10,12 +10,12 @@ import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.session import Session
 from mmman.local.transfer import MomentumTransfer
 from mmman.partition import Feature, Unit
 
-GIVEN = ('boundary', 'transfer', 'loss_weight')
+INJECTED_ARGS = ('boundary', 'transfer', 'loss_weight')
 """Arguments of a local head that :func:`mmman.localize_` passes. A config must not set them."""
 
 
@@ -34,9 +34,9 @@ class Boundary:
         source: The first unit of the next block.
         output: The shape of the block's output.
         feature: The shape of the task head's input (the transfer's output).
-        takes_grid: Whether units also take the grid of their input as an argument (:class:`mmman.partition.Chain`).
+        needs_hw_shape: Whether units also take the grid of their input as an argument (:class:`mmman.partition.Chain`).
         strides: The strides of the task heads' inputs at all boundaries, in order.
-        following: The units after the task head's input, first to last. A head may copy them, but must not hold them.
+        following_units: The units after the task head's input, first to last. A head may copy them, but must not hold them.
         following_features: The shapes of their outputs.
         image_channels: Channels of the model's input images.
     """
@@ -47,9 +47,9 @@ class Boundary:
     source: Unit
     output: Feature
     feature: Feature
-    takes_grid: bool
+    needs_hw_shape: bool
     strides: tuple[int, ...]
-    following: tuple[nn.Module, ...] = field(default=(), repr=False)
+    following_units: tuple[nn.Module, ...] = field(default=(), repr=False)
     following_features: tuple[Feature, ...] = field(default=(), repr=False)
     image_channels: int = 3
 
@@ -63,7 +63,7 @@ class Boundary:
         """Stride of the task head's input: image pixels per feature pixel, along a side."""
         return self.feature.stride
 
-    def at_block(self, value: float | tuple[float, float]) -> float:
+    def interpolate(self, value: float | tuple[float, float]) -> float:
         """A weight at this block: a constant, or interpolated linearly in the block's index from (first head, last head)."""
         first, last = (value, value) if isinstance(value, (int, float)) else value
         steps = self.num_blocks - 2
@@ -85,7 +85,7 @@ class LocalHead(BaseModule):
     """The model's task, ``'detector'``, ``'segmentor'`` or ``'classifier'``; None: the head fits any model."""
     uses_images = True
     """Whether :meth:`loss` reads the pixels of ``inputs``, not only their shape. If so, a pipeline sends the images along."""
-    sees_channel_bias = False
+    supports_channel_bias = False
     """Whether a per-channel constant added to y, and a factor on y, change the value of :meth:`loss`. They don't where the head
     begins with a convolution and BatchNorm, which removes both; ``transfer.bias='channel'`` is then rejected."""
 
@@ -98,12 +98,12 @@ class LocalHead(BaseModule):
         self.source = boundary.source
         self.output = boundary.output
         self.feature = boundary.feature
-        self.takes_grid = boundary.takes_grid
+        self.needs_hw_shape = boundary.needs_hw_shape
         self.loss_weight = loss_weight
         self.transfer = transfer
 
     @classmethod
-    def follow(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
         """Derive options of this head from the config of the model that it is part of.
 
         Args:
@@ -139,21 +139,21 @@ class LocalHead(BaseModule):
         return [self.transfer]
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`MisuseError` if this head doesn't fit the model it is part of. Called before the first step."""
+        """Raise :class:`ConfigError` if this head doesn't fit the model it is part of. Called before the first step."""
         theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
         if self.task is not None and theirs not in (None, self.task):
-            raise MisuseError(
-                f'{type(self).__name__} is a local head for a {self.task}, {type(model).__name__} is a {theirs}: choose '
+            raise ConfigError(
+                f'{type(self).__name__} is a local head for a {self.task}, but {type(model).__name__} is a {theirs}: set '
                 'another model.backbone.local_head.type'
             )
 
-    def transferred(self, x: Tensor, inputs: Tensor) -> Tensor:
+    def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         """The task head's input: the transfer applied to the block's output x, for the model's input batch ``inputs``."""
-        return self.transfer(x, *self.grid_of(self.output, inputs))
+        return self.transfer(x, *self.hw_shape_args(self.output, inputs))
 
-    def grid_of(self, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
+    def hw_shape_args(self, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
         """Extra arguments for a unit that runs on features of this shape: their grid (height, width), or none."""
-        return [feature.grid(inputs.shape[-2:])] if self.takes_grid else []
+        return [feature.hw_shape(inputs.shape[-2:])] if self.needs_hw_shape else []
 
     def as_map(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Convert the transfer's output y to a map (B, C, H, W), without class tokens, for convolutional task heads."""
@@ -171,14 +171,14 @@ class LocalHead(BaseModule):
         return None
 
     def _refuse_backward(self, grad: Tensor) -> None:
-        raise MisuseError(
+        raise ConfigError(
             f'a backward pass crossed the boundary after {self.unit} outside local training. To train locally set '
-            "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...) (AMP is its dtype option; the --amp of the "
+            "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', ...) (for AMP set its dtype option; --amp of the "
             'stock tools replaces the wrapper); to train or differentiate end to end call mmman.delocalize_(backbone) or use '
             'num_blocks=1'
         )
 
 
-def without(config: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
+def drop_keys(config: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
     """Return a config without the given options; empty for None."""
     return {name: value for name, value in (config or {}).items() if name not in names}

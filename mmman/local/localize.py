@@ -8,10 +8,10 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from mmman.errors import LocalLearningError, MisuseError, PartitionError
+from mmman.errors import ConfigError, LocalLearningError, PartitionError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.local_head import Boundary, LocalHead
-from mmman.local.part_options import check_parts
+from mmman.local.option_checks import check_local_options
 from mmman.local.transfer import MomentumTransfer
 from mmman.memory.output_relu import OutputReLUs, find_output_relus
 from mmman.memory.recompute import disable_recompute_, recompute_unit_, units_to_recompute
@@ -58,11 +58,11 @@ def localize_(
     Raises:
         UnsupportedBackboneError: The family is not known, or the backbone accepts none of the dry run's images.
         PartitionError: The cuts don't fit, the last block makes no output, a block has no trainable parameter, or no such unit.
-        MisuseError: The backbone is already localised, or options contradict each other.
+        ConfigError: The backbone is already localised, or options contradict each other.
     """
-    check_parts(transfer, local_head)
+    check_local_options(transfer, local_head)
     if hasattr(backbone, 'local'):
-        raise MisuseError(f'{type(backbone).__name__} already has a module named `local`; localise a backbone once')
+        raise ConfigError(f'{type(backbone).__name__} already has a module named `local`: it can be localised only once')
     chain = chain_of(backbone)
     plan = _plan(backbone, chain, num_blocks, partition)
     weights = _loss_weights(plan, local_head, loss_weight)
@@ -76,7 +76,7 @@ def localize_(
     except BaseException:
         _detach(backbone)
         raise
-    print_log(f'{type(backbone).__name__} in {len(plan.blocks)} blocks: {plan}', logger='current')
+    print_log(f'Split {type(backbone).__name__} into {len(plan.blocks)} blocks: {plan}', logger='current')
     return backbone
 
 
@@ -85,13 +85,13 @@ def _plan(backbone: nn.Module, chain: Chain, num_blocks: int | None, partition: 
     plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
     if (frozen := plan.frozen_block(backbone)) is not None:
         raise PartitionError(
-            f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: cut so that '
-            'every block trains, or freeze from the start of the backbone on'
+            f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: choose cuts '
+            'that give every block a trainable parameter, or freeze consecutive units from the start of the backbone'
         )
-    if len(plan.blocks) > 1 and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.taps):
+    if len(plan.blocks) > 1 and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.out_units):
         raise PartitionError(
-            f'the last block ({plan}) makes none of the outputs of {type(backbone).__name__}, so no loss would train it: cut '
-            'earlier, or drop the stages behind the last of out_indices (num_stages)'
+            f'the last block ({plan}) produces none of the outputs of {type(backbone).__name__}, so no loss would train it: '
+            'cut earlier, or remove the stages after the last one in out_indices (num_stages)'
         )
     return plan
 
@@ -100,10 +100,12 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
     """The weight of each local loss."""
     count = len(plan.blocks) - 1
     if count and local_head is None:
-        raise MisuseError("more than one block needs local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
+        raise ConfigError("more than one block requires local heads: set local_head, e.g. dict(type='mmman.DetLocalHead', ...)")
     weights = [float(loss_weight)] * count if isinstance(loss_weight, (int, float)) else list(loss_weight)
     if len(weights) != count:
-        raise MisuseError(f'loss_weight has {len(weights)} values for {count} local heads (the last block has none)')
+        raise ConfigError(
+            f'loss_weight has {len(weights)} values for {count} local heads: give one for each block but the last'
+        )
     return weights
 
 
@@ -128,11 +130,11 @@ def _build_heads(
     """Build the local heads of the first K-1 blocks, with copies of the units that follow."""
     features = measured.features
     modules = [unit.of(backbone) for unit in chain.units]
-    has_unit = transfer.get('ema', True) or transfer.get('bias', 'unit') == 'unit'
+    applies_unit = transfer.get('ema', True) or transfer.get('bias', 'unit') == 'unit'
     cuts = [chain.units.index(block[-1]) for block in plan.blocks[:-1]]
-    seen = [features[cut + has_unit] for cut in cuts]
+    head_inputs = [features[cut + applies_unit] for cut in cuts]
     heads = []
-    for j, (cut, feature, weight) in enumerate(zip(cuts, seen, weights, strict=True), start=1):
+    for j, (cut, feature, weight) in enumerate(zip(cuts, head_inputs, weights, strict=True), start=1):
         boundary = Boundary(
             block=j,
             num_blocks=len(plan.blocks),
@@ -140,11 +142,11 @@ def _build_heads(
             source=chain.units[cut + 1],
             output=features[cut],
             feature=feature,
-            takes_grid=chain.takes_grid,
-            strides=tuple(other.stride for other in seen),
+            needs_hw_shape=chain.needs_hw_shape,
+            strides=tuple(other.stride for other in head_inputs),
             image_channels=measured.image_channels,
-            following=tuple(modules[cut + 1 + has_unit :]),
-            following_features=tuple(features[cut + 1 + has_unit :]),
+            following_units=tuple(modules[cut + 1 + applies_unit :]),
+            following_features=tuple(features[cut + 1 + applies_unit :]),
         )
         head = MODELS.build(
             local_head,
@@ -154,8 +156,8 @@ def _build_heads(
                 'loss_weight': weight,
             },
         )
-        if head.transfer.channel_bias is not None and not head.sees_channel_bias:
-            raise MisuseError(
+        if head.transfer.channel_bias is not None and not head.supports_channel_bias:
+            raise ConfigError(
                 f"transfer.bias='channel' has no effect in front of {type(head).__name__}, whose first layers normalise each "
                 "channel: choose 'depthwise' or 'unit'"
             )
@@ -171,7 +173,7 @@ def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead
         backbone.get_submodule(block[-1].output).register_forward_hook(head.at_boundary)
     for path in backbone.local.inner_norms:
         backbone.get_submodule(path).register_forward_pre_hook(backbone.local.detach_norm_input)
-    backbone.register_forward_hook(backbone.local.detach_taps)
+    backbone.register_forward_hook(backbone.local.detach_outputs)
     moved = keys.symmetric_difference(key for key in backbone.state_dict() if not key.startswith('local.'))
     if moved:
         raise LocalLearningError(f'localising changed keys of the stock state dict: {sorted(moved)}')
@@ -198,9 +200,9 @@ def delocalize_(backbone: nn.Module) -> nn.Module:
         ``backbone`` itself, with its current weights.
 
     Raises:
-        MisuseError: The backbone is not localised.
+        ConfigError: The backbone is not localised.
     """
     if not isinstance(getattr(backbone, 'local', None), LocalBlocks):
-        raise MisuseError(f'{type(backbone).__name__} is not localised')
+        raise ConfigError(f'{type(backbone).__name__} is not localised: call localize_ first')
     _detach(backbone)
     return backbone

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
-from mmman.local.single_values import running_statistics_for_single_values
+from mmman.errors import ConfigError
+from mmman.local.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.memory.chunks import replaced
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ class Session:
     def __enter__(self) -> Session:
         with ExitStack() as undo:
             undo.callback(setattr, self, 'batch', None)
-            hook = self.model.register_forward_pre_hook(self._take_batch, with_kwargs=True)
+            hook = self.model.register_forward_pre_hook(self._store_batch, with_kwargs=True)
             undo.callback(hook.remove)
-            self._pending = {head.block for head in self.local.trained()}
-            undo.callback(self.local.close)
-            self.local.open(self)
+            self._pending = {head.block for head in self.local.trained_heads()}
+            undo.callback(self.local.detach_session)
+            self.local.attach_session(self)
             if self.strategy is not None:
                 undo.enter_context(replaced(self.model, 'loss', self.strategy.task_losses))
             self._undo = undo.pop_all()
@@ -78,7 +78,7 @@ class Session:
     def __exit__(self, error: type[BaseException] | None, *_) -> None:
         self._undo.close()
         if error is None and self._pending:
-            raise MisuseError(
+            raise ConfigError(
                 f'the forward pass ended without reaching the boundaries of blocks {sorted(self._pending)}: their local heads '
                 "got no gradient. The model's forward must run its backbone with gradients enabled, once, inside optim_context"
             )
@@ -88,26 +88,26 @@ class Session:
         """Whether the forward pass has not yet reached the last boundary."""
         return bool(self._pending)
 
-    def passed(self) -> None:
+    def mark_all_passed(self) -> None:
         """Mark all boundaries as passed. Called when the step ran without the model's forward pass."""
         self._pending.clear()
 
-    def _take_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _store_batch(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs, data_samples = (*args, None, None)[:2]
         self.batch = (kwargs.get('inputs', inputs), kwargs.get('data_samples', data_samples))
 
     def at_boundary(self, head: LocalHead, x: Tensor) -> Tensor:
         """Train block ``head.block`` on its output ``x`` and return the output detached, (B, C, H, W) or (B, L, C)."""
         if self.batch is None:
-            raise MisuseError('a local head needs the batch: call the model, not its backbone, inside optim_context')
+            raise ConfigError('a local head needs the batch: call the model, not its backbone, inside optim_context')
         if head.block not in self._pending:
-            raise MisuseError(
-                f'the boundary of block {head.block} was reached twice in one step: a backbone that runs more than once a '
-                'step, or activation checkpointing around several blocks, cannot be trained locally'
+            raise ConfigError(
+                f'the boundary of block {head.block} was reached twice in one step: local learning does not support a '
+                'backbone that runs more than once per step, or activation checkpointing around several blocks'
             )
         self._pending.remove(head.block)
-        with running_statistics_for_single_values(head, len(x)):
-            y = head.transferred(x, self.batch[0])
+        with use_running_stats_for_batch_of_one(head, len(x)):
+            y = head.apply_transfer(x, self.batch[0])
             losses = head.loss(y, *self.batch) if self.strategy is None else self.strategy.local_losses(head, y, *self.batch)
             del y
             loss, log = self.model.parse_losses(losses)

@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import checked
 from mmman.partition import Feature
 
 
-@checked('model.backbone.transfer', given=('source', 'feature'))
+@checked('model.backbone.transfer', injected=('source', 'feature'))
 class MomentumTransfer(BaseModule):
     """``y = s * E(x) + (2 - s) * B(x)`` on the output x of block j (MAN++, Eq. 6-7).
 
     E is a momentum copy of the first unit of block j+1: gradients flow through it to x, the optimizer never trains it, and
-    :meth:`update_` moves it towards its source after every optimizer step. B is the learnable bias, trained by the local loss
-    only. s = 1 + delta is a learnable scalar, so weight decay pulls s towards 1. The paper's ablation has the rows
+    :meth:`ema_update_` moves it towards its source after every optimizer step. B is the learnable bias, trained by the local
+    loss only. s = 1 + delta is a learnable scalar, so weight decay pulls s towards 1. The paper's ablation has the rows
     ``(ema, bias, scale)`` = ``(False, False, False)``: y = x; ``(True, False, False)``: y = E(x);
     ``(True, 'unit', False)``: y = E(x) + B(x), which is MAN; ``(True, 'unit', True)``: MAN++.
 
@@ -33,13 +33,13 @@ class MomentumTransfer(BaseModule):
         bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'depthwise'``: B(x) is a 3x3 depthwise
             convolution of E(x), initialised to zero, for feature maps. ``'channel'``: B(x) is one learnable value per output
             channel (the paper's cost model), initialised to zero. It is only for local heads that set
-            :attr:`mmman.LocalHead.sees_channel_bias`, because a convolution with BatchNorm removes it together with the scale.
-            ``False``: no B.
+            :attr:`mmman.LocalHead.supports_channel_bias`, because a convolution with BatchNorm removes it together with the
+            scale. ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho initialised to 1, as the authors' code
             stores it, so weight decay pulls s towards 2, E alone. ``False``: s = 1.
 
     Raises:
-        MisuseError: The options contradict each other.
+        ConfigError: The options contradict each other.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class MomentumTransfer(BaseModule):
         scale: Literal[True, False, 'release'] = True,
     ) -> None:
         super().__init__()
-        check_switches(ema, bias, scale)
+        check_transfer_options(ema, bias, scale)
         if bias == 'depthwise' and feature.extra_tokens is not None:
-            raise MisuseError("transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'")
+            raise ConfigError("transfer.bias='depthwise' requires feature maps: for tokens choose 'channel' or 'unit'")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
-        sides = (1, 1) if feature.extra_tokens is None else ()
-        self.channel_bias = nn.Parameter(torch.zeros(feature.channels, *sides)) if bias == 'channel' else None
+        trailing = (1, 1) if feature.extra_tokens is None else ()
+        self.channel_bias = nn.Parameter(torch.zeros(feature.channels, *trailing)) if bias == 'channel' else None
         # a parameter, not a module: the initialisation of a local head's convolutions leaves it at zero
         self.depthwise_bias = nn.Parameter(torch.zeros(feature.channels, 1, 3, 3)) if bias == 'depthwise' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
@@ -72,18 +72,20 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(self, x: Tensor, *grid: tuple[int, int], run: Callable[[nn.Module, Tensor], Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *hw_shape: tuple[int, int], run_copy: Callable[[nn.Module, Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Compute the task head's input from the output x of block j.
 
         Args:
             x: (B, C, H, W) or (B, L, C).
-            grid: Height and width of x in patches, if the backbone's units take them.
-            run: Called as ``run(copy, x)`` in place of ``copy(x, *grid)``, where part of the output is enough.
+            hw_shape: Height and width of x in patches, if the backbone's units take them.
+            run_copy: Called as ``run_copy(copy, x)`` in place of ``copy(x, *hw_shape)``, where part of the output is enough.
 
         Returns:
-            Shaped as the unit's output, or as the result of ``run``.
+            Shaped as the unit's output, or as the result of ``run_copy``.
         """
-        terms = [copied(x, *grid) if run is None else run(copied, x) for copied in self.copies]
+        terms = [copied(x, *hw_shape) if run_copy is None else run_copy(copied, x) for copied in self.copies]
         if self.depthwise_bias is not None:
             return self._with_depthwise_bias(terms[0])
         if self.channel_bias is not None:
@@ -106,7 +108,7 @@ class MomentumTransfer(BaseModule):
         return [module for module in (self.momentum, self.bias) if module is not None]
 
     @torch.no_grad()
-    def sync_(self, source: nn.Module, keep_loaded: bool = False) -> None:
+    def init_from_(self, source: nn.Module, keep_loaded: bool = False) -> None:
         """Make E and B exact copies of the current ``source``. Call this once, when training starts.
 
         Args:
@@ -119,7 +121,7 @@ class MomentumTransfer(BaseModule):
         self.is_synced = True
 
     @torch.no_grad()
-    def update_(self, source: nn.Module | Mapping[str, Tensor], momentum: float) -> None:
+    def ema_update_(self, source: nn.Module | Mapping[str, Tensor], momentum: float) -> None:
         """``E <- lerp(E, source, 1 - momentum)`` over all floating-point parameters and buffers.
 
         Args:
@@ -129,13 +131,13 @@ class MomentumTransfer(BaseModule):
         if self.momentum is None:
             return
         if isinstance(source, nn.Module):
-            ours, theirs = _moving(self.momentum), _moving(source)
+            ours, theirs = _float_tensors(self.momentum), _float_tensors(source)
         else:
             names = [name for name, value in self.momentum.state_dict().items() if value.is_floating_point()]
             ours, theirs = ([own[name] for name in names] for own in (self.momentum.state_dict(), source))
         torch._foreach_lerp_(ours, theirs, 1 - momentum)
 
-    def follow_(self, source: nn.Module) -> None:
+    def sync_mode_(self, source: nn.Module) -> None:
         """Set every layer of E and B to the train/eval mode of the layer it copies (``norm_eval``, frozen layers)."""
         for module in self.copies:
             for layer, copied in zip(module.modules(), source.modules(), strict=True):
@@ -149,17 +151,15 @@ class MomentumTransfer(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def check_switches(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
-    """Raise :class:`MisuseError` if the options of a :class:`MomentumTransfer` contradict each other."""
+def check_transfer_options(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
+    """Raise :class:`ConfigError` if the options of a :class:`MomentumTransfer` contradict each other."""
     if scale and not (ema and bias):
-        raise MisuseError(
-            'transfer.scale balances the momentum copy and the bias: it needs ema=True and a bias, or scale=False'
-        )
+        raise ConfigError('transfer.scale weighs the momentum copy against the bias: set ema=True and a bias, or scale=False')
     if bias in ('channel', 'depthwise') and not ema:
-        raise MisuseError(f"transfer.bias={bias!r} acts on the momentum copy's output: it needs ema=True")
+        raise ConfigError(f"transfer.bias={bias!r} acts on the momentum copy's output: set ema=True")
 
 
-def _moving(module: nn.Module) -> list[Tensor]:
+def _float_tensors(module: nn.Module) -> list[Tensor]:
     """The floating-point parameters and persistent buffers of a module, in an order that depends on its structure only."""
     kept = []
     for layer in module.modules():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 Losses = dict[str, Tensor]
 
@@ -22,10 +22,10 @@ def run_in_chunks(
     compute: Callable[[list[Tensor], slice], tuple[Tensor, Losses]],
     features: Sequence[Tensor],
     modules: Sequence[nn.Module],
-    size: int,
+    chunk_size: int,
     factor: Tensor,
 ) -> Losses:
-    """Compute the losses of a batch for ``size`` images at a time. All gradients are computed before this returns.
+    """Compute the losses of a batch for ``chunk_size`` images at a time. All gradients are computed before this returns.
 
     Back-propagating the sum of the returned losses passes the gradients to ``features`` and to the parameters of ``modules``,
     as if the losses had been computed in one pass. It is possible only once.
@@ -35,70 +35,74 @@ def run_in_chunks(
             back-propagate, and the losses by name that it is the sum of, normalised by the whole batch.
         features: Inputs of the part, each (B, ...). Those that don't require a gradient get none.
         modules: All modules that the part runs.
-        size: Images per chunk.
+        chunk_size: Images per chunk.
         factor: Factor on a loss before it is back-propagated, so that float16 gradients don't underflow; a scalar.
 
     Returns:
         The losses by name, scalars; the first carries the gradient of their sum.
     """
     count = len(features[0])
-    gradients = [torch.zeros_like(feature) if feature.requires_grad else None for feature in features]
+    grads = [torch.zeros_like(feature) if feature.requires_grad else None for feature in features]
     total: Losses = {}
     parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
-    of_parameters: list[Tensor | None] = [None] * len(parameters)
+    parameter_grads: list[Tensor | None] = [None] * len(parameters)
     with torch.enable_grad():
-        for start in range(0, count, size):
-            span = slice(start, min(start + size, count))
+        for start in range(0, count, chunk_size):
+            span = slice(start, min(start + chunk_size, count))
             leaves = [feature.detach()[span].requires_grad_(feature.requires_grad) for feature in features]
             loss, losses = compute(leaves, span)
             with torch.autocast(loss.device.type, enabled=False):
-                wanted = [leaf for leaf in leaves if leaf.requires_grad]
+                grad_leaves = [leaf for leaf in leaves if leaf.requires_grad]
                 # not .backward(): DDP expects one gradient per parameter and step, which it gets at the end
-                found = torch.autograd.grad(loss * factor, [*wanted, *parameters], allow_unused=True)
-            for gradient, part in zip((own for own in gradients if own is not None), found[: len(wanted)], strict=True):
-                if part is not None:
-                    gradient[span] = part
-            for i, part in enumerate(found[len(wanted) :]):
-                if part is not None:
-                    of_parameters[i] = part if of_parameters[i] is None else of_parameters[i].add_(part)
+                chunk_grads = torch.autograd.grad(loss * factor, [*grad_leaves, *parameters], allow_unused=True)
+            for total_grad, grad in zip(
+                (own for own in grads if own is not None), chunk_grads[: len(grad_leaves)], strict=True
+            ):
+                if grad is not None:
+                    total_grad[span] = grad
+            for i, grad in enumerate(chunk_grads[len(grad_leaves) :]):
+                if grad is not None:
+                    parameter_grads[i] = grad if parameter_grads[i] is None else parameter_grads[i].add_(grad)
             for name, value in losses.items():
                 total[name] = total[name] + value.detach() if name in total else value.detach()
-            del loss, losses, leaves, wanted, found
-    return with_gradients(total, factor, [*gradients, *of_parameters], [*features, *parameters])
+            del loss, losses, leaves, grad_leaves, chunk_grads
+    return attach_grads(total, factor, [*grads, *parameter_grads], [*features, *parameters])
 
 
-def with_gradients(losses: Losses, factor: Tensor, gradients: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:
-    """Attach known gradients to losses: back-propagating their sum, possible once, passes ``gradients`` to ``inputs``.
+def attach_grads(losses: Losses, factor: Tensor, grads: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:
+    """Attach known gradients to losses: back-propagating their sum, possible once, passes ``grads`` to ``inputs``.
 
     Args:
         losses: By name, scalars.
-        factor: The factor on the sum when ``gradients`` were computed, a scalar.
-        gradients: One for each of the inputs, or None.
+        factor: The factor on the sum when ``grads`` were computed, a scalar.
+        grads: One for each of the inputs, or None.
         inputs: Tensors.
 
     Returns:
         The losses; the first carries the gradient of their sum.
     """
     first = next(iter(losses))
-    return losses | {first: _Computed.apply(losses[first], factor, gradients, *inputs)}
+    return losses | {first: _PrecomputedGrads.apply(losses[first], factor, grads, *inputs)}
 
 
-class _Computed(torch.autograd.Function):
+class _PrecomputedGrads(torch.autograd.Function):
     """A loss whose gradients were already computed."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, factor: Tensor, gradients: list[Tensor | None], *inputs: Tensor) -> Tensor:
-        ctx.factor, ctx.gradients = factor, gradients
+    def forward(ctx, value: Tensor, factor: Tensor, grads: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.factor, ctx.grads = factor, grads
         return value.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        if ctx.gradients is None:
-            raise MisuseError('losses that were computed in chunks can be back-propagated once: set images_per_chunk=None')
-        gradients, ctx.gradients = ctx.gradients, None
-        torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], grad / ctx.factor)
-        return None, None, None, *gradients
+        if ctx.grads is None:
+            raise ConfigError(
+                'losses that were computed in chunks can be back-propagated only once: to do it again set images_per_chunk=None'
+            )
+        grads, ctx.grads = ctx.grads, None
+        torch._foreach_mul_([total_grad for total_grad in grads if total_grad is not None], grad / ctx.factor)
+        return None, None, None, *grads
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.memory.output_relu import OutputReLUs, defer_relu_, restore_relus_
 from mmman.memory.selective import CachedMode, CachingMode, SavedOutputs, alias, versions
 from mmman.memory.stem import StemInChunks, StemTail, precision_of, stem_paths
@@ -40,25 +40,25 @@ def units_to_recompute(
 
     Raises:
         PartitionError: A name matches no unit.
-        MisuseError: A unit is in both options; a stem is not supported by :func:`stem_paths`, or is in ``selective_recompute``;
+        ConfigError: A unit is in both options; a stem is not supported by :func:`stem_paths`, or is in ``selective_recompute``;
             a unit checkpoints itself (``with_cp``) or its forward was replaced.
     """
     full, selective = _named(chain, 'recompute', recompute), _named(chain, 'selective_recompute', selective_recompute)
     if both := [unit.name for unit in full if unit in selective]:
-        raise MisuseError(f'{", ".join(both)}: in recompute and in selective_recompute; leave out one of them')
+        raise ConfigError(f'{", ".join(both)}: in recompute and in selective_recompute; leave out one of them')
     if any(unit.name == STEM for unit in selective):
-        raise MisuseError(f'selective_recompute: the {STEM} can only be recomputed as a whole: put it into recompute')
+        raise ConfigError(f'selective_recompute: the {STEM} can only be recomputed as a whole: put it into recompute')
     if any(unit.name == STEM and stem_paths(backbone, unit) is None for unit in full):
-        raise MisuseError(
+        raise ConfigError(
             f'recompute: the {STEM} of {type(backbone).__name__} is not one convolution without bias, BatchNorm, ReLU and '
             'at most a pooling: leave it out'
         )
     for unit in (*full, *selective):
         for module in (backbone.get_submodule(path) for path in unit.modules):
             if any(getattr(layer, 'with_cp', False) for layer in module.modules()):
-                raise MisuseError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
+                raise ConfigError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
             if 'forward' in vars(module):
-                raise MisuseError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
+                raise ConfigError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
     return dict.fromkeys(full, False) | dict.fromkeys(selective, True)
 
 
@@ -113,7 +113,7 @@ class Recomputed:
         output_relu: The :class:`DeferrableReLU` that produces the output, if one does, and the number of its call.
 
     Raises:
-        MisuseError: When called in training, if the module is compiled. Its children may be.
+        ConfigError: When called in training, if the module is compiled. Its children may be.
     """
 
     def __init__(self, module: nn.Module, selective: bool = False, output_relu: tuple[str, int] | None = None) -> None:
@@ -140,13 +140,13 @@ class Recomputed:
     @torch.compiler.disable
     def _run_recomputed(self, forward: Callable[..., Any], *args: Any) -> Any:
         if self.module._compiled_call_impl is not None:
-            raise MisuseError(
+            raise ConfigError(
                 f'a compiled {type(self.module).__name__} cannot be recomputed: compile the layers in it, or leave it out of '
                 'recompute'
             )
         call = _RecomputedCall(self.module, self.selective, forward, args)
         if self.draws and _is_capturing():
-            raise MisuseError(
+            raise ConfigError(
                 f'{type(self.module).__name__} draws random numbers, which a CUDA graph cannot draw again: leave it out of '
                 'recompute, or set optim_wrapper.cuda_graphs=False'
             )
@@ -201,7 +201,7 @@ class _RecomputedCall:
         """Recompute with the inputs, random numbers and autocast state of the first run, up to the last tensor saved."""
         name = type(self.module).__name__
         if self.input_versions != versions([leaf for leaf, _ in self.inputs]):
-            raise MisuseError(
+            raise ConfigError(
                 f'an input of {name} was changed in place, so {name} cannot be recomputed: leave it out of recompute'
             )
         leaves = [leaf if grad is None else leaf.detach().requires_grad_(grad) for leaf, grad in self.inputs]
@@ -227,7 +227,7 @@ class _RecomputedCall:
             stack.enter_context(saved_tensors_hooks(save, save))
             self.forward(*tree_unflatten(leaves, self.spec))
         if len(recomputed) != self.num_packed:
-            raise MisuseError(
+            raise ConfigError(
                 f'{name} saved {self.num_packed} tensors for the backward pass, and {len(recomputed)} when it was recomputed: '
                 'leave it out of recompute'
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 aten = torch.ops.aten
 SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
@@ -69,10 +69,10 @@ class CachedMode(CachingMode):
         if not should_save(op, args):
             return op(*args, **kwargs or {})
         if not self.saved:
-            raise MisuseError('a unit of selective_recompute can be back-propagated once: put it into recompute')
+            raise ConfigError('a unit of selective_recompute can be back-propagated once: put it into recompute')
         saved_op, own, saved_versions = self.saved.popleft()
         if saved_op is not op or saved_versions != versions(own):
-            raise MisuseError(
+            raise ConfigError(
                 f'a unit of selective_recompute changes the output of {saved_op} in place, or runs {op} when it is recomputed: '
                 'put it into recompute'
             )

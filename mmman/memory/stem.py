@@ -16,12 +16,12 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.partition import Unit
 
 Post = Callable[[Tensor], Tensor]
 
-CHUNKS = 8
+NUM_CHUNKS = 8
 """Number of parts of a batch. More save little memory, and cost a GPU more kernel launches."""
 
 
@@ -60,7 +60,7 @@ class StemInChunks:
         if not (self.backbone.training and torch.is_grad_enabled()):
             return type(conv).forward(conv, x)
         if isinstance(norm, nn.SyncBatchNorm) and norm.training and get_world_size() > 1:
-            raise MisuseError("a stem with SyncBN cannot run in chunks in several processes: leave 'stem' out of recompute")
+            raise ConfigError("a stem with SyncBN cannot run in chunks in several processes: remove 'stem' from recompute")
         self.install_()  # a conversion may have replaced modules
         self.output = run_stem(x, conv, norm, partial(_without_hooks, rest))
         return self.output
@@ -122,27 +122,27 @@ class _Stem(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, kernel, gamma, beta, conv, norm, post) -> Tensor:
         ctx.conv, ctx.eps, ctx.post, ctx.precision = conv, norm.eps, post, precision_of(x)
-        ctx.mixes = norm.training or norm.running_mean is None
-        spans = _spans(x)
-        if ctx.mixes:
-            moments = (_moments(_conv(conv, x[span], kernel)) for span in spans)
+        ctx.uses_batch_stats = norm.training or norm.running_mean is None
+        chunks = _chunk_slices(x)
+        if ctx.uses_batch_stats:
+            moments = (_moments(_conv(conv, x[chunk], kernel)) for chunk in chunks)
             var, mean = map(torch.stack, zip(*moments, strict=True))
-            share = mean.new_full((len(spans), 1), len(x[spans[0]]) / len(x))
-            share[-1:].fill_(len(x[spans[-1]]) / len(x))
+            share = mean.new_full((len(chunks), 1), len(x[chunks[0]]) / len(x))
+            share[-1:].fill_(len(x[chunks[-1]]) / len(x))
             means, mean = mean, (share * mean).sum(0)
             var = (share * (var + (means - mean).square())).sum(0)
         else:
             mean, var = norm.running_mean.clone(), norm.running_var.clone()
         scale, shift = _affine(mean, var, gamma, beta, norm.eps)
         out = None
-        for span in spans:
-            z = _conv(conv, x[span], kernel)
+        for chunk in chunks:
+            z = _conv(conv, x[chunk], kernel)
             y = post(_normalised(z, scale, shift))
             out = y.new_empty(len(x), *y.shape[1:]) if out is None else out
-            out[span] = y
+            out[chunk] = y
         ctx.count = len(x) * z[0, 0].numel()
         if norm.training and norm.track_running_stats:
-            _track(norm, mean, var * (ctx.count / max(ctx.count - 1, 1)))
+            _update_running_stats(norm, mean, var * (ctx.count / max(ctx.count - 1, 1)))
         ctx.save_for_backward(x, kernel, gamma, beta, mean, var)
         return out
 
@@ -155,37 +155,37 @@ class _Stem(torch.autograd.Function):
             affine = _affine(mean, var, gamma, beta, ctx.eps)
             scale, shift = (t.detach().requires_grad_() for t in affine)
             sums = [torch.zeros_like(scale), torch.zeros_like(shift)]
-            for span in _spans(x):
+            for chunk in _chunk_slices(x):
                 with torch.no_grad():
-                    z = _conv(ctx.conv, x[span], kernel)
+                    z = _conv(ctx.conv, x[chunk], kernel)
                 y = ctx.post(_normalised(z, scale, shift))
-                for total, part in zip(sums, torch.autograd.grad(y, (scale, shift), grad[span]), strict=True):
+                for total, part in zip(sums, torch.autograd.grad(y, (scale, shift), grad[chunk]), strict=True):
                     total += part
             del y, z
-            to_mean, to_var, to_gamma, to_beta = torch.autograd.grad(affine, leaves, sums)
+            grad_mean, grad_var, grad_gamma, grad_beta = torch.autograd.grad(affine, leaves, sums)
             scale, shift = scale.detach(), shift.detach()
-            to_kernel = torch.zeros_like(kernel)
-            to_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+            grad_kernel = torch.zeros_like(kernel)
+            grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
             kernel = kernel.detach().requires_grad_()
-            for span in _spans(x):
-                images = x[span].detach().requires_grad_(to_x is not None)
+            for chunk in _chunk_slices(x):
+                images = x[chunk].detach().requires_grad_(grad_x is not None)
                 z = _conv(ctx.conv, images, kernel)
-                cut = z.detach().requires_grad_()
-                (g,) = torch.autograd.grad(ctx.post(_normalised(cut, scale, shift)), cut, grad[span])
-                if ctx.mixes:
+                detached = z.detach().requires_grad_()
+                (g,) = torch.autograd.grad(ctx.post(_normalised(detached, scale, shift)), detached, grad[chunk])
+                if ctx.uses_batch_stats:
                     with torch.no_grad():
-                        direct = (to_mean + 2 * to_var * (_wide(z).movedim(1, -1) - mean)) / ctx.count
-                        g = g + direct.movedim(-1, 1).to(g.dtype)
-                inputs = (kernel,) if to_x is None else (kernel, images)
+                        stats_grad = (grad_mean + 2 * grad_var * (_upcast(z).movedim(1, -1) - mean)) / ctx.count
+                        g = g + stats_grad.movedim(-1, 1).to(g.dtype)
+                inputs = (kernel,) if grad_x is None else (kernel, images)
                 parts = torch.autograd.grad(z, inputs, g)
-                to_kernel += parts[0]
-                if to_x is not None:
-                    to_x[span] = parts[1]
-        return to_x, to_kernel, to_gamma, to_beta, None, None, None
+                grad_kernel += parts[0]
+                if grad_x is not None:
+                    grad_x[chunk] = parts[1]
+        return grad_x, grad_kernel, grad_gamma, grad_beta, None, None, None
 
 
-def _spans(x: Tensor) -> list[slice]:
-    size = -(-len(x) // CHUNKS)
+def _chunk_slices(x: Tensor) -> list[slice]:
+    size = -(-len(x) // NUM_CHUNKS)
     return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
@@ -194,7 +194,7 @@ def _conv(conv: nn.Conv2d, images: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.var_mean(_wide(z), (0, 2, 3), correction=0)
+    return torch.var_mean(_upcast(z), (0, 2, 3), correction=0)
 
 
 def _affine(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -206,11 +206,11 @@ def _normalised(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return (z * scale[:, None, None] + shift[:, None, None]).to(z.dtype)
 
 
-def _wide(z: Tensor) -> Tensor:
+def _upcast(z: Tensor) -> Tensor:
     return z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
 
 
-def _track(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
+def _update_running_stats(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> None:
     norm.num_batches_tracked += 1
     momentum = 1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum
     norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from mmman.errors import MisuseError
-from mmman.local.scopes import trained_parameters
+from mmman.errors import ConfigError
+from mmman.local.block_parameters import parameters_by_block
 from mmman.memory.chunks import replaced
 from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS
@@ -83,7 +83,7 @@ class BlockReducer:
         """Wait for the reduction to finish. On a GPU the current stream waits for it, and the host does not.
 
         Raises:
-            MisuseError: Parameters received no gradient, so that their bucket was not reduced.
+            ConfigError: Parameters received no gradient, so that their bucket was not reduced.
         """
         if self.on_wait is not None:
             self.on_wait()
@@ -105,7 +105,7 @@ class BlockReducer:
 
 
 @MODEL_WRAPPERS.register_module()
-@checked('model_wrapper_cfg', given=('module',))
+@checked('model_wrapper_cfg', injected=('module',))
 class LocalDistributedDataParallel(MMDistributedDataParallel):
     """Distributed data parallel training of a localised model. With one block it is ``MMDistributedDataParallel``.
 
@@ -125,7 +125,7 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
         block_reducers: The reducers of blocks 1 to K-1, by the block's number.
 
     Raises:
-        MisuseError: An option is not supported, or two blocks share a parameter.
+        ConfigError: An option is not supported, or two blocks share a parameter.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
     ) -> None:
         for option, instead in REFUSED.items():
             if kwargs.get(option):
-                raise MisuseError(f'LocalDistributedDataParallel does not take {option}: {instead}')
-        check_options(DistributedDataParallel, kwargs, 'model_wrapper_cfg', given=('module',))
+                raise ConfigError(f'LocalDistributedDataParallel does not take {option}: {instead}')
+        check_options(DistributedDataParallel, kwargs, 'model_wrapper_cfg', injected=('module',))
         if next(module.parameters()).device.type == 'cpu':
             kwargs.update(device_ids=None, output_device=None)
-        *blocks, own = trained_parameters(module)
+        *blocks, own = parameters_by_block(module)
         with _hidden_from_ddp(module, {parameter for block in blocks for parameter in block.values()}):
             super().__init__(
                 module,
@@ -153,7 +153,7 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
         """Wait for the reductions of all blocks to finish.
 
         Raises:
-            MisuseError: Parameters received no gradient, so that their bucket was not reduced.
+            ConfigError: Parameters received no gradient, so that their bucket was not reduced.
         """
         for reducer in self.block_reducers.values():
             reducer.wait()
@@ -178,10 +178,10 @@ class LocalDistributedDataParallel(MMDistributedDataParallel):
             hook: Launches the reduction of a bucket. Returns a future of the reduced bucket.
 
         Raises:
-            MisuseError: All blocks would share the state.
+            ConfigError: All blocks would share the state.
         """
         if state is not None and not isinstance(state, dist.ProcessGroup) and not callable(state):
-            raise MisuseError(
+            raise ConfigError(
                 f'all blocks would share one {type(state).__name__}, which counts buckets from 0 in each of them: '
                 f'pass a function that makes one, e.g. register_comm_hook(lambda: {type(state).__name__}(...), hook)'
             )
@@ -199,14 +199,14 @@ def check_reduced(ddp: DistributedDataParallel, parameters: dict[str, nn.Paramet
         parameters: The parameters by name.
 
     Raises:
-        MisuseError: A parameter received no gradient.
+        ConfigError: A parameter received no gradient.
     """
     try:
         ddp._check_reducer_finalized()
     except RuntimeError as error:
         missing = [name for name, parameter in parameters.items() if parameter.grad is None]
         more = f' and {len(missing) - 1} more' if len(missing) > 1 else ''
-        raise MisuseError(
+        raise ConfigError(
             f'{missing[0] if missing else "a parameter"}{more} got no gradient, so that processes cannot average it: use it in '
             'the loss, freeze it (requires_grad=False), or set find_unused_parameters=True in model_wrapper_cfg'
         ) from error

@@ -64,22 +64,22 @@ class Chain:
 
     Attributes:
         units: The units.
-        taps: For every element of the tuple that the backbone returns, the index of the unit that makes it.
+        out_units: For every element of the tuple that the backbone returns, the index of the unit that makes it.
         norms: Maps an element of the returned tuple to the path of a module that is applied only to that output (Swin's
             ``norm0``, a ViT's final norm). The module counts as part of the neck: an output from inside a non-final block is
             detached before it.
         extra_tokens: Number of tokens before the patch tokens in features (B, L, C): class and distillation tokens.
-        takes_grid: Whether units are called as ``unit(x, (h, w))``, with the height and width of x in patches (Swin).
+        needs_hw_shape: Whether units are called as ``unit(x, (h, w))``, with the height and width of x in patches (Swin).
         input_size: Height and width in pixels of the image for the dry run. If the backbone rejects it, larger images are
             tried.
         in_channels: Number of image channels that the backbone takes. Default: found by the dry run.
     """
 
     units: tuple[Unit, ...]
-    taps: tuple[int, ...]
+    out_units: tuple[int, ...]
     norms: Mapping[int, str] = field(default_factory=dict)
     extra_tokens: int = 0
-    takes_grid: bool = False
+    needs_hw_shape: bool = False
     input_size: tuple[int, int] = (64, 64)
     in_channels: int | None = None
 
@@ -98,7 +98,7 @@ class Feature:
     stride: int
     extra_tokens: int | None = None
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+    def hw_shape(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width, in feature pixels or patches, for images of ``size`` (H, W) in pixels. Sizes are rounded up."""
         return -(-size[0] // self.stride), -(-size[1] // self.stride)
 
@@ -106,7 +106,7 @@ class Feature:
         """Convert features of this shape, from images of ``size``, to a map (B, C, H, W) without the extra tokens."""
         if self.extra_tokens is None:
             return x
-        return x[:, self.extra_tokens :].transpose(1, 2).unflatten(2, self.grid(size))
+        return x[:, self.extra_tokens :].transpose(1, 2).unflatten(2, self.hw_shape(size))
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool features to vectors (B, C): the class token if there is one, else the mean over the map or the tokens."""
@@ -118,9 +118,9 @@ class Feature:
 class UnitSequence(nn.ModuleList):
     """A unit of several modules as one module."""
 
-    def forward(self, x: Tensor, *grid: tuple[int, int]) -> Tensor:
-        """Run the modules in order. A module that changes the grid (Swin's patch merging) returns (features, new grid)."""
+    def forward(self, x: Tensor, *hw_shape: tuple[int, int]) -> Tensor:
+        """Run the modules in order. A module that changes the shape (Swin's patch merging) returns (features, new hw_shape)."""
         for module in self:
-            out = module(x, *grid)
-            x, *grid = out if isinstance(out, tuple) else (out, *grid)
+            out = module(x, *hw_shape)
+            x, *hw_shape = out if isinstance(out, tuple) else (out, *hw_shape)
         return x

@@ -40,7 +40,7 @@ def vgg(backbone: nn.Module) -> Chain:
 
     The fully connected layers of a VGG with ``num_classes`` only make an output, so they count as part of the model's head.
     """
-    units, taps = [], []
+    units, out_units = [], []
     for stage, (first, end) in enumerate(backbone.range_sub_modules):
         layers = [f'{backbone.module_name}.{i}' for i in range(first, end)]
         pools = [path for path in layers if isinstance(backbone.get_submodule(path), nn.MaxPool2d)]
@@ -49,11 +49,11 @@ def vgg(backbone: nn.Module) -> Chain:
         last = (convolutions[-1], *pools)
         units.append(Unit(convolutions[-1], last, last[-1], stage))
         if stage in backbone.out_indices:
-            taps.append(len(units) - 1)
+            out_units.append(len(units) - 1)
     if backbone.num_classes > 0:
-        taps.append(len(units) - 1)
-        return Chain(tuple(units), tuple(taps), input_size=(224, 224))
-    return Chain(tuple(units), tuple(taps))
+        out_units.append(len(units) - 1)
+        return Chain(tuple(units), tuple(out_units), input_size=(224, 224))
+    return Chain(tuple(units), tuple(out_units))
 
 
 def vision_transformer(backbone: nn.Module) -> Chain:
@@ -63,17 +63,17 @@ def vision_transformer(backbone: nn.Module) -> Chain:
     is_distilled = 'dist_token' in tensors  # a distilled ViT's forward has no pre_norm
     stem = ('patch_embed', 'drop_after_pos') if is_distilled else ('patch_embed', 'drop_after_pos', 'pre_norm')
     units = [Unit(STEM, stem, stem[-1], 0, tensors), *(Unit.single(f'layers.{i}', 0) for i in range(len(backbone.layers)))]
-    taps = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
-    norms = dict.fromkeys(range(len(taps)), 'ln2') if backbone.out_type == 'avg_featmap' else {}
+    out_units = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
+    norms = dict.fromkeys(range(len(out_units)), 'ln2') if backbone.out_type == 'avg_featmap' else {}
     size = tuple(backbone.patch_embed.init_input_size)
-    return Chain(tuple(units), taps, norms, extra_tokens=backbone.num_extra_tokens, input_size=size)
+    return Chain(tuple(units), out_units, norms, extra_tokens=backbone.num_extra_tokens, input_size=size)
 
 
 def swin(backbone: nn.Module) -> Chain:
     """Patch embedding, then window-attention blocks; a patch merging is one unit with the block that follows it."""
     tensors = ('absolute_pos_embed',) if backbone.use_abs_pos_embed else ()
     units = [Unit(STEM, ('patch_embed', 'drop_after_pos'), 'drop_after_pos', 0, tensors)]
-    last, taps = [], []
+    last, out_units = [], []
     after = getattr(backbone, 'out_after_downsample', False)
     for i, stage in enumerate(backbone.stages):
         merging = (f'stages.{i - 1}.downsample',) if i else ()
@@ -82,35 +82,35 @@ def swin(backbone: nn.Module) -> Chain:
         last.append(len(units) - 1)
     for i in backbone.out_indices:
         # an output after the patch merging comes from inside the next stage's first unit
-        taps.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
+        out_units.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
     norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
     size = backbone.patch_embed.init_input_size or (224, 224)
-    return Chain(tuple(units), tuple(sorted(taps)), norms, takes_grid=True, input_size=tuple(size))
+    return Chain(tuple(units), tuple(sorted(out_units)), norms, needs_hw_shape=True, input_size=tuple(size))
 
 
 def convnext(backbone: nn.Module) -> Chain:
     """A patch stem, then ConvNeXt blocks; a downsampling layer is one unit with the block that follows it."""
-    units, taps = [Unit(STEM, ('downsample_layers.0',), 'downsample_layers.0', 0)], []
+    units, out_units = [Unit(STEM, ('downsample_layers.0',), 'downsample_layers.0', 0)], []
     for i, stage in enumerate(backbone.stages):
         downsampling = (f'downsample_layers.{i}',) if i else ()
         units.append(Unit.sequence((*downsampling, f'stages.{i}.0'), i))
         units += [Unit.single(f'stages.{i}.{j}', i) for j in range(1, len(stage))]
         if i in backbone.out_indices:
-            taps.append(len(units) - 1)
+            out_units.append(len(units) - 1)
     norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
-    return Chain(tuple(units), tuple(taps), norms)
+    return Chain(tuple(units), tuple(out_units), norms)
 
 
 def _staged(backbone: nn.Module, stem: Unit, layers: Sequence[str]) -> Chain:
     """A stem, then stages that are sequences of units or single units; one output for each stage in ``out_indices``."""
-    units, taps = [stem], []
+    units, out_units = [stem], []
     for stage, layer in enumerate(layers):
         module = backbone.get_submodule(layer)
         names = [f'{layer}.{name}' for name, _ in module.named_children()] if isinstance(module, nn.Sequential) else [layer]
         units += [Unit.single(name, stage) for name in names]
         if stage in backbone.out_indices:
-            taps.append(len(units) - 1)
-    return Chain(tuple(units), tuple(taps))
+            out_units.append(len(units) - 1)
+    return Chain(tuple(units), tuple(out_units))
 
 
 _FAMILIES: dict[str, Callable[[nn.Module], Chain]] = {

@@ -108,7 +108,7 @@ def _measure_on(backbone: nn.Module, chain: Chain, channels: int, size: tuple[in
         for handle in handles:
             handle.remove()
     count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
-    if order != [unit.name for unit in chain.units] or count != len(chain.taps):
+    if order != [unit.name for unit in chain.units] or count != len(chain.out_units):
         raise UnsupportedBackboneError(f'the forward pass of {type(backbone).__name__} does not run the units of its chain')
 
     features, side, stride = [], float(size[1]), 1.0

@@ -67,7 +67,7 @@ class HeadCosts:
 
     def _strides(self) -> tuple[int, ...]:
         """The stride that a detector's local head sees after each unit; 1 everywhere for heads that don't depend on strides."""
-        candidates = range(max(self.chain.taps))
+        candidates = range(max(self.chain.out_units))
         first = next(i for i, unit in enumerate(self.chain.units) if unit.is_trainable(self._stock))
         head = self._localised([first], mode=RecomputeMode.NONE).local.values()
         if not isinstance(next(iter(head)), DetLocalHead):
@@ -124,10 +124,10 @@ class HeadCosts:
             head.zero_grad()
             if dense is not None:
                 with torch.no_grad(), self.runs.precision():
-                    losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples, dry_run=True)
+                    losses(head.apply_transfer(x, batch.inputs), batch.inputs, batch.samples, dry_run=True)
             trace.begin()
             with self.runs.precision():
-                loss, _ = model.parse_losses(losses(head.transferred(x, batch.inputs), batch.inputs, batch.samples))
+                loss, _ = model.parse_losses(losses(head.apply_transfer(x, batch.inputs), batch.inputs, batch.samples))
             loss.backward()
             trace.mark('end')
 

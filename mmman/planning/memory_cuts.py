@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.options import Count, checked
 from mmman.partition.planner import BY_MEMORY
 from mmman.planning.costs import peak_of
@@ -59,7 +59,7 @@ class MemoryCuts:
             raise PartitionError(f'partition has type={partition.get("type")!r}; for cuts by memory write {BY_MEMORY}')
         try:
             return cls(**{key: value for key, value in partition.items() if key != 'type'})
-        except MisuseError as error:
+        except ConfigError as error:
             raise PartitionError(f'{error}; for cuts by memory write {BY_MEMORY}') from None
 
     def plan(self, backbone: dict, num_blocks: int | None) -> list[str]:
@@ -74,7 +74,7 @@ class MemoryCuts:
 
         Raises:
             PartitionError: ``num_blocks`` is None.
-            MisuseError: The default scope is missing or isn't mmdet, mmseg or mmpretrain; or the model or its heads fail on
+            ConfigError: The default scope is missing or isn't mmdet, mmseg or mmpretrain; or the model or its heads fail on
                 the small images.
             CostError: The backbone has too few units for K blocks.
         """
@@ -84,7 +84,7 @@ class MemoryCuts:
             return []
         scope = DefaultScope.get_current_instance()
         if scope is None:
-            raise MisuseError("cuts by memory need a default scope: set default_scope to 'mmdet', 'mmseg' or 'mmpretrain'")
+            raise ConfigError("cuts by memory need a default scope: set default_scope to 'mmdet', 'mmseg' or 'mmpretrain'")
         options = {key: value for key, value in backbone.items() if value}
         cfg = Config(
             {

@@ -98,10 +98,10 @@ def probe_sizes(chain: Chain, height: int, width: int, images: int | None, scope
             don't grow with the number of images, so that number is kept.
         scope: Default scope of the library. A detector's pyramid needs larger images.
     """
-    attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.takes_grid)
+    attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.needs_hw_shape)
     if images is None and (height * width <= 256 * 256 or attends_everywhere):
         return [(2, height, width), (4, height, width)]
-    side = 224 if chain.takes_grid else 128 if scope == 'mmdet' or images is None else 64  # whole windows of 7 at stride 32
+    side = 224 if chain.needs_hw_shape else 128 if scope == 'mmdet' or images is None else 64  # whole windows of 7 at stride 32
     side, images = min(side, height, width), images or 2
     return [(images, side, side), (images, side, 2 * side)]
 

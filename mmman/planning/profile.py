@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Trace, linear
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
 from mmman.memory.stem import stem_paths
 from mmman.partition.chain import STEM
@@ -79,7 +79,7 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
         may_recompute: Whether plans choose a recompute mode for each block. If so, the config's recompute options are ignored.
 
     Raises:
-        MisuseError: The backbone isn't an ``mmman.LocalBackbone``; it has no ``local_head``; or the config sets
+        ConfigError: The backbone isn't an ``mmman.LocalBackbone``; it has no ``local_head``; or the config sets
             ``images_per_chunk`` and the dense heads don't support it.
     """
     cfg, asked = as_single_block(cfg), (batch, height, width)
@@ -118,11 +118,11 @@ def as_single_block(cfg: Config) -> Config:
     """Return a copy of the config whose ``mmman.LocalBackbone`` has one block.
 
     Raises:
-        MisuseError: The backbone isn't an ``mmman.LocalBackbone``, or it has no ``local_head``.
+        ConfigError: The backbone isn't an ``mmman.LocalBackbone``, or it has no ``local_head``.
     """
     backbone = cfg.model.backbone
     if str(backbone.type).rpartition('.')[2] != 'LocalBackbone' or backbone.get('local_head') is None:
-        raise MisuseError(
+        raise ConfigError(
             'planning cuts needs a config whose model.backbone is an mmman.LocalBackbone with a local_head: '
             'tools/localize_config.py writes one for any stock config'
         )
@@ -194,7 +194,7 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
             backward, backward_held = (max(0, costs.peak(start, end, held) - kept - later) for held in (None, i))
             flops_backward = costs.flops(end) - costs.flops(start)
         output = costs.size(i)
-        taps = [element for element, tap in enumerate(chain.taps) if tap == i]
+        taps = [element for element, tap in enumerate(chain.out_units) if tap == i]
         units.append(
             UnitCost(
                 kept=kept - costs.alive(before),

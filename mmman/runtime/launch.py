@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from torch.distributed.constants import default_pg_timeout
 
 from mmman.engine.config_check import check_config
-from mmman.errors import CheckpointError, CheckpointWriteError, LocalLearningError, MisuseError, PeerError
+from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError, LocalLearningError, PeerError
 from mmman.messages import one_line
 from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
 from mmman.runtime.weights_hook import WeightsHook
@@ -147,7 +147,7 @@ def watch_peers(cfg: Config) -> Iterator[Watchdog | None]:
     try:
         rank, world_size = find_rank(cfg.launcher)
         timeout = timeout_of(cfg)
-    except MisuseError as error:
+    except ConfigError as error:
         raise SystemExit(str(error)) from None
     if world_size == 1:
         yield None
@@ -219,7 +219,7 @@ def _init_gloo(launcher: str, timeout: float | None) -> None:
     """
     try:
         rank, world_size = find_rank(launcher)
-    except MisuseError as error:
+    except ConfigError as error:
         raise SystemExit(str(error)) from None
     patience = max(timedelta(seconds=timeout or 0), default_pg_timeout)
     dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=patience)

@@ -10,7 +10,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
 from mmman.analysis.dry_step import dry_step
-from mmman.errors import LocalLearningError, MisuseError
+from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
 from mmman.runtime.launch import type_name
 from mmman.runtime.stock_config import StockConfig, read_text, unreadable
@@ -123,9 +123,9 @@ def _check(source: StockConfig) -> None:
         advice = '; give the config of a detector, segmentor or classifier'
         if inner:
             advice = f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone'
-        raise MisuseError(f'{source.name} has no model.backbone{advice}')
+        raise ConfigError(f'{source.name} has no model.backbone{advice}')
     if type_name(model.backbone) == 'LocalBackbone':
-        raise MisuseError(f'{source.name} is localised already')
+        raise ConfigError(f'{source.name} is localised already')
 
 
 def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
@@ -178,10 +178,10 @@ def _optim_wrapper(cfg: Config) -> tuple[str, str]:
     """Return the arguments of the child's optim wrapper, and what changes compared with the stock one."""
     stock = cfg.get('optim_wrapper') or ConfigDict()
     if 'optimizer' not in stock and 'constructor' not in stock:
-        raise MisuseError('it has no optim_wrapper with an optimizer; give the config of a training run')
+        raise ConfigError('it has no optim_wrapper with an optimizer; give the config of a training run')
     kind = type_name(stock, 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise MisuseError(f'optim_wrapper.type={kind} cannot be replaced by mmman.LocalLearningOptimWrapper')
+        raise ConfigError(f'optim_wrapper.type={kind} cannot be replaced by mmman.LocalLearningOptimWrapper')
     wrapper = "type='mmman.LocalLearningOptimWrapper'"
     if kind == 'AmpOptimWrapper' and not {'dtype', 'loss_scale'} & stock.keys():
         return (
@@ -208,7 +208,7 @@ def _read(name: str, text: str, folder: Path | None) -> Config:
     try:
         return read_text(text, folder)
     except OSError as error:
-        raise MisuseError(f'{folder or "the temporary folder"} cannot be written to ({error})') from error
+        raise ConfigError(f'{folder or "the temporary folder"} cannot be written to ({error})') from error
     except Exception as error:  # a child can't refer to every value of a stock config
         raise unreadable(f'the child of {name}', error) from error
 
@@ -223,7 +223,7 @@ def _build_backbone(cfg: Config) -> nn.Module:
             raise
         except Exception as error:  # a stock backbone can raise any error
             name = type_name(cfg.model.backbone.backbone)
-            raise MisuseError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
+            raise ConfigError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
 
 
 def _try(child: Config, stock: Config) -> list[str]:

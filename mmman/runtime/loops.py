@@ -12,7 +12,7 @@ from mmengine.runner import EpochBasedTrainLoop as MMEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMIterBasedTrainLoop
 from torch.utils.data import DataLoader
 
-from mmman.errors import CheckpointError, MisuseError
+from mmman.errors import CheckpointError, ConfigError
 from mmman.registry import LOOPS
 from mmman.runtime.resume import ExactResumeHook
 from mmman.runtime.resume_record import ResumeRecordHook
@@ -144,4 +144,4 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
             yield from self.dataloader
             epoch, to_skip = epoch + 1, self.dataloader.batch_sampler.to_skip
             if (self._iter, to_skip) == before:
-                raise MisuseError('the training data makes no batch: lower train_dataloader.batch_size, or set drop_last=False')
+                raise ConfigError('the training data makes no batch: lower train_dataloader.batch_size, or set drop_last=False')

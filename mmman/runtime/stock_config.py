@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
@@ -43,7 +43,7 @@ class StockConfig:
             name: ``library::path`` of a library's config, or the path of a file.
 
         Raises:
-            MisuseError: The config doesn't exist, or can't be read.
+            ConfigError: The config doesn't exist, or can't be read.
         """
         path = _library_file(name) if '::' in name else _file(name)
         base = _library_base(name, path) if '::' in name else str(path)
@@ -66,7 +66,7 @@ class StockConfig:
             folder: The folder of the child. None: any folder on this machine.
 
         Raises:
-            MisuseError: A child in this folder can't inherit from this config.
+            ConfigError: A child in this folder can't inherit from this config.
         """
         if not self.is_new_style:
             if '::' in self.name:
@@ -74,7 +74,7 @@ class StockConfig:
             base = self.path if folder is None else os.path.relpath(self.path, folder)  # valid if both files move together
             return f'_base_ = {str(base)!r}'
         if folder is None:
-            raise MisuseError(
+            raise ConfigError(
                 f'{self.name} is a pure Python config, inherited by a relative import: say where the child is to be (-o)'
             )
         *up, name = os.path.relpath(self.path.with_suffix(''), folder).split(os.sep)
@@ -82,7 +82,7 @@ class StockConfig:
         modules = [*up[levels:], name]
         odd = [module for module in modules if not module.isidentifier() or keyword.iskeyword(module)]
         if odd:
-            raise MisuseError(
+            raise ConfigError(
                 f'{self.name} is a pure Python config, which is inherited by a relative import, and {odd[0]!r} on the way to '
                 'it is no Python name: write the child to another folder, such as that of the config itself, or rename it'
             )
@@ -106,17 +106,17 @@ def read_text(text: str, folder: Path | None = None) -> Config:
         Path(name).unlink()
 
 
-def unreadable(name: str, error: Exception) -> MisuseError:
+def unreadable(name: str, error: Exception) -> ConfigError:
     """Return the error for a config that can't be read."""
-    return MisuseError(f'{name} cannot be read as a config: {" ".join(f"{type(error).__name__}: {error}".split())}')
+    return ConfigError(f'{name} cannot be read as a config: {" ".join(f"{type(error).__name__}: {error}".split())}')
 
 
 def _file(name: str) -> Path:
     path = Path(os.path.abspath(name))  # like mmengine, don't resolve links
     if not path.is_file():
-        raise MisuseError(f'no config at {name}; give the path of a file, or library::path for one of a library')
+        raise ConfigError(f'no config at {name}; give the path of a file, or library::path for one of a library')
     if path.suffix not in SUFFIXES:
-        raise MisuseError(f'{name} is no config: mmengine reads {", ".join(SUFFIXES)}')
+        raise ConfigError(f'{name} is no config: mmengine reads {", ".join(SUFFIXES)}')
     return path
 
 
@@ -125,13 +125,13 @@ def _library_file(name: str) -> Path:
     spec = importlib.util.find_spec(library) if library.isidentifier() else None
     folder = Path(spec.origin).parent / '.mim' / 'configs' if spec and spec.origin else None
     if folder is None or not folder.is_dir():
-        raise MisuseError(f'{name}: no installed library {library!r} with configs; e.g. mmdet, mmseg and mmpretrain have some')
+        raise ConfigError(f'{name}: no installed library {library!r} with configs; e.g. mmdet, mmseg and mmpretrain have some')
     path = next((path for path in (folder / inside, folder / f'{inside}.py') if path.is_file()), None)
     if path is None:
         known = [found.relative_to(folder).as_posix() for found in folder.rglob('*.py')]
         close = difflib.get_close_matches(inside, known, n=1, cutoff=0.6)
         hint = f'did you mean {library}::{close[0]}?' if close else f'its configs are below {folder}'
-        raise MisuseError(f'{library} has no config {inside!r}; {hint}')
+        raise ConfigError(f'{library} has no config {inside!r}; {hint}')
     return path
 
 

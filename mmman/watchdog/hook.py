@@ -15,7 +15,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch.distributed import PrefixStore
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.registry import HOOKS
 from mmman.watchdog.monitor import Watchdog
 from mmman.watchdog.rendezvous import connect
@@ -35,13 +35,13 @@ def timeout_of(cfg: dict) -> float:
     """The watchdog's timeout in seconds, from ``env_cfg.dist_cfg.timeout`` of a config, the timeout of collectives.
 
     Raises:
-        MisuseError: The config's timeout is not a positive finite number.
+        ConfigError: The config's timeout is not a positive finite number.
     """
     timeout = ((cfg.get('env_cfg') or {}).get('dist_cfg') or {}).get('timeout')
     if timeout is None:
         return DEFAULT_TIMEOUT_S
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
-        raise MisuseError(f'env_cfg.dist_cfg.timeout={timeout!r}: set a positive number of seconds, or remove it')
+        raise ConfigError(f'env_cfg.dist_cfg.timeout={timeout!r}: set a positive number of seconds, or remove it')
     return SHARE_OF_TIMEOUT * timeout
 
 

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import Store
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 # Environment variables of each launcher: rank, number of processes, and rank on this machine.
 RANK_VARIABLES = {
@@ -31,7 +31,7 @@ def find_rank(launcher: str, environment: MutableMapping[str, str] = os.environ)
         The rank and the number of processes.
 
     Raises:
-        MisuseError: The launcher's variables are missing.
+        ConfigError: The launcher's variables are missing.
     """
     try:
         rank, world_size = (int(environment[name]) for name in RANK_VARIABLES[launcher][:2])
@@ -39,7 +39,7 @@ def find_rank(launcher: str, environment: MutableMapping[str, str] = os.environ)
         if address is None:
             address = _first_host(environment['SLURM_NODELIST']) if launcher == 'slurm' else environment['MASTER_ADDR']
     except KeyError as error:
-        raise MisuseError(f'--launcher {launcher}: {error} is not set; start the program with that launcher') from None
+        raise ConfigError(f'--launcher {launcher}: {error} is not set; start the program with that launcher') from None
     environment['MASTER_ADDR'] = address
     environment.setdefault('MASTER_PORT', '29500')
     return rank, world_size

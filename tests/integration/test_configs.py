@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmman.engine.config_check import check_config
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.alive import without_gradient
 from tests.conftest import ROOT
@@ -470,7 +470,7 @@ def build_for_training(cfg: Config) -> BaseModel:
         if isinstance(module, (_BatchNorm, nn.Linear)) and not module.weight.any():
             nn.init.uniform_(module.weight, 0.2, 0.4)
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
         for copied in head.transfer.copies[1:]:
             for parameter in copied.parameters():
                 parameter.data *= 0.9
@@ -651,5 +651,5 @@ def test_another_number_of_classes_is_refused(base: str, own_head: str) -> None:
     cfg.merge_from_dict({f'model.{own_head}.num_classes': 20})
     model = build_for_training(cfg)
 
-    with pytest.raises(MisuseError, match=r'num_classes=80, the model 20: set num_classes=20 in model\.backbone\.local_head'):
+    with pytest.raises(ConfigError, match='num_classes=80, but the model has 20: set num_classes=20'):
         step(model, cfg.optim_wrapper, image_batch(96, 160))

@@ -121,7 +121,7 @@ def test_inheritance_alone_localises(stock, tmp_path):
         if isinstance(module, torch.nn.Linear) and not module.weight.any():  # a ViT's classifier passes no gradient on
             torch.nn.init.normal_(module.weight, std=0.1)
     for head in backbone.local.values():
-        head.transfer.sync_(head.source.of(backbone))
+        head.transfer.init_from_(head.source.of(backbone))
         for parameter in head.transfer.momentum.parameters():  # as after some steps: s has no gradient while E equals B
             parameter.add_(0.01 * torch.randn_like(parameter))
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)

@@ -223,8 +223,8 @@ CONTRADICTIONS = [
     ({'model.backbone.transfer': {'ema': False, 'bias': 'depthwise', 'scale': False}}, "transfer.bias='depthwise'"),
     ({'model.backbone.transfer': {'scale': 1}}, 'transfer.scale=1'),
     ({'model.backbone.num_blocks': 1, 'model.backbone.local_head': {'type': 'mmman.DetLocalHead', 'x': 1}}, 'no option x'),
-    ({'model.backbone.local_head': {}}, 'local_head needs a type'),
-    ({'model.backbone.local_head': {'type': 'ResNet'}}, "local_head.type='ResNet' is no mmman.LocalHead"),
+    ({'model.backbone.local_head': {}}, 'local_head requires a type'),
+    ({'model.backbone.local_head': {'type': 'ResNet'}}, "local_head.type='ResNet' is not a subclass of mmman.LocalHead"),
     ({'model.backbone.local_head': {'type': 'mmman.DetHead'}}, 'did you mean mmman.DetLocalHead?'),
     ({'model.backbone.type': 'mmman.LocalBackbon'}, 'did you mean mmman.LocalBackbone?'),
     ({'optim_wrapper.type': 'mmman.LocalLearningWrapper'}, 'did you mean mmman.LocalLearningOptimWrapper?'),
@@ -255,7 +255,7 @@ def test_a_head_for_another_task_is_refused(model, task):
     head.task = task
     message = error_of(lambda: head.check_model(other))
     assert (message is None) == (model == task)
-    assert model == task or 'choose another model.backbone.local_head.type' in message
+    assert model == task or 'set another model.backbone.local_head.type' in message
 
 
 WRAPPERS = [
@@ -304,4 +304,4 @@ def test_a_tool_ends_with_one_line():
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and 'Traceback' not in done.stderr
-    assert done.stderr.splitlines()[-1].endswith('model.backbone.num_blocks=0: choose a whole number from 1 or None')
+    assert done.stderr.splitlines()[-1].endswith('model.backbone.num_blocks=0: expected an integer >= 1 or None')

@@ -19,7 +19,7 @@ SWINS = [stock for stock in STOCK if 'swin' in stock and not stock.startswith('m
 def start(model):
     model.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model.train()
 
 

@@ -186,7 +186,7 @@ def test_a_detector_starts_from_the_classifier(raw, backbone_file, weights, is_p
     assert_started_from(start, weights, SOURCES)
     local = sum('.local.' in name for name in state)
     left = 'nothing' if is_published else f'{local} of backbone.local.*, 2 of head.*'
-    assert said(tmp_path) == [f'100 of 100 backbone tensors from {file}; left: {left}']
+    assert said(tmp_path) == [f'100 of 100 backbone tensors from {file}; unused: {left}']
 
 
 def test_a_segmentor_starts_from_the_classifier(raw, weights, tmp_path):

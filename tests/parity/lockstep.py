@@ -64,7 +64,7 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
             )
         )
     own = [copy.deepcopy(module) for module in task_modules]
-    return Reference(units, cuts, list(chain.taps), heads, own, lambda f, batch: task_loss(own, f, batch), **options)
+    return Reference(units, cuts, list(chain.out_units), heads, own, lambda f, batch: task_loss(own, f, batch), **options)
 
 
 @HOOKS.register_module()
@@ -176,7 +176,7 @@ def compare_steps(model, other, batches, task_modules):
         outputs = model.train_step(batch, wrapper)
         losses = other.step(seen[-1])
         for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), 0.9)
+            head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
         assert outputs['loss'].item() == losses[-1]
         compared = 0
         for name, ours, theirs in pairs(model, other, task_of, task_modules):

@@ -59,7 +59,7 @@ class StaleEMAHook(EMABiasHook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         backbone = runner.model.backbone
-        stepped, self._seen_steps = runner.optim_wrapper.steps != self._seen_steps, runner.optim_wrapper.steps
+        stepped, self._last_steps = runner.optim_wrapper.steps != self._last_steps, runner.optim_wrapper.steps
         states = [copy.deepcopy(head.source.of(backbone).state_dict()) for head in backbone.local.values()]
         self.waiting.append(states if stepped else None)
         while len(self.waiting) > (0 if (runner.iter + 1) % self.flush_every == 0 else self.staleness):

@@ -7,7 +7,7 @@ import torch
 
 from mmman import LocalDistributedDataParallel, LocalLearningOptimWrapper
 from mmman.analysis.training import StepMeter
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.parity import test_ddp_models
 from tests.parity.ranks import run_ranks
 
@@ -219,19 +219,19 @@ def test_the_model_is_left_as_it_was():
 
 
 def test_refused():
-    with pytest.raises(MisuseError, match='images_per_chunk=0: choose'):
+    with pytest.raises(ConfigError, match='images_per_chunk=0: expected'):
         one_step(detector('RetinaNet'), images(), images_per_chunk=0)
     model = detector('RetinaNet')
     model.__class__ = type('Distiller', (type(model),), {'loss': lambda self: None})
-    with pytest.raises(MisuseError, match='images_per_chunk is for models.*SingleStageDetector.*not for Distiller'):
+    with pytest.raises(ConfigError, match='images_per_chunk is for models.*SingleStageDetector.*not for Distiller'):
         one_step(model, images(), images_per_chunk=1)
     model = detector('RetinaNet')
     model.neck.lateral_convs[0].bn = torch.nn.BatchNorm2d(4)
-    with pytest.raises(MisuseError, match='BatchNorm in training mode, which mixes the images.*images_per_chunk=None'):
+    with pytest.raises(ConfigError, match='BatchNorm in training mode, which mixes the images.*images_per_chunk=None'):
         one_step(model, images(), images_per_chunk=1)
     model = detector('RetinaNet')
     model.bbox_head.__class__ = type('OtherHead', (type(model.bbox_head),), {'loss_by_feat': lambda self: None})
-    with pytest.raises(MisuseError, match='OtherHead cannot run on a few images at a time.*AnchorHead.*images_per_chunk=None'):
+    with pytest.raises(ConfigError, match='OtherHead cannot run on a few images at a time.*AnchorHead.*images_per_chunk=None'):
         one_step(model, images(), images_per_chunk=1)
 
 
@@ -256,5 +256,5 @@ def test_a_head_with_a_loss_of_its_own_is_refused(name):
     model = detector(name)
     head = model.bbox_head
     head.__class__ = type('Mine', (type(head),), {'loss': lambda self, *args: {}})
-    with pytest.raises(MisuseError, match='Mine cannot run on a few images at a time'):
+    with pytest.raises(ConfigError, match='Mine cannot run on a few images at a time'):
         one_step(model, images(), images_per_chunk=1)

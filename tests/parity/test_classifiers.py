@@ -197,7 +197,7 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, 
         for module in head.modules():  # classifiers that start at 0 pass no gradient on
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.1)
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     for parameter in model.head.parameters():
         nn.init.normal_(parameter, std=0.1)
     return model

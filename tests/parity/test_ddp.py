@@ -22,7 +22,7 @@ def localized_toy(**options):
     torch.manual_seed(0)
     model = MODELS.build(toy_config(num_blocks=4, **options)).double().train()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model
 
 
@@ -36,7 +36,7 @@ def batch_of(step, rank, world):
 
 def update_copies(model):
     for head in model.backbone.local.values():
-        head.transfer.update_(head.source.of(model.backbone), 0.9)
+        head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
 
 
 def to_another_tensor(state, bucket):

@@ -73,7 +73,7 @@ def vit():
 def sync(model):
     model.backbone.local.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model.train()
 
 
@@ -104,7 +104,7 @@ def assert_close(ours, theirs, about, rtol=1e-12):
 
 def update_copies(model):
     for head in model.backbone.local.values():
-        head.transfer.update_(head.source.of(model.backbone), 0.9)
+        head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
 
 
 MODELS_ = {'retinanet': retinanet, 'fcos': fcos, 'deeplab': deeplab, 'resnet32': resnet32, 'vit': vit}

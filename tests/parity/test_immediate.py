@@ -7,7 +7,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 
 from mmman.analysis import LiveBytes
-from mmman.local.scopes import trained_parameters
+from mmman.local.block_parameters import parameters_by_block
 from tests.toy import block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
 
@@ -23,7 +23,7 @@ def optim_wrapper_of(model, update='immediate', optimizer=SGD, **options):
 
 def update_copies(model):
     for head in model.backbone.local.values():
-        head.transfer.update_(head.source.of(model.backbone), 0.9)
+        head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
 
 
 def compare(model, batches, **options):
@@ -39,7 +39,7 @@ def compare(model, batches, **options):
             assert torch.equal(model.state_dict()[name], value), name
         update_copies(model)
         update_copies(other)
-    for scope in trained_parameters(model):
+    for scope in parameters_by_block(model):
         assert any(not torch.equal(p, before[name]) for name, p in scope.items())
 
 

@@ -44,7 +44,7 @@ def deeplab(name, row, partition, ignored=255, **head):
     model = revert_sync_batchnorm(MODELS.build(model)).train()
     model.backbone.local.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model.double()
 
 

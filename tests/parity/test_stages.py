@@ -107,7 +107,7 @@ def test_detectors(partition, options):
     model = detectors.retinanet(detectors.ROWS['manpp'], num_blocks=4, partition=partition).train()
     model.backbone.local.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     batches = [detectors.pseudo_collate(detectors.images(2, seed=i)) for i in range(2)]
     stages = compare(model, batches, **options)
     assert [stage._sends_images for stage, _ in stages] == [False] * 4

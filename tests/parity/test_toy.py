@@ -79,7 +79,7 @@ def no_detach(patch):
 
 
 def no_tap_detach(patch):
-    patch.setattr('mmman.local.blocks.LocalBlocks.detach_taps', lambda self, backbone, args, outputs: None)
+    patch.setattr('mmman.local.blocks.LocalBlocks.detach_outputs', lambda self, backbone, args, outputs: None)
     patch.setattr(LocalLearningOptimWrapper, 'local_backward', lambda self, loss, block: loss.backward(retain_graph=True))
 
 
@@ -88,12 +88,12 @@ def momentum_before_the_step(patch):
 
     def early(self, **kwargs):
         for head in self._backbone.local.values():
-            head.transfer.update_(head.source.of(self._backbone), 0.9)
+            head.transfer.ema_update_(head.source.of(self._backbone), 0.9)
         step(self, **kwargs)
 
     def late(self, runner, *args, **kwargs):
         with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(MomentumTransfer, 'update_', lambda *args: None)
+            inner.setattr(MomentumTransfer, 'ema_update_', lambda *args: None)
             after(self, runner, *args, **kwargs)
 
     patch.setattr(LocalLearningOptimWrapper, 'step', early)
@@ -105,7 +105,7 @@ def swapped_s(patch):
 
 
 def copies_not_synced(patch):
-    patch.setattr(MomentumTransfer, 'sync_', lambda self, source, keep_loaded: setattr(self, 'is_synced', True))
+    patch.setattr(MomentumTransfer, 'init_from_', lambda self, source, keep_loaded: setattr(self, 'is_synced', True))
 
 
 def accuracy_in_the_loss(patch):

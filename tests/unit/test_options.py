@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 
 import pytest
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.options import Count, NonNegative, Positive, Range, check_options, checked
 
 
-@checked('toy', given=('free',))
+@checked('toy', injected=('free',))
 class Toy:
     def __init__(
         self,
@@ -56,23 +56,23 @@ VALID = [
     {'table': None},
 ]
 INVALID = [
-    ({'count': 0}, 'toy.count=0: choose a whole number from 1'),
-    ({'count': True}, 'toy.count=True: choose a whole number from 1'),
-    ({'count': 1.0}, 'toy.count=1.0: choose a whole number from 1'),
-    ({'count': '1'}, "toy.count='1': choose a whole number from 1"),
-    ({'count': [1]}, 'toy.count=[1]: choose a whole number from 1'),
-    ({'count': None}, 'toy.count=None: choose a whole number from 1'),
-    ({'rate': 1}, 'toy.rate=1: choose a finite number from 0 below 1'),
-    ({'rate': math.nan}, 'toy.rate=nan: choose a finite number from 0 below 1'),
-    ({'mode': 0}, "toy.mode=0: choose 'a', 'b' or False"),
-    ({'mode': 'c'}, "toy.mode='c': choose 'a', 'b' or False"),
-    ({'flag': 1}, 'toy.flag=1: choose True or False'),
-    ({'names': 'x'}, "toy.names='x': choose True or False or a list of strings"),
-    ({'names': [1]}, 'toy.names=[1]: choose True or False or a list of strings'),
-    ({'weight': math.inf}, 'toy.weight=inf: choose a finite number above 0 or a list of finite numbers'),
-    ({'weight': [1, 0]}, 'toy.weight=[1, 0]: choose a finite number above 0 or a list of finite numbers'),
-    ({'pair': [1]}, 'toy.pair=[1]: choose a finite number from 0 or 2 values, each a finite number from 0'),
-    ({'table': []}, 'toy.table=[]: choose a dict or None'),
+    ({'count': 0}, 'toy.count=0: expected an integer >= 1'),
+    ({'count': True}, 'toy.count=True: expected an integer >= 1'),
+    ({'count': 1.0}, 'toy.count=1.0: expected an integer >= 1'),
+    ({'count': '1'}, "toy.count='1': expected an integer >= 1"),
+    ({'count': [1]}, 'toy.count=[1]: expected an integer >= 1'),
+    ({'count': None}, 'toy.count=None: expected an integer >= 1'),
+    ({'rate': 1}, 'toy.rate=1: expected a finite number >= 0 and < 1'),
+    ({'rate': math.nan}, 'toy.rate=nan: expected a finite number >= 0 and < 1'),
+    ({'mode': 0}, "toy.mode=0: expected 'a', 'b' or False"),
+    ({'mode': 'c'}, "toy.mode='c': expected 'a', 'b' or False"),
+    ({'flag': 1}, 'toy.flag=1: expected True or False'),
+    ({'names': 'x'}, "toy.names='x': expected True, False or a list of strings"),
+    ({'names': [1]}, 'toy.names=[1]: expected True, False or a list of strings'),
+    ({'weight': math.inf}, 'toy.weight=inf: expected a finite number > 0 or a list of finite numbers'),
+    ({'weight': [1, 0]}, 'toy.weight=[1, 0]: expected a finite number > 0 or a list of finite numbers'),
+    ({'pair': [1]}, 'toy.pair=[1]: expected a finite number >= 0 or 2 values, each a finite number >= 0'),
+    ({'table': []}, 'toy.table=[]: expected a dict or None'),
     ({'cuont': 1}, 'toy: Toy has no option cuont; did you mean count?'),
     ({'zzz': 1}, 'toy: Toy has no option zzz; the options are count, rate, mode, flag, names, weight, pair, table'),
     ({'momentum': 1}, 'toy: Toy has no option momentum; it is an option of EMABiasHook'),
@@ -90,15 +90,15 @@ def test_an_error_names_the_option_and_what_to_choose(options, message):
     import mmman  # noqa: F401  whose components are known places of options
 
     for call in (lambda: Toy('anything', **options), lambda: check_options(Toy, options, 'toy')):
-        with pytest.raises(MisuseError) as error:
+        with pytest.raises(ConfigError) as error:
             call()
         assert str(error.value) == message
 
 
 def test_positional_and_missing_options():
-    with pytest.raises(MisuseError, match=r'toy\.count=0: choose'):
+    with pytest.raises(ConfigError, match=r'toy\.count=0: expected'):
         Toy('anything', 0)
-    with pytest.raises(MisuseError, match='pair: Pair needs second'):
+    with pytest.raises(ConfigError, match='pair: Pair requires the option second'):
         Pair(1)
 
 

@@ -1,7 +1,12 @@
 import subprocess
 import sys
 
+import pytest
+
 import mmman
+from mmman.errors import ConfigError, MisuseError
+from mmman.local import MomentumTransfer
+from mmman.partition import Feature
 
 
 def run(code):
@@ -50,3 +55,9 @@ print(MODELS.get('mmman.LocalBackbone').__name__, OPTIM_WRAPPERS.get('mmman.Loca
       RUNNERS.get('mmman.PipelineRunner').__name__)
 """
     assert run(code) == 'LocalBackbone LocalLearningOptimWrapper EMABiasHook LocalDistributedDataParallel PipelineRunner'
+
+
+def test_handlers_of_the_former_exception_work():
+    with pytest.raises(MisuseError) as caught:
+        MomentumTransfer(None, Feature(8, 4), ema=False)
+    assert type(caught.value) is ConfigError

@@ -167,7 +167,7 @@ def _local_step(meter: ProfileMeter, wrap: Callable = lambda model: model) -> Ca
     def step() -> None:
         wrapped.train_step(meter.data, optim_wrapper)
         for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), EMA_MOMENTUM)
+            head.transfer.ema_update_(head.source.of(model.backbone), EMA_MOMENTUM)
 
     return step
 

@@ -118,7 +118,7 @@ def local_lap(
             stack.enter_context(_marked(optim_wrapper, name, mark))
         model.train_step(data, optim_wrapper)
     for head in backbone.local.values():
-        head.transfer.update_(head.source.of(backbone), EMA_MOMENTUM)
+        head.transfer.ema_update_(head.source.of(backbone), EMA_MOMENTUM)
     mark()
     return _laps(marks, 3 * len(backbone.local) + 5)
 
@@ -190,13 +190,13 @@ def _block_sizes(model: BaseModel, data: dict) -> list[dict]:
 
             stack.enter_context(_removed(backbone.get_submodule(unit.output).register_forward_hook(record)))
         backbone(model.data_preprocessor(data, True)['inputs'])
-    tapped = {chain.units[tap].name for tap in chain.taps}
+    output_units = {chain.units[tap].name for tap in chain.out_units}
     heads = [*local.values(), None]
     inside = {id(parameter) for parameter in backbone.parameters()}
     outside = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     sizes = []
     for j, (block, head) in enumerate(zip(local.plan.blocks, heads, strict=True)):
-        taps = [unit.name for unit in block if unit.name in tapped]
+        taps = [unit.name for unit in block if unit.name in output_units]
         sizes.append(
             {
                 'gradients': _trained(p for unit in block for p in unit.parameters(backbone)),

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
-ELEMENTS = 2**20
+MAX_OVERLAPS = 2**20
 """Maximum size of a map of overlaps, (images, objects, anchors), computed in one pass; at least one image is."""
 
-Found = tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]
-"""The match of each anchor, (B, A), see :func:`_matched`; image and anchor index of the P positive anchors, (P,) each; their
+Matches = tuple[Tensor, tuple[Tensor, Tensor], Tensor, Tensor, Tensor]
+"""The match of each anchor, (B, A), see :func:`_assign`; image and anchor index of the P positive anchors, (P,) each; their
 labels, (P,), and box targets, (P, 4); and the number of positive anchors, at least one per image, a scalar."""
 
 
-def find_targets(
+def compute_targets(
     head: nn.Module, sizes: list[tuple[int, int]], data_samples: list, device: torch.device | str
 ) -> tuple[list[list[Tensor]], list[list[Tensor]], float]:
     """Compute the anchors and targets of a dense head with the interface of mmdet's ``AnchorHead``.
@@ -44,7 +44,7 @@ def find_targets(
     from mmdet.models.utils import unpack_gt_instances
 
     instances, ignored, metas = unpack_gt_instances(data_samples)
-    if is_known(head):
+    if has_stock_targets(head):
         anchors, flags = _anchors(head, sizes, metas, device)
         *targets, factor = _targets(head, anchors, flags, instances)
     else:
@@ -53,17 +53,17 @@ def find_targets(
     return anchors, targets, factor
 
 
-def check_known(head: nn.Module | None, model: nn.Module) -> None:
-    """Raise :class:`MisuseError` if the targets of a dense head of ``model`` can't be computed ahead of its losses."""
-    if head is None or not is_known(head):
-        raise MisuseError(
-            f"cuda_graphs is for detectors that have dense heads with targets like RetinaNet's (MaxIoUAssigner, PseudoSampler, "
-            f'DeltaXYWHBBoxCoder), and local heads alike, not for {type(model).__name__} with '
+def check_stock_targets(head: nn.Module | None, model: nn.Module) -> None:
+    """Raise :class:`ConfigError` if the targets of a dense head of ``model`` can't be computed ahead of its losses."""
+    if head is None or not has_stock_targets(head):
+        raise ConfigError(
+            f"cuda_graphs requires a detector whose own and local dense heads have targets like RetinaNet's (MaxIoUAssigner, "
+            f'PseudoSampler, DeltaXYWHBBoxCoder), not {type(model).__name__} with '
             f'{"another local head" if head is None else type(head).__name__}: set optim_wrapper.cuda_graphs=False'
         )
 
 
-def is_known(head: nn.Module) -> bool:
+def has_stock_targets(head: nn.Module) -> bool:
     """Whether the targets of a dense head are computed for all images in one pass."""
     from mmdet.models.dense_heads import AnchorHead
     from mmdet.models.task_modules import BboxOverlaps2D, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
@@ -71,8 +71,8 @@ def is_known(head: nn.Module) -> bool:
     names = ('loss', 'loss_by_feat', 'get_anchors', 'get_targets', '_get_targets_single')
     if any(getattr(type(head), name, None) is not getattr(AnchorHead, name) for name in names):
         return False
-    parts = ((head.assigner, MaxIoUAssigner), (head.sampler, PseudoSampler), (head.bbox_coder, DeltaXYWHBBoxCoder))
-    if any(type(part) is not kind for part, kind in parts) or head.reg_decoded_bbox or head.prior_generator.use_box_type:
+    components = ((head.assigner, MaxIoUAssigner), (head.sampler, PseudoSampler), (head.bbox_coder, DeltaXYWHBBoxCoder))
+    if any(type(part) is not kind for part, kind in components) or head.reg_decoded_bbox or head.prior_generator.use_box_type:
         return False
     assigner = head.assigner
     return (
@@ -101,25 +101,25 @@ def _targets(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], int]:
     """Follows ``AnchorHead.get_targets``."""
     levels = [len(level) for level in anchors[0]]
-    priors, valid = _on_all_levels(anchors, flags)
-    found = _find(head, priors, valid, instances)
-    targets = torch.empty_like(found[0]), priors.new_empty(valid.shape), *priors.new_empty(2, *valid.shape, 4)
-    _write(head, found, *targets)
-    return *([*target.split(levels, dim=1)] for target in targets), int(found[-1])
+    priors, valid = _concat_levels(anchors, flags)
+    matches = _match_batch(head, priors, valid, instances)
+    targets = torch.empty_like(matches[0]), priors.new_empty(valid.shape), *priors.new_empty(2, *valid.shape, 4)
+    _write(head, matches, *targets)
+    return *([*target.split(levels, dim=1)] for target in targets), int(matches[-1])
 
 
-def _on_all_levels(anchors: list[list[Tensor]], flags: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+def _concat_levels(anchors: list[list[Tensor]], flags: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
     """Concatenate levels: the anchors, (A, 4), and which of them are valid, (B, A)."""
-    return torch.cat(anchors[0]), torch.stack([torch.cat(own) for own in flags])
+    return torch.cat(anchors[0]), torch.stack([torch.cat(levels) for levels in flags])
 
 
 class AnchorTargets:
-    """Computes targets of a dense head that :func:`check_known` accepts, for feature maps of given sizes.
+    """Computes targets of a dense head that :func:`check_stock_targets` accepts, for feature maps of given sizes.
 
     Args:
         head: The dense head.
         sizes: Height and width of its feature maps, by level.
-        size_range: Objects to use: lower and upper bound of the square root of a box's area, in pixels. None: all.
+        gt_size_range: Objects to use: lower and upper bound of the square root of a box's area, in pixels. None: all.
         device: Device of the targets.
     """
 
@@ -127,52 +127,52 @@ class AnchorTargets:
         self,
         head: nn.Module,
         sizes: list[tuple[int, int]],
-        size_range: tuple[float, float] | None,
+        gt_size_range: tuple[float, float] | None,
         device: torch.device | str,
     ) -> None:
-        self.head, self.sizes, self.size_range, self.device = head, sizes, size_range, device
+        self.head, self.sizes, self.gt_size_range, self.device = head, sizes, gt_size_range, device
         self._shapes: list[tuple[int, ...]] = []
 
-    def find(self, data_samples: list) -> Found:
+    def match(self, data_samples: list) -> Matches:
         """Match the anchors of a batch. Forces a device-to-host sync."""
         metas = [sample.metainfo for sample in data_samples]
         shapes = [(*meta['pad_shape'],) for meta in metas]
         if shapes != self._shapes:
-            self._priors, self._valid = _on_all_levels(*_anchors(self.head, self.sizes, metas, self.device))
+            self._priors, self._valid = _concat_levels(*_anchors(self.head, self.sizes, metas, self.device))
             self._shapes = shapes
         instances = [sample.gt_instances for sample in data_samples]
-        return _find(self.head, self._priors, self._valid, instances, self.size_range)
+        return _match_batch(self.head, self._priors, self._valid, instances, self.gt_size_range)
 
-    def write(self, found: Found, places: Sequence[Tensor]) -> None:
+    def write(self, matches: Matches, buffers: Sequence[Tensor]) -> None:
         """Write targets to the given memory, without a device-to-host sync.
 
         Args:
-            found: The result of :meth:`find`.
-            places: Destination tensors: labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets
+            matches: The result of :meth:`match`.
+            buffers: Destination tensors: labels, (B, A) for A anchors on all levels, int64; their weights, (B, A); box targets
                 and their weights, (B, A, 4); and the number of positive anchors, at least one per image, a scalar, int64.
         """
-        *targets, factor = places
-        _write(self.head, found, *targets)
-        factor.copy_(found[-1])
+        *targets, factor = buffers
+        _write(self.head, matches, *targets)
+        factor.copy_(matches[-1])
 
 
-def _find(
-    head: nn.Module, priors: Tensor, valid: Tensor, instances: list, size_range: tuple[float, float] | None = None
-) -> Found:
+def _match_batch(
+    head: nn.Module, priors: Tensor, valid: Tensor, instances: list, gt_size_range: tuple[float, float] | None = None
+) -> Matches:
     from mmdet.structures.bbox import get_box_tensor
 
-    boxes = pad_sequence([get_box_tensor(own.bboxes) for own in instances], batch_first=True)
-    labels = pad_sequence([own.labels for own in instances], batch_first=True)
-    counts = torch.tensor([len(own.bboxes) for own in instances], device=priors.device)
+    boxes = pad_sequence([get_box_tensor(instance.bboxes) for instance in instances], batch_first=True)
+    labels = pad_sequence([instance.labels for instance in instances], batch_first=True)
+    counts = torch.tensor([len(instance.bboxes) for instance in instances], device=priors.device)
 
-    count, most = boxes.shape[:2]
-    taken = torch.arange(most, device=priors.device) < counts[:, None]
-    if size_range is not None:
+    count, max_objects = boxes.shape[:2]
+    is_used = torch.arange(max_objects, device=priors.device) < counts[:, None]
+    if gt_size_range is not None:
         size = ((boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])).sqrt()
-        taken &= (size >= size_range[0]) & (size <= size_range[1])
-    size = max(1, ELEMENTS // max(1, most * len(priors)))
+        is_used &= (size >= gt_size_range[0]) & (size <= gt_size_range[1])
+    size = max(1, MAX_OVERLAPS // max(1, max_objects * len(priors)))
     spans = [slice(start, start + size) for start in range(0, count, size)]
-    matched = torch.cat([_matched(head.assigner, boxes[s], taken[s], priors, valid[s]) for s in spans])
+    matched = torch.cat([_assign(head.assigner, boxes[s], is_used[s], priors, valid[s]) for s in spans])
 
     image, anchor = (matched > 0).nonzero(as_tuple=True)
     obj = matched[image, anchor] - 1
@@ -181,8 +181,10 @@ def _find(
     return matched, (image, anchor), labels[image, obj], deltas, factor
 
 
-def _write(head: nn.Module, found: Found, label: Tensor, label_weight: Tensor, box_target: Tensor, box_weight: Tensor) -> None:
-    matched, where, labels, deltas, _ = found
+def _write(
+    head: nn.Module, matches: Matches, label: Tensor, label_weight: Tensor, box_target: Tensor, box_weight: Tensor
+) -> None:
+    matched, where, labels, deltas, _ = matches
     is_positive, weight = matched > 0, head.train_cfg['pos_weight']
     label.fill_(head.num_classes).index_put_(where, labels)
     label_weight.copy_(matched == 0).masked_fill_(is_positive, 1.0 if weight <= 0 else weight)
@@ -190,28 +192,28 @@ def _write(head: nn.Module, found: Found, label: Tensor, label_weight: Tensor, b
     box_weight.copy_(is_positive[..., None].expand_as(box_weight))
 
 
-def _matched(assigner: object, boxes: Tensor, taken: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
+def _assign(assigner: object, boxes: Tensor, is_used: Tensor, priors: Tensor, valid: Tensor) -> Tensor:
     """Match each anchor, (B, A): to an object, numbered from 1, to background, 0, or to nothing, -1.
 
     Args:
         assigner: A ``MaxIoUAssigner``.
         boxes: (B, G, 4).
-        taken: Whether an object takes part, (B, G).
+        is_used: Whether an object takes part, (B, G).
         priors: (A, 4).
         valid: Whether an anchor takes part, (B, A).
     """
-    count, most = boxes.shape[:2]
-    if most == 0:
+    count, max_objects = boxes.shape[:2]
+    if max_objects == 0:
         return valid.long() - 1
-    number = torch.arange(1, most + 1, device=boxes.device)
-    taken = taken[..., None] & valid[:, None]
-    overlaps = assigner.iou_calculator(boxes, priors.expand(count, -1, -1)).masked_fill_(~taken, -1)
-    most_of_anchor, which = overlaps.max(dim=1)
-    most_of_object = overlaps.amax(dim=2, keepdim=True)
+    number = torch.arange(1, max_objects + 1, device=boxes.device)
+    is_used = is_used[..., None] & valid[:, None]
+    overlaps = assigner.iou_calculator(boxes, priors.expand(count, -1, -1)).masked_fill_(~is_used, -1)
+    max_of_anchor, best_object = overlaps.max(dim=1)
+    max_of_object = overlaps.amax(dim=2, keepdim=True)
 
-    matched = torch.where(most_of_anchor < assigner.neg_iou_thr, 0, -1)
-    matched = torch.where(most_of_anchor >= assigner.pos_iou_thr, which + 1, matched)
-    best = (overlaps == most_of_object) & (most_of_object >= assigner.min_pos_iou) & taken
-    of_object = (best * number[:, None]).amax(dim=1)  # the last of several objects wins, as in mmdet's loop
-    matched = torch.where(of_object > 0, of_object, matched)
+    matched = torch.where(max_of_anchor < assigner.neg_iou_thr, 0, -1)
+    matched = torch.where(max_of_anchor >= assigner.pos_iou_thr, best_object + 1, matched)
+    best = (overlaps == max_of_object) & (max_of_object >= assigner.min_pos_iou) & is_used
+    forced_match = (best * number[:, None]).amax(dim=1)  # the last of several objects wins, as in mmdet's loop
+    matched = torch.where(forced_match > 0, forced_match, matched)
     return matched.masked_fill_(~valid, -1)

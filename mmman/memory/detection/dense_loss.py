@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import Losses, run_in_chunks
 from mmman.memory.detection.losses import BatchLoss, Sizes, batch_loss, check_chunks, dense_head_losses, map_sizes
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmman.local.local_head import LocalHead
 
 
-class _Read(TorchDispatchMode):
+class _ReadTracker(TorchDispatchMode):
     """Tracks which tensors, or views of them, operators read while this mode is active."""
 
     def __init__(self) -> None:
@@ -31,8 +31,8 @@ class _Read(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if not func.is_view:
-            given = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
-            self._storages.update(tensor.untyped_storage()._cdata for tensor in given)
+            tensors = (leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor))
+            self._storages.update(tensor.untyped_storage()._cdata for tensor in tensors)
         return func(*args, **(kwargs or {}))
 
 
@@ -50,7 +50,7 @@ class DenseLocalHead(Protocol):
     transfer: nn.Module
     gt_size_range: tuple[float, float] | None
 
-    def maps(self, y: Tensor, inputs: Tensor) -> Sequence[Tensor]:
+    def feature_maps(self, y: Tensor, inputs: Tensor) -> Sequence[Tensor]:
         """Compute the dense head's feature maps from the transfer's output for the block."""
 
     def filter_gt(self, data_samples: list) -> list:
@@ -75,30 +75,30 @@ class DenseLoss:
 
     Args:
         model: The detector.
-        size: Images per chunk of the model's own neck and head. None: the whole batch in one pass.
-        scaled: Scales a loss as the loss scaler does.
+        chunk_size: Images per chunk of the model's own neck and head. None: the whole batch in one pass.
+        scale_loss: Scales a loss as the loss scaler does.
         make_loss: Makes the loss of a batch.
 
     Raises:
-        MisuseError: The model is not a single-stage detector.
+        ConfigError: The model is not a single-stage detector.
     """
 
     def __init__(
         self,
         model: BaseModel,
-        size: int | None,
-        scaled: Callable[[Tensor], Tensor],
+        chunk_size: int | None,
+        scale_loss: Callable[[Tensor], Tensor],
         make_loss: MakeLoss = make_batch_loss,
     ) -> None:
         for method in ('loss', 'extract_feat'):
             owner = next((cls.__name__ for cls in type(model).__mro__ if method in vars(cls)), None)
             if owner != 'SingleStageDetector':
-                raise MisuseError(
-                    f'images_per_chunk is for models that compute their loss as SingleStageDetector does, not for '
+                raise ConfigError(
+                    f'images_per_chunk requires a model that computes its loss as SingleStageDetector does, not '
                     f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
                 )
-        self.model, self.size, self._scaled, self._make_loss = model, size, scaled, make_loss
-        self._known: dict[tuple, tuple[Sizes, list[bool]]] = {}
+        self.model, self.chunk_size, self._scale_loss, self._make_loss = model, chunk_size, scale_loss, make_loss
+        self._probed: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
     def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:
         """Replaces the model's ``loss``. Takes the same arguments and returns the same result."""
@@ -113,12 +113,14 @@ class DenseLoss:
             dry_run: Only determine, once, which features of these shapes are needed, and return no losses.
         """
         model = self.model
-        if self.size is None:
-            maps = self._neck(features)
+        if self.chunk_size is None:
+            feature_maps = self._neck(features)
             features.clear()
-            return dense_head_losses(model.bbox_head, maps, lambda *own: self._make(None, model.bbox_head, data_samples, *own))
+            return dense_head_losses(
+                model.bbox_head, feature_maps, lambda *own: self._make(None, model.bbox_head, data_samples, *own)
+            )
         modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
-        return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.size, dry_run)
+        return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.chunk_size, dry_run)
 
     def _neck(self, features: list[Tensor]) -> Sequence[Tensor]:
         return self.model.neck(tuple(features)) if self.model.with_neck else tuple(features)
@@ -131,18 +133,20 @@ class DenseLoss:
         dense = getattr(head, 'dense_head', None)
         if dense is None:
             return {} if dry_run else head.loss(y, inputs, data_samples)
-        size = len(data_samples)
-        if self.size is not None:
+        chunk_size = len(data_samples)
+        if self.chunk_size is not None:
             check_chunks(self.model.bbox_head, [])
             check_chunks(dense, [])
-            size = max(1, int(self.size * _positions(self.model.bbox_head) / _positions(dense)))
-        if size >= len(data_samples):
+            chunk_size = max(1, int(self.chunk_size * _positions(self.model.bbox_head) / _positions(dense)))
+        if chunk_size >= len(data_samples):
             if dry_run:
                 return {}
-            maps = head.maps(y, inputs)
-            return dense_head_losses(dense, maps, lambda *own: self._make(head, dense, data_samples, *own))
+            feature_maps = head.feature_maps(y, inputs)
+            return dense_head_losses(dense, feature_maps, lambda *own: self._make(head, dense, data_samples, *own))
         modules = [part for part in head.children() if part is not head.transfer]
-        return self._run(head, lambda leaves: head.maps(leaves[0], inputs), [y], modules, dense, data_samples, size, dry_run)
+        return self._run(
+            head, lambda leaves: head.feature_maps(leaves[0], inputs), [y], modules, dense, data_samples, chunk_size, dry_run
+        )
 
     def _make(self, owner: DenseLocalHead | None, head: nn.Module, data_samples: list, sizes: Sizes, like: Tensor) -> BatchLoss:
         return self._make_loss(owner, head, sizes, data_samples, like)
@@ -150,16 +154,16 @@ class DenseLoss:
     def _run(
         self,
         owner: DenseLocalHead | None,
-        make_maps: Callable[[list[Tensor]], Sequence[Tensor]],
+        make_feature_maps: Callable[[list[Tensor]], Sequence[Tensor]],
         features: list[Tensor],
         modules: list[nn.Module],
         head: nn.Module,
         data_samples: list,
-        size: int,
+        chunk_size: int,
         dry_run: bool,
     ) -> Losses:
         check_chunks(head, modules)
-        sizes, is_read = self._probe(make_maps, features, head)
+        sizes, is_read = self._probe(make_feature_maps, features, head)
         if dry_run:
             return {}
         # free the features that neck and head don't read: nothing else refers to them
@@ -169,23 +173,23 @@ class DenseLoss:
         ]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
-            loss, log = self.model.parse_losses(losses(head(make_maps(leaves)), span))
-            share = len(leaves[0]) / len(data_samples)
-            return loss, {n: v if 'loss' in n else v * share for n, v in log.items() if n != 'loss'}
+            loss, log = self.model.parse_losses(losses(head(make_feature_maps(leaves)), span))
+            fraction = len(leaves[0]) / len(data_samples)
+            return loss, {n: v if 'loss' in n else v * fraction for n, v in log.items() if n != 'loss'}
 
         losses = self._make(owner, head, data_samples, sizes, features[-1])
-        return run_in_chunks(compute, features, modules, size, self._scaled(features[-1].new_ones(())))
+        return run_in_chunks(compute, features, modules, chunk_size, self._scale_loss(features[-1].new_ones(())))
 
     def _probe(
-        self, make_maps: Callable[[list[Tensor]], Sequence[Tensor]], features: list[Tensor], head: nn.Module
+        self, make_feature_maps: Callable[[list[Tensor]], Sequence[Tensor]], features: list[Tensor], head: nn.Module
     ) -> tuple[Sizes, list[bool]]:
         """Sizes of the head's maps for features of these shapes, and which features are read. Probed once, on one image."""
         key = (head, *(feature.shape[1:] for feature in features))
-        if key not in self._known:
-            with torch.no_grad(), _Read() as read:
-                sizes = map_sizes(make_maps([feature.detach()[:1] for feature in features]))
-            self._known[key] = sizes, [feature in read for feature in features]
-        return self._known[key]
+        if key not in self._probed:
+            with torch.no_grad(), _ReadTracker() as read:
+                sizes = map_sizes(make_feature_maps([feature.detach()[:1] for feature in features]))
+            self._probed[key] = sizes, [feature in read for feature in features]
+        return self._probed[key]
 
 
 def _positions(head: nn.Module) -> float:

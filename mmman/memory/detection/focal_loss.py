@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
 
-SLICE = 1 << 16
-SLICE_ON_GPU = 1 << 20
+SLICE_SIZE = 1 << 16
+GPU_SLICE_SIZE = 1 << 20
 """Number of values computed in one pass: few enough for the cache on a CPU, enough for few kernel launches on a GPU."""
 
-EXACT = 40
+SOFTPLUS_THRESHOLD = 40
 """For x above this threshold log(1 + exp(x)) equals x, in double precision too."""
 
 
@@ -37,12 +37,12 @@ def fused_focal_loss(with_kernel: bool = True) -> Iterator[None]:
         with_kernel: Whether mmcv's kernel itself runs on a GPU.
 
     Raises:
-        MisuseError: mmdet is not installed.
+        ConfigError: mmdet is not installed.
     """
     try:
         from mmdet.models.losses import focal_loss as library
     except ImportError:
-        raise MisuseError("the fused focal loss is mmdet's, which is not installed: measure without it") from None
+        raise ConfigError('the fused focal loss requires mmdet, which is not installed: measure without it') from None
     stock, kernel = library.FocalLoss.forward, library._sigmoid_focal_loss
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
@@ -119,7 +119,7 @@ def _loss(pred: Tensor, target: Tensor, gamma: float, alpha: float) -> Tensor:
     """
     loss = torch.empty_like(pred)
     for rows in _slices(pred):
-        loss[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma))
+        loss[rows] = _weight_by_class(pred[rows], target[rows], alpha, partial(_focal, gamma))
     return loss
 
 
@@ -128,57 +128,61 @@ def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: f
     """The gradient of ``pred``, (N, C), from the gradient of the loss, (N, C) or (N, 1)."""
     pred, target = pred.contiguous(), target.contiguous()
     result = torch.empty_like(pred)
-    if pred.is_cuda and pred.dtype == _wide(pred.dtype):
+    if pred.is_cuda and pred.dtype == _accumulation_dtype(pred.dtype):
         from mmcv.ops.focal_loss import ext_module  # unlike the forward kernel, it doesn't inspect the labels
 
         ext_module.sigmoid_focal_loss_backward(pred, target, pred.new_empty(0), result, gamma=gamma, alpha=alpha)
         return result.mul_(grad)
     for rows in _slices(pred):
-        result[rows] = _with_objects(pred[rows], target[rows], alpha, partial(_slope, gamma), sign=-1).mul_(grad[rows])
+        result[rows] = _weight_by_class(pred[rows], target[rows], alpha, partial(_focal_derivative, gamma), sign=-1).mul_(
+            grad[rows]
+        )
     return result
 
 
 @torch.library.custom_op('mmman::sigmoid_focal_loss_sum', mutates_args=())
 def _sum(pred: Tensor, target: Tensor, weight: Tensor | None, gamma: float, alpha: float) -> Tensor:
     """The sum of the focal loss over all classes and all rows, weighted by ``weight``, (N,). A scalar."""
-    total = pred.new_zeros((), dtype=_wide(pred.dtype))
+    total = pred.new_zeros((), dtype=_accumulation_dtype(pred.dtype))
     for rows in _slices(pred):
-        of_row = _with_objects(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
-        total += of_row.sum() if weight is None else of_row.mul_(weight[rows]).sum()
+        row_values = _weight_by_class(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
+        total += row_values.sum() if weight is None else row_values.mul_(weight[rows]).sum()
     return total
 
 
 def _slices(pred: Tensor) -> Iterator[slice]:
     count, classes = pred.shape
-    size = max(1, (SLICE_ON_GPU if pred.is_cuda else SLICE) // classes)
+    size = max(1, (GPU_SLICE_SIZE if pred.is_cuda else SLICE_SIZE) // classes)
     return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def _with_objects(pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1) -> Tensor:
+def _weight_by_class(pred: Tensor, target: Tensor, alpha: float, function: Callable[[Tensor], Tensor], sign: int = 1) -> Tensor:
     """``(1 - alpha) * function(pred)``, and for a row's own class ``sign * alpha * function(-pred)``, (N, C)."""
-    pred = pred.to(_wide(pred.dtype))
+    pred = pred.to(_accumulation_dtype(pred.dtype))
     values = function(pred).mul_(1 - alpha)
-    own = target.clamp(max=pred.shape[1] - 1)[:, None]
-    of_own = function(-pred.gather(1, own)).mul_(sign * alpha)
-    return values.scatter_(1, own, torch.where(target[:, None] < pred.shape[1], of_own, values.gather(1, own)))
+    own_class = target.clamp(max=pred.shape[1] - 1)[:, None]
+    own_class_values = function(-pred.gather(1, own_class)).mul_(sign * alpha)
+    return values.scatter_(
+        1, own_class, torch.where(target[:, None] < pred.shape[1], own_class_values, values.gather(1, own_class))
+    )
 
 
-def _focal(gamma: float, wrong: Tensor) -> Tensor:
-    """``-q^gamma * log(1 - q)``, where q = sigmoid(``wrong``) is the probability of being wrong."""
-    return softplus(wrong, threshold=EXACT).mul_(wrong.sigmoid().pow_(gamma))
+def _focal(gamma: float, wrong_logit: Tensor) -> Tensor:
+    """``-q^gamma * log(1 - q)``, where q = sigmoid(``wrong_logit``) is the probability of being wrong."""
+    return softplus(wrong_logit, threshold=SOFTPLUS_THRESHOLD).mul_(wrong_logit.sigmoid().pow_(gamma))
 
 
-def _slope(gamma: float, wrong: Tensor) -> Tensor:
+def _focal_derivative(gamma: float, wrong_logit: Tensor) -> Tensor:
     """The derivative of :func:`_focal`: ``q^gamma * (q - gamma * (1 - q) * log(1 - q))``."""
-    q = wrong.sigmoid()
-    return softplus(wrong, threshold=EXACT).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
+    q = wrong_logit.sigmoid()
+    return softplus(wrong_logit, threshold=SOFTPLUS_THRESHOLD).mul_(1 - q).mul_(gamma).add_(q).mul_(q.pow_(gamma))
 
 
-def _keep(ctx, inputs: tuple, output: Tensor) -> None:
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:
     *tensors, ctx.gamma, ctx.alpha = inputs
     ctx.save_for_backward(*tensors)
 
@@ -189,9 +193,9 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
 
 def _sum_backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
     pred, target, weight = ctx.saved_tensors
-    of_row = grad.expand(len(pred), 1) if weight is None else grad * weight[:, None].to(grad.dtype)
-    return _gradient(of_row, pred, target, ctx.gamma, ctx.alpha), None, None, None, None
+    row_values = grad.expand(len(pred), 1) if weight is None else grad * weight[:, None].to(grad.dtype)
+    return _gradient(row_values, pred, target, ctx.gamma, ctx.alpha), None, None, None, None
 
 
-_loss.register_autograd(_backward, setup_context=_keep)
-_sum.register_autograd(_sum_backward, setup_context=_keep)
+_loss.register_autograd(_backward, setup_context=_setup_context)
+_sum.register_autograd(_sum_backward, setup_context=_setup_context)

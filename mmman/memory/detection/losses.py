@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mmman.errors import MisuseError
-from mmman.memory.detection.anchor_targets import find_targets
+from mmman.errors import ConfigError
+from mmman.memory.detection.anchor_targets import compute_targets
 from mmman.memory.detection.focal_loss import summed_focal_loss
 
 Sizes = list[tuple[int, int]]
 Outputs = tuple[list[Tensor], ...]
 """Outputs of a dense head: scores, boxes, and for some heads centerness, each a list of maps (B, C, H, W) by level."""
 
-ALL = slice(None)
-MMDET = '3.3'
+ALL_IMAGES = slice(None)
+MMDET_VERSION = '3.3'
 
 
 class BatchLoss:
@@ -36,7 +36,7 @@ class BatchLoss:
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         raise NotImplementedError
 
-    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, outputs: Outputs, images: slice = ALL_IMAGES) -> dict[str, Tensor | list[Tensor]]:
         """Compute the losses by name.
 
         Args:
@@ -51,9 +51,9 @@ class AnchorLoss(BatchLoss):
 
     def __init__(self, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> None:
         self.head = head
-        self.anchors, self.targets, self.avg_factor = find_targets(head, sizes, data_samples, like.device)
+        self.anchors, self.targets, self.avg_factor = compute_targets(head, sizes, data_samples, like.device)
 
-    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, outputs: Outputs, images: slice = ALL_IMAGES) -> dict[str, Tensor | list[Tensor]]:
         targets = zip(*self.targets, strict=True)
         levels = zip(*outputs, targets, strict=True)
         losses = [
@@ -118,11 +118,11 @@ class ATSSLoss(BatchLoss):
             return positive, boxes.new_tensor(0.0)
         return positive, self.head.centerness_target(anchors[positive], boxes[positive])
 
-    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, outputs: Outputs, images: slice = ALL_IMAGES) -> dict[str, Tensor | list[Tensor]]:
         targets = zip(self.anchors, self.labels, self.label_weights, self.boxes, strict=True)
         losses = [
-            self._level(*maps, *(part[images].flatten(0, 1) for part in own))
-            for maps, own in zip(zip(*outputs, strict=True), targets, strict=True)
+            self._level(*feature_maps, *(part[images].flatten(0, 1) for part in own))
+            for feature_maps, own in zip(zip(*outputs, strict=True), targets, strict=True)
         ]
         classes, boxes, centerness = (list(values) for values in zip(*losses, strict=True))
         boxes = [loss / self.box_factor for loss in boxes]
@@ -175,7 +175,7 @@ class FCOSLoss(BatchLoss):
     def _positive(self, labels: Tensor) -> Tensor:
         return ((labels >= 0) & (labels < self.head.num_classes)).nonzero().reshape(-1)
 
-    def __call__(self, outputs: Outputs, images: slice = ALL) -> dict[str, Tensor | list[Tensor]]:
+    def __call__(self, outputs: Outputs, images: slice = ALL_IMAGES) -> dict[str, Tensor | list[Tensor]]:
         head, (scores, boxes, centerness) = self.head, outputs
         count = len(scores[0])
         scores = torch.cat([own.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels) for own in scores])
@@ -205,53 +205,53 @@ _ADAPTERS: dict[str, type[BatchLoss]] = {'AnchorHead': SummedAnchorLoss, 'ATSSHe
 
 def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
     """Make the losses of a dense head that :func:`check_chunks` accepts. Takes the arguments of :class:`BatchLoss`."""
-    return _adapter(head)(head, sizes, data_samples, like)
+    return _adapter_class(head)(head, sizes, data_samples, like)
 
 
 def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Raise :class:`MisuseError` if the losses of a dense head can't be computed for a few images at a time.
+    """Raise :class:`ConfigError` if the losses of a dense head can't be computed for a few images at a time.
 
     Args:
         head: The dense head.
         modules: All modules that would run on a few images at a time.
     """
-    if _adapter(head) is None:
-        raise MisuseError(
-            f'{type(head).__name__} cannot run on a few images at a time: what it divides its losses by is not known for the '
-            f'whole batch in advance. Known are heads that compute their loss as one of {", ".join(sorted(_ADAPTERS))} does; '
+    if _adapter_class(head) is None:
+        raise ConfigError(
+            f'{type(head).__name__} cannot run on a few images at a time: the normaliser of its losses is not known for the '
+            f'whole batch in advance. Supported are heads that compute their loss as {", ".join(sorted(_ADAPTERS))} do; '
             'set optim_wrapper.images_per_chunk=None'
         )
     norms = (part for module in modules for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
     if any(norm.training for norm in norms):
-        raise MisuseError(
+        raise ConfigError(
             f'{type(head).__name__}, or the neck before it, has BatchNorm in training mode, which mixes the images of a batch: '
             'set optim_wrapper.images_per_chunk=None, or use GroupNorm'
         )
 
 
 def dense_head_losses(
-    head: nn.Module, maps: Sequence[Tensor], make: Callable[[Sizes, Tensor], BatchLoss]
+    head: nn.Module, feature_maps: Sequence[Tensor], make_loss: Callable[[Sizes, Tensor], BatchLoss]
 ) -> dict[str, Tensor | list[Tensor]]:
     """The losses of a whole batch in one pass. Targets are computed after the head has run, as in mmdet."""
-    outputs = head(maps)
-    return make(map_sizes(maps), outputs[0][0])(outputs)
+    outputs = head(feature_maps)
+    return make_loss(map_sizes(feature_maps), outputs[0][0])(outputs)
 
 
-def map_sizes(maps: Sequence[Tensor]) -> Sizes:
+def map_sizes(feature_maps: Sequence[Tensor]) -> Sizes:
     """Height and width of each feature map."""
-    return [(*level.shape[-2:],) for level in maps]
+    return [(*level.shape[-2:],) for level in feature_maps]
 
 
-def _adapter(head: nn.Module) -> type[BatchLoss] | None:
+def _adapter_class(head: nn.Module) -> type[BatchLoss] | None:
     owner = next((cls for cls in type(head).__mro__ if 'loss_by_feat' in vars(cls)), type(head))
     if not owner.__module__.startswith('mmdet.models.dense_heads.') or owner.__name__ not in _ADAPTERS:
         return None
     import mmdet
 
-    if not mmdet.__version__.startswith(f'{MMDET}.'):
-        raise MisuseError(
-            f'images_per_chunk computes losses as mmdet {MMDET} does, and mmdet {mmdet.__version__} is installed: set '
-            'optim_wrapper.images_per_chunk=None'
+    if not mmdet.__version__.startswith(f'{MMDET_VERSION}.'):
+        raise ConfigError(
+            f'images_per_chunk requires mmdet {MMDET_VERSION}, but mmdet {mmdet.__version__} is installed: install '
+            f'{MMDET_VERSION}, or set optim_wrapper.images_per_chunk=None'
         )
     # SummedAnchorLoss calls the head's own loss_by_feat_single if the head has one; the other adapters don't.
     methods = ('loss',) if owner.__name__ == 'AnchorHead' else ('loss', 'loss_by_feat_single')

@@ -86,15 +86,15 @@ class StageComm:
         staleness: S. The stage may start batch b when the next one has finished batch b-1-S.
 
     Attributes:
-        follow: Callback for the states of the next block's first unit, in order. Its arguments are the number of steps that
-            the next stage's optimizer has taken, and the state. :class:`mmman.EMABiasHook` sets it.
+        on_next_unit: Callback for the states of the next block's first unit, in order. Its arguments are the number of steps
+            that the next stage's optimizer has taken, and the state. :class:`mmman.EMABiasHook` sets it.
         finished: Number of batches that the next stage has finished.
     """
 
     def __init__(self, stage_rank: StageRank, staleness: int) -> None:
         self.stage_rank = stage_rank
         self.staleness = staleness
-        self.follow: Callable[[int, Mapping[str, Tensor]], None] | None = None
+        self.on_next_unit: Callable[[int, Mapping[str, Tensor]], None] | None = None
         self.finished = 0
         self._log: list[dict[str, float]] = []
 
@@ -171,7 +171,7 @@ class StageComm:
     def _handle_done(self, done: Done) -> None:
         self.finished = done.iteration + 1
         if done.unit is not None:
-            self.follow(done.steps, done.unit)
+            self.on_next_unit(done.steps, done.unit)
         self.add_log(done.log)
 
     def _pop_log(self) -> list[dict[str, float]]:

@@ -18,7 +18,7 @@ from mmengine.runner import BaseLoop, Runner, find_latest_checkpoint
 from torch import nn
 
 from mmman.engine.config_check import PipelineOptions
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.parallel.pipeline.loop import StageLoop
 from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.parallel.pipeline.stage_rank import NO_TIMEOUT, join_replicas, rendezvous
@@ -49,7 +49,7 @@ class PipelineRunner(Runner):
         gathered: Contents of the later stages while a checkpoint is saved, else empty.
 
     Raises:
-        MisuseError: The number of processes does not fit the blocks, or an option is not supported by a pipeline.
+        ConfigError: The number of processes does not fit the blocks, or an option is not supported by a pipeline.
     """
 
     def __init__(self, model: dict, work_dir: str, launcher: str = 'none', cfg: dict | None = None, **kwargs) -> None:
@@ -75,7 +75,7 @@ class PipelineRunner(Runner):
         with self._watchdog.reporting():
             super().__init__(model, work_dir, launcher=launcher, cfg=cfg, **kwargs)
             if any(type(hook).__name__ == 'EMAHook' for hook in self.hooks):
-                raise MisuseError(
+                raise ConfigError(
                     'EMAHook averages a whole model, but a stage holds one block only: remove it, or train without pipeline'
                 )
 
@@ -118,10 +118,10 @@ class PipelineRunner(Runner):
         Until training starts the model stays complete, in host memory: every stage initialises and loads all of it.
 
         Raises:
-            MisuseError: The model is already wrapped.
+            ConfigError: The model is already wrapped.
         """
         if is_model_wrapper(model):
-            raise MisuseError('PipelineRunner wraps the model itself: pass a model without a wrapper')
+            raise ConfigError('PipelineRunner wraps the model itself: pass a model without a wrapper')
         if self.stage_rank.replicas == 1:
             model = revert_sync_batchnorm(model)
         elif sync_bn := self.cfg.get('sync_bn'):
@@ -146,16 +146,16 @@ class PipelineRunner(Runner):
         """Build the optim wrapper, and refuse options that need the gradients of all stages.
 
         Raises:
-            MisuseError: A loss scaler, or clipping with ``clip_scope='global'``.
+            ConfigError: A loss scaler, or clipping with ``clip_scope='global'``.
         """
         wrapper = super().build_optim_wrapper(optim_wrapper)
         if getattr(wrapper, 'loss_scaler', None) is not None:
-            raise MisuseError(
+            raise ConfigError(
                 'with a loss scaler, stages would disagree on which steps to skip: train a pipeline with '
                 "optim_wrapper.dtype='bfloat16' or in full precision"
             )
         if getattr(wrapper, 'clip_scope', None) == 'global' and wrapper.clip_grad_kwargs:
-            raise MisuseError(
+            raise ConfigError(
                 "clip_scope='global' needs all gradients at once, which no stage has: remove it to clip each block by itself"
             )
         return wrapper
@@ -246,14 +246,14 @@ def _count_blocks(model: dict) -> int:
     """Read K from the model's config, because a process needs its position before the model is built.
 
     Raises:
-        MisuseError: The config has no localised backbone.
+        ConfigError: The config has no localised backbone.
     """
     backbone = model.get('backbone') or {}
     partition = backbone.get('partition')
     if isinstance(partition, Sequence) and not isinstance(partition, str):
         return len(partition) + 1
     if not backbone.get('num_blocks'):
-        raise MisuseError(
+        raise ConfigError(
             "PipelineRunner trains the blocks of a localised model: set model.backbone = dict(type='mmman.LocalBackbone', "
             'num_blocks=..., ...), or remove runner_type'
         )

@@ -13,8 +13,8 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mmman.errors import MisuseError
-from mmman.local.scopes import blocks_of_tensors
+from mmman.errors import ConfigError
+from mmman.local.block_parameters import block_index
 
 SHARED = 'data_preprocessor.'
 """Prefix of tensors that every stage holds: the few values with which heads undo the normalisation of images."""
@@ -34,7 +34,7 @@ class StageShard:
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         self.model = model
-        blocks = blocks_of_tensors(model)
+        blocks = block_index(model)
         self.own = {name for name, block in blocks.items() if block == stage or name.startswith(SHARED)}
         self.foreign = blocks.keys() - self.own
         self._meta: dict[str, Tensor] = {}
@@ -70,12 +70,12 @@ class StageShard:
         """Fill in the tensors of other stages from ``weights``, for evaluation or a checkpoint. :meth:`empty_` undoes this.
 
         Raises:
-            MisuseError: No stage holds a tensor of the model.
+            ConfigError: No stage holds a tensor of the model.
         """
         state = self.model.state_dict()
         missing = sorted(name for name in self.foreign if name in state and name not in weights)
         if missing:
-            raise MisuseError(f'no stage holds {missing[0]} and {len(missing) - 1} more: stages run different configs')
+            raise ConfigError(f'no stage holds {missing[0]} and {len(missing) - 1} more: stages run different configs')
         for name, (module, key) in self._named_tensors():
             if name in self.foreign and name in weights:
                 self._meta[name] = getattr(module, key)

@@ -13,8 +13,8 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from mmman.local.block_parameters import parameters_by_block
 from mmman.local.blocks import localized_backbone
-from mmman.local.scopes import trained_parameters
 from mmman.parallel.ddp import BlockReducer
 from mmman.parallel.pipeline.comm import Batch, StageComm
 from mmman.parallel.pipeline.shard import StageShard
@@ -57,7 +57,7 @@ class PipelineStage(nn.Module):
         self.shard = StageShard(module, stage_rank.stage)
         self.backbone = localized_backbone(module)
         local = self.backbone.local
-        local.only = stage_rank.stage
+        local.trained_index = stage_rank.stage
         self.iteration = 0
         self.block_reducers: dict[int, BlockReducer] = {}
         self._task_reducer: BlockReducer | None = None
@@ -79,7 +79,7 @@ class PipelineStage(nn.Module):
         self.iteration = self.comm.finished = iteration
         blocks, stage = self.backbone.local.plan.blocks, self.stage_rank.stage
         if self.stage_rank.replicas > 1:
-            reducer = BlockReducer(trained_parameters(self.module)[stage].items())
+            reducer = BlockReducer(parameters_by_block(self.module)[stage].items())
             if self.stage_rank.is_last:
                 self._task_reducer = reducer
             else:
@@ -87,7 +87,7 @@ class PipelineStage(nn.Module):
         if not self.stage_rank.is_first:
             self.backbone.register_forward_pre_hook(self._meta_input)
             entry = blocks[stage - 1][-1].output
-            taps = [unit.output for unit in self._tapped(range(stage))] if self.stage_rank.is_last else []
+            taps = [unit.output for unit in self._output_units(range(stage))] if self.stage_rank.is_last else []
             for path in dict.fromkeys([*taps, entry]):
                 self.backbone.get_submodule(path).register_forward_hook(partial(self._replace_output, path, path == entry))
             earlier = [unit for block in (self.backbone.local.plan.frozen, *blocks[:stage]) for unit in block]
@@ -95,7 +95,7 @@ class PipelineStage(nn.Module):
         if not self.stage_rank.is_last:
             # The last stage applies these norms. Their inputs are outputs of units inside this block.
             self._shapes_only_(self.backbone.local.inner_norms)
-            for unit in self._tapped([stage]):
+            for unit in self._output_units([stage]):
                 self.backbone.get_submodule(unit.output).register_forward_hook(partial(self._capture_tap, unit.output))
             self.backbone.get_submodule(blocks[stage][-1].output).register_forward_hook(self._end_block)
 
@@ -169,12 +169,12 @@ class PipelineStage(nn.Module):
 
     # -- hooks of the backbone ---------------------------------------------------------------------------------------------
 
-    def _tapped(self, stages) -> list:
+    def _output_units(self, stages) -> list:
         """The units of these stages whose outputs the model's neck or head uses."""
         local = self.backbone.local
         names = {unit.name for stage in stages for unit in local.plan.blocks[stage]}
         names |= {unit.name for unit in local.plan.frozen} if 0 in stages else set()
-        return [unit for unit in local.tapped if unit.name in names]
+        return [unit for unit in local.output_units if unit.name in names]
 
     def _meta_input(self, backbone: nn.Module, args: tuple) -> tuple | None:
         return None if self._batch is None else (args[0].to('meta'), *args[1:])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mmengine.device import get_device
 from torch.distributed import PrefixStore, Store
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.watchdog.rendezvous import RANK_VARIABLES, connect, find_rank
 
 NO_TIMEOUT = timedelta(days=365)
@@ -37,10 +37,10 @@ class StageRank:
         """The position of global rank ``rank``.
 
         Raises:
-            MisuseError: ``world_size`` is not a multiple of ``stages``.
+            ConfigError: ``world_size`` is not a multiple of ``stages``.
         """
         if world_size % stages:
-            raise MisuseError(
+            raise ConfigError(
                 f'{world_size} processes cannot hold replicas of {stages} stages: start {stages} processes, or a multiple'
             )
         return cls(rank % stages, stages, rank // stages, world_size // stages)
@@ -82,10 +82,10 @@ def rendezvous(launcher: str, stages: int, environment: MutableMapping[str, str]
         The position of this process, and the store that all processes share.
 
     Raises:
-        MisuseError: There is no launcher, its variables are missing, or the number of processes is not a multiple of K.
+        ConfigError: There is no launcher, its variables are missing, or the number of processes is not a multiple of K.
     """
     if launcher not in RANK_VARIABLES:
-        raise MisuseError(f'a pipeline of {stages} stages runs in {stages} processes: tools/dist_train.sh CONFIG {stages}')
+        raise ConfigError(f'a pipeline of {stages} stages runs in {stages} processes: tools/dist_train.sh CONFIG {stages}')
     rank, world_size = find_rank(launcher, environment)
     stage_rank = StageRank.from_rank(rank, world_size, stages)
     return stage_rank, PrefixStore('mmman/pipeline', connect(rank, world_size))

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.whole_models
@@ -66,5 +66,5 @@ def test_nothing_is_computed():
 
 
 def test_what_depends_on_data_is_refused():
-    with pytest.raises(MisuseError, match='detectors, .* are measured with data'), SizesOnly():
+    with pytest.raises(ConfigError, match='detectors, .* are measured with data'), SizesOnly():
         torch.zeros(3).nonzero()

@@ -27,7 +27,7 @@ def toy_meter(num_blocks=3, outputs=(), update='synchronous', **options):
     model.head = nn.ModuleList((WideHead(8, 5), WideHead(16, 5)))
     model.data_preprocessor.forward = lambda data, training=False: {**data, 'inputs': data['inputs'] * 2}
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
     wrapper = LocalLearningOptimWrapper(optimizer, update=update)
     return StepMeter(model, wrapper, toy_batches(1, dtype=torch.float32)[0], outputs)

@@ -6,8 +6,8 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmman.builder.model import changed_options
-from mmman.errors import MisuseError
+from mmman.builder.model import mismatched_options
+from mmman.errors import ConfigError
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
@@ -100,7 +100,7 @@ def test_a_local_head_follows_the_models_own(kind, tmp_path):
     (head,) = model.backbone.local.values()
     assert found(head) == expected
     head.check_model(model)
-    assert changed_options(cfg.model) == []
+    assert mismatched_options(cfg.model) == []
 
 
 def test_what_the_local_head_sets_itself_wins(tmp_path):
@@ -112,7 +112,7 @@ def test_what_the_local_head_sets_itself_wins(tmp_path):
 
 def test_a_stock_backbone_is_refused():
     init_default_scope('mmdet')
-    with pytest.raises(MisuseError, match=r"model\.backbone\.type='ResNet': mmman\.LocalModel takes 'mmman\.LocalBackbone'"):
+    with pytest.raises(ConfigError, match=r"model\.backbone\.type='ResNet': mmman\.LocalModel requires 'mmman\.LocalBackbone'"):
         MODELS.build({'type': 'mmman.LocalModel', 'model_type': 'RetinaNet', 'backbone': {'type': 'ResNet', 'depth': 18}})
 
 
@@ -132,6 +132,6 @@ CHANGED = {
 def test_what_a_child_changed_is_told(kind, tmp_path):
     stock, _, change, *_ = CASES[kind]
     cfg = grandchild(tmp_path, stock, EXPLICIT[kind], change, model='')
-    assert changed_options(cfg.model) == CHANGED[kind]
+    assert mismatched_options(cfg.model) == CHANGED[kind]
     sizes = {'detector': 'bbox_head=dict(feat_channels=64)', 'segmentor': 'decode_head=dict(channels=64)', 'classifier': ''}
-    assert changed_options(grandchild(tmp_path, stock, EXPLICIT[kind], sizes[kind], model='').model) == []
+    assert mismatched_options(grandchild(tmp_path, stock, EXPLICIT[kind], sizes[kind], model='').model) == []

@@ -5,7 +5,7 @@ import torch
 from mmengine.model import MMDistributedDataParallel
 
 from mmman import EMABiasHook
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.unit.local.test_session import step, toy, wrapper
 
 
@@ -40,16 +40,16 @@ def test_ddp_that_finds_unused_parameters_trains_as_one_process(group):
 )
 def test_ddp_options_that_lose_gradients_are_refused(group, options, message):
     model = ddp(toy(), **options)
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         step(model, wrapper(model))
 
 
 def test_stock_ddp_refuses_immediate_updates(group):
     model = ddp(toy(), find_unused_parameters=True)
-    with pytest.raises(MisuseError, match="reduces all gradients after the forward pass, update='immediate' steps in it"):
+    with pytest.raises(ConfigError, match="after forward, but update='immediate' steps during it"):
         step(model, wrapper(model, update='immediate'))
 
 
 def test_flexible_runner_is_refused():
-    with pytest.raises(MisuseError, match=r'strategies \(FSDP, DeepSpeed'):
+    with pytest.raises(ConfigError, match=r'strategies \(FSDP, DeepSpeed'):
         EMABiasHook().before_run(type('FlexibleRunner', (), {})())

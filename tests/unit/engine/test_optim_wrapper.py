@@ -7,7 +7,7 @@ from mmengine.logging import MessageHub
 from mmengine.optim import build_optim_wrapper
 
 from mmman import LocalLearningOptimWrapper
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.toy import block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy, wrapper
 
@@ -189,27 +189,27 @@ def test_state_dict_round_trip_keeps_steps_and_scale():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'clip_scope': 'layer'}, "choose 'block' or 'global'"),
-        ({'update': 'late'}, "choose 'synchronous' or 'immediate'"),
+        ({'clip_scope': 'layer'}, "expected 'block' or 'global'"),
+        ({'update': 'late'}, "expected 'synchronous' or 'immediate'"),
         (
             {'update': 'immediate', 'clip_scope': 'global', 'clip_grad': {'max_norm': 1.0}},
-            "never has all gradients at once: clip_scope='global' takes 'synchronous'",
+            "never has all gradients at once: clip_scope='global' requires",
         ),
         ({'update': 'immediate', 'dtype': 'bfloat16', 'loss_scale': 8.0}, 'steps before a loss scaler knows'),
         ({'use_fsdp': True}, 'use_fsdp is not supported'),
-        ({'dtype': 'float64'}, "dtype='float64': choose"),
-        ({'dtype': 'bfloat16', 'loss_scale': 'static'}, "loss_scale='static': choose"),
+        ({'dtype': 'float64'}, "dtype='float64': expected"),
+        ({'dtype': 'bfloat16', 'loss_scale': 'static'}, "loss_scale='static': expected"),
     ],
 )
 def test_options_without_a_meaning(options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         wrapper(toy(), **options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='checks what a CPU refuses')
 @pytest.mark.parametrize('options', [{'dtype': 'float16'}, {'loss_scale': 'dynamic'}])
 def test_float16_is_for_gpus(options):
-    with pytest.raises(MisuseError, match="takes bfloat16 only: set optim_wrapper.dtype='bfloat16'"):
+    with pytest.raises(ConfigError, match="supports bfloat16 only: set optim_wrapper.dtype='bfloat16'"):
         LocalLearningOptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), **options)
 
 

@@ -1,4 +1,4 @@
-"""To an optim wrapper's constructor, local heads are no part of the backbone."""
+"""To an optim wrapper's constructor, settings of the backbone do not apply to local heads."""
 
 import copy
 import logging
@@ -117,7 +117,7 @@ def test_a_run_has_these_rates_and_says_so(cfg, key, tmp_path, caplog):
     base = by_name['head.fc.weight']
     local = {round(rate / base, 6) for name, rate in by_name.items() if '.local.' in name}
     assert local == {1.0 if key == 'backbone' else 0.1}
-    assert any('local heads are no part of the backbone' in line for line in log) == (key == 'backbone')
+    assert any('settings of the backbone do not apply to local heads' in line for line in log) == (key == 'backbone')
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
     scheduler = runner.param_schedulers[0]
     assert scheduler.optimizer is runner.optim_wrapper.optimizer or scheduler.optimizer is runner.optim_wrapper

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
 from mmman.engine.pretrained import report_pretrained
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from tests.toy import toy_batches, toy_config
 
 
@@ -85,7 +85,7 @@ def test_what_was_taken_and_left_is_one_line(tmp_path, raw):
     count, local = len(counted(state)), sum('.local.' in name for name in state)
     said = [line for line in log_of(tmp_path).splitlines() if 'backbone tensors' in line]
     assert len(said) == 1 and said[0].endswith(
-        f'INFO - taken {count} of {count} backbone tensors from {raw}; left: {local} of backbone.local.*, 4 of head.*'
+        f'INFO - loaded {count} of {count} backbone tensors from {raw}; unused: {local} of backbone.local.*, 4 of head.*'
     )
     assert 'missing keys' not in log_of(tmp_path)
 
@@ -99,36 +99,40 @@ def test_a_file_with_more_and_fewer_tensors(tmp_path, raw):
     (said,) = [line for line in log_of(tmp_path).splitlines() if 'backbone tensors' in line]
     count = len(counted(state))
     assert said.endswith(
-        f'WARNING - taken {count - 1} of {count + 1} backbone tensors from {tmp_path / "stock.pth"}; '
-        'not there, or of another shape: stem.weight, layer3.0.conv.weight; left: 1 of fc.*'
+        f'WARNING - loaded {count - 1} of {count + 1} backbone tensors from {tmp_path / "stock.pth"}; '
+        'missing, or of another shape: stem.weight, layer3.0.conv.weight; unused: 1 of fc.*'
     )
 
 
 @pytest.mark.parametrize(
     ('prefix', 'net', 'message'),
     [
-        ('bacbone.', {}, "has nothing below 'bacbone.'; .* ToyNet are there below 'backbone.': set prefix='backbone.'"),
-        (None, {}, "brought nothing; the tensors of ToyNet are there below 'backbone.': set prefix='backbone.'"),
-        ('head.', {}, "brought nothing; the tensors of ToyNet are there below 'backbone.': set prefix='backbone.'"),
-        ('backbone.', {'width': 2}, r'brought nothing; stem.weight .* shape \(2, 3, 3, 3\), there \(4, 3, 3, 3\): take a file'),
+        ('bacbone.', {}, "has no tensor below 'bacbone.'; .* the tensors of ToyNet below 'backbone.': set prefix='backbone.'"),
+        (None, {}, "the file has the tensors of ToyNet below 'backbone.': set prefix='backbone.'"),
+        ('head.', {}, "the file has the tensors of ToyNet below 'backbone.': set prefix='backbone.'"),
+        (
+            'backbone.',
+            {'width': 2},
+            r'no tensor was loaded from .*; stem.weight .* shape \(2, 3, 3, 3\), in the file \(4, 3, 3, 3\): use',
+        ),
     ],
 )
 def test_weights_that_do_not_arrive_are_refused(tmp_path, raw, prefix, net, message):
-    with pytest.raises(MisuseError, match=f'{raw} {message}') as error:
+    with pytest.raises(ConfigError, match=f'{raw} {message}') as error:
         runner_of(tmp_path, model_of(pretrained(raw, prefix=prefix), num_blocks=2, net=net)).train()
     assert '\n' not in str(error.value)
 
 
 def test_a_file_of_another_architecture(tmp_path):
     torch.save({'state_dict': {'encoder.weight': torch.zeros(1)}}, tmp_path / 'other.pth')
-    with pytest.raises(MisuseError, match='brought nothing; ToyNet has stem.weight, .*file encoder.weight, .*: take a file of'):
+    with pytest.raises(ConfigError, match='; ToyNet has stem.weight, .*file encoder.weight, .*: use a checkpoint of'):
         runner_of(tmp_path, model_of(pretrained(tmp_path / 'other.pth'))).train()
 
 
 def test_names_without_a_prefix(tmp_path, raw):
     state = {name.removeprefix('backbone.'): value for name, value in stock(torch.load(raw)['state_dict']).items()}
     torch.save(state, raw)
-    with pytest.raises(MisuseError, match="has nothing below 'backbone.'; .* set prefix=None in its init_cfg"):
+    with pytest.raises(ConfigError, match="has no tensor below 'backbone.'; .* set prefix=None in its init_cfg"):
         runner_of(tmp_path, model_of(pretrained(raw, prefix='backbone.'))).train()
 
 
@@ -152,7 +156,7 @@ def test_a_state_dict_of_the_backbone_itself_has_its_heads(raw):
     for model in (model_of(), copy.deepcopy(model_of()), pickle.loads(pickle.dumps(model_of()))):
         model.backbone.load_state_dict(own)
         assert all(torch.equal(value, own[name]) for name, value in model.backbone.state_dict().items())
-        assert model.backbone.local.unfilled is None
+        assert model.backbone.local.missing_pretrained is None
 
 
 class Holder(BaseModule):
@@ -177,12 +181,12 @@ def test_a_backbone_that_loads_by_rules_of_its_own(tmp_path, monkeypatch):
             name = name.replace(ours, theirs)
         original[name] = value
     for content, convert, left in (
-        (prefixed, False, 'left: nothing'),
-        (original, True, 'SwinTransformer converts names, so what was left is not known'),
+        (prefixed, False, 'unused: nothing'),
+        (original, True, 'SwinTransformer converts names, so the unused tensors are not known'),
     ):
         torch.save({'state_dict': content}, tmp_path / 'swin.pth')
         config = {**swin, 'init_cfg': ConfigDict(pretrained(tmp_path / 'swin.pth')), 'convert_weights': convert}
         model = Holder(MODELS.build({'type': 'mmman.LocalBackbone', 'backbone': config, 'num_blocks': 1}))
         model.init_weights()
         report_pretrained(model.backbone)
-        assert said.pop() == f'taken {len(state)} of {len(state)} backbone tensors from {tmp_path / "swin.pth"}; {left}'
+        assert said.pop() == f'loaded {len(state)} of {len(state)} backbone tensors from {tmp_path / "swin.pth"}; {left}'

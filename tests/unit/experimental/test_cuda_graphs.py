@@ -6,12 +6,12 @@ from mmengine.config import Config
 
 from mmman import LocalLearningOptimWrapper
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import StepGraphs
 from mmman.memory.detection.focal_loss import fused_focal_loss
 from mmman.memory.recompute import Recomputed
 from tests.conftest import ROOT
-from tests.recorder import CPURecorder
+from tests.graph_capturer import CPUGraphCapturer
 
 pytestmark = pytest.mark.whole_models
 
@@ -22,23 +22,23 @@ GRAPHS = {'optim_wrapper.cuda_graphs': True}
 HALF = {'update': 'synchronous', 'loss_scale': 512.0, 'dtype': 'bfloat16'}
 AT_ONCE = {'optim_wrapper.update': 'synchronous', 'optim_wrapper.images_per_chunk': None}
 AT_ONCE |= {'model.neck.norm_cfg': {'type': 'BN'}}  # with which images can't be taken a few at a time
-PARTS = 2 * 4  # of a step in four blocks
+SEGMENTS = 2 * 4  # of a step in four blocks
 NARROW = {'backbone.backbone.base_channels': 16, 'neck.in_channels': [32, 64, 128], 'neck.out_channels': 32}
 for head in ('bbox_head', 'backbone.local_head.bbox_head'):
     NARROW |= {f'{head}.in_channels': 32, f'{head}.feat_channels': 16, f'{head}.num_classes': 5}
 
 
 @pytest.fixture
-def recorder(monkeypatch):
+def capturer(monkeypatch):
     """Graphs on the CPU."""
-    recorder = CPURecorder()
+    capturer = CPUGraphCapturer()
 
     def step_graphs(wrapper, model):
         blocks = wrapper._backbone.local
-        return StepGraphs(model, wrapper.images_per_chunk, blocks, wrapper._back_propagate, wrapper._block_done, recorder)
+        return StepGraphs(model, wrapper.images_per_chunk, blocks, wrapper._back_propagate, wrapper._after_backward, capturer)
 
     monkeypatch.setattr(LocalLearningOptimWrapper, '_step_graphs', step_graphs)
-    return recorder
+    return capturer
 
 
 class Steps:
@@ -62,7 +62,7 @@ class Steps:
             sample.gt_instances = sample.gt_instances[: i * seed]
         self.model.train_step(data, self.optim_wrapper)
         for head in self.backbone.local.values():
-            head.transfer.update_(head.source.of(self.backbone), 0.99)
+            head.transfer.ema_update_(head.source.of(self.backbone), 0.99)
         return {key: log.current() for key, log in self.optim_wrapper.message_hub.log_scalars.items() if 'local/' in key}
 
 
@@ -82,19 +82,19 @@ def deterministic(request):
 
 @pytest.mark.usefixtures('deterministic')
 @pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
-def test_trains_what_is_trained_without(options, recorder):
+def test_trains_what_is_trained_without(options, capturer):
     """Other pixels, other numbers of objects, two shapes by turns: bit by bit."""
     sizes = [(64, 96), (64, 96), (64, 96), (96, 64), (64, 96), (96, 64)]
     with fused_focal_loss(with_kernel=False):
         expected, state = trained(sizes, **options)
     logs, own = trained(sizes, **options, **GRAPHS)
-    assert recorder.recordings == 2 * PARTS
+    assert capturer.captures == 2 * SEGMENTS
     assert logs == expected
     for name, value in state.items():
         assert torch.equal(own[name], value), name
 
 
-def test_blocks_step_one_by_one(recorder):
+def test_blocks_step_one_by_one(capturer):
     """So that the gradients of one are alive at a time."""
     steps, seen = Steps(**GRAPHS), []
 
@@ -107,29 +107,29 @@ def test_blocks_step_one_by_one(recorder):
     assert len(seen) == 3 * 4 and seen[:4] == seen[4:8] == seen[8:]
 
 
-def test_another_mode_is_another_recording(recorder):
+def test_another_mode_is_another_capture(capturer):
     steps = Steps(**GRAPHS)
     for _ in range(3):
         steps(64, 64)
-    assert recorder.recordings == PARTS
+    assert capturer.captures == SEGMENTS
     steps.backbone.layer4.requires_grad_(False)
     steps(64, 64)
-    assert recorder.recordings == 2 * PARTS
+    assert capturer.captures == 2 * SEGMENTS
     steps.backbone.norm_eval = True
     steps.model.train()
     steps(64, 64)
-    assert recorder.recordings == 3 * PARTS
+    assert capturer.captures == 3 * SEGMENTS
     steps.backbone.norm_eval = False
     steps.model.train()
     steps(64, 64)
-    assert recorder.recordings == 3 * PARTS
+    assert capturer.captures == 3 * SEGMENTS
 
 
 def fail(*_):
     raise ZeroDivisionError
 
 
-@pytest.mark.usefixtures('recorder')
+@pytest.mark.usefixtures('capturer')
 @pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
 def test_the_model_has_its_own_loss_after_each_step(options):
     """Also after one that fails: nothing else may run graphs of a step by calling the model."""
@@ -145,54 +145,54 @@ def test_the_model_has_its_own_loss_after_each_step(options):
     assert steps.backbone.local.session is None
 
 
-def test_an_operator_that_waits_is_named(recorder):
+def test_an_operator_that_waits_is_named(capturer):
     steps = Steps(**GRAPHS)
     steps(64, 64)
     loss = steps.model.bbox_head.loss_bbox
     stock = loss.forward
     loss.__class__ = type('Watching', (type(loss),), {'forward': lambda self, *args, **kwargs: stock(*args, **kwargs)})
-    with pytest.raises(MisuseError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
+    with pytest.raises(ConfigError, match=r'RetinaNet has an operator.*waits for the device.*cuda_graphs=False'):
         steps(64, 64)
-    assert not recorder.is_recording
+    assert not capturer.is_capturing
 
 
-def test_random_numbers_cannot_be_drawn_twice(recorder, monkeypatch):
+def test_random_numbers_cannot_be_drawn_twice(capturer, monkeypatch):
     steps = Steps(**GRAPHS)
     steps(64, 64)
-    monkeypatch.setattr('mmman.memory.recompute._is_recorded', lambda: recorder.is_recording)
+    monkeypatch.setattr('mmman.memory.recompute._is_recorded', lambda: capturer.is_capturing)
     unit = steps.backbone.layer1[0]
     assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
     unit.forward.draws = True
-    with pytest.raises(MisuseError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
+    with pytest.raises(ConfigError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
         steps(64, 64)
 
 
-def test_gradients_from_before_are_refused(recorder):
+def test_gradients_from_before_are_refused(capturer):
     steps = Steps(**GRAPHS)
     steps(64, 64)
     steps.model.neck.lateral_convs[0].conv.bias.grad = torch.zeros(32)
-    with pytest.raises(MisuseError, match='there are gradients before the step'):
+    with pytest.raises(ConfigError, match='gradients exist before the step'):
         steps(64, 64)
 
 
 @pytest.mark.parametrize(
     'options, message',
     [
-        ({}, 'one process with one GPU, and the model is on the cpu'),
+        ({}, 'one process with one GPU, but the model is on the cpu'),
         ({'optim_wrapper.accumulative_counts': 2}, 'accumulative_counts=1'),
         (
             {'optim_wrapper.update': 'synchronous', 'optim_wrapper.loss_scale': 512.0, 'optim_wrapper.dtype': 'bfloat16'},
-            'no loss scaler',
+            'does not support a loss scaler',
         ),
     ],
     ids=str,
 )
 def test_refused(options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         Steps(**GRAPHS, **options)(64, 64)
 
 
-@pytest.mark.usefixtures('recorder')
+@pytest.mark.usefixtures('capturer')
 def test_other_heads_are_refused():
-    with pytest.raises(MisuseError, match='like RetinaNet.*not for RetinaNet with RetinaHead'):
+    with pytest.raises(ConfigError, match='like RetinaNet.*not RetinaNet with RetinaHead'):
         Steps(**GRAPHS, **{'model.train_cfg.assigner.ignore_iof_thr': 0.5})(64, 64)

@@ -8,11 +8,11 @@ from torch import nn
 
 from mmman import MomentumTransfer
 from mmman.analysis import LiveBytes
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads.infopro import supervised_contrast
 from mmman.heads.predsim import similarity_matrix
-from mmman.heads.reconstruction import ReconstructionDecoder, pixels, reconstruction_loss
-from mmman.heads.vit import class_token
+from mmman.heads.reconstruction import ReconstructionDecoder, reconstruction_loss, restore_pixels
+from mmman.heads.vit import forward_class_token
 from mmman.local import Boundary
 from mmman.memory.recompute import recompute_
 from mmman.partition import Feature, Unit
@@ -117,7 +117,7 @@ def test_the_models_head_gives_the_classifier(head, kind):
 @pytest.mark.parametrize(
     ('head', 'message'),
     [
-        ({'type': 'ClsHead'}, 'does not say num_classes'),
+        ({'type': 'ClsHead'}, 'does not set num_classes'),
         (
             {'type': 'ConformerHead', 'num_classes': 3, 'in_channels': [4, 5]},
             'ConformerHead cannot .* does not classify a vector',
@@ -127,13 +127,13 @@ def test_the_models_head_gives_the_classifier(head, kind):
     ],
 )
 def test_heads_that_cannot_serve(head, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         local_head('DGLLocalHead', head)
 
 
 def test_another_number_of_classes_is_refused():
     local_head('DGLLocalHead').check_model(Model(3))
-    with pytest.raises(MisuseError, match='the local head has num_classes=3, the model 4: set .*num_classes=4'):
+    with pytest.raises(ConfigError, match='the local head has num_classes=3, but the model has 4: set .*num_classes=4'):
         local_head('DGLLocalHead').check_model(Model(4))
 
 
@@ -145,10 +145,10 @@ def test_pixels_are_restored():
     for options in ({'mean': [120.0, 110, 100], 'std': [60.0, 50, 40]}, {}):
         model = Model(**options)
         inputs = model.data_preprocessor({'inputs': raw})['inputs']
-        assert torch.allclose(pixels(inputs, model.data_preprocessor), raw / 255, atol=1e-6)
+        assert torch.allclose(restore_pixels(inputs, model.data_preprocessor), raw / 255, atol=1e-6)
     swapped = Model(mean=[120.0, 110, 100], std=[60.0, 50, 40], to_rgb=True)
     inputs = swapped.data_preprocessor({'inputs': raw})['inputs']
-    assert torch.allclose(pixels(inputs, swapped.data_preprocessor), raw.flip(1) / 255, atol=1e-6)
+    assert torch.allclose(restore_pixels(inputs, swapped.data_preprocessor), raw.flip(1) / 255, atol=1e-6)
 
 
 def test_reconstruction_loss_leaves_padding_out():
@@ -238,16 +238,16 @@ def test_contrast_needs_hard_labels():
     head = local_head('InfoProLocalHead', contrast=True)
     head.session = Session()
     head.session.model = Model()
-    with pytest.raises(MisuseError, match=r'Mixup, CutMix.*contrast=False'):
+    with pytest.raises(ConfigError, match=r'Mixup, CutMix.*contrast=False'):
         head.loss(Y, 255 * IMAGES, [DataSample().set_gt_score(torch.ones(3) / 3) for _ in range(4)])
 
 
 def test_infopro_options_are_checked():
-    with pytest.raises(MisuseError, match="'1c2f' or 'imagenet'"):
+    with pytest.raises(ConfigError, match="'1c2f' or 'imagenet'"):
         local_head('InfoProLocalHead', classifier='2c2f')
     bare = Model()
     bare.data_preprocessor = nn.Identity()
-    with pytest.raises(MisuseError, match='Identity does not tell how it normalises'):
+    with pytest.raises(ConfigError, match='Identity does not expose how it normalises'):
         local_head('InfoProLocalHead').check_model(bare)
 
 
@@ -321,7 +321,7 @@ def test_auglocal_adapts_neighbours_that_do_not_fit():
 def test_auglocal_where_nothing_follows():
     head = local_head('AugLocalHead')
     assert torch.equal(head.embed(Y, IMAGES), Y.mean((2, 3)))
-    with pytest.raises(MisuseError, match='depth=0'):
+    with pytest.raises(ConfigError, match='depth=0'):
         local_head('AugLocalHead', depth=0)
 
 
@@ -382,7 +382,7 @@ def test_only_the_class_token_is_computed(layers, recompute):
                     y = layer(y)
                 feature = F.layer_norm(y, (8,), eps=1e-6)[:, 0]
             else:
-                feature = head.embed(head.transferred(x, IMAGES), IMAGES)
+                feature = head.embed(head.apply_transfer(x, IMAGES), IMAGES)
             feature.square().sum().backward()
         flops.append(counter.flops)
         own = [p.grad for p in (*transfer.bias.parameters(), *head.layers.parameters())]
@@ -396,29 +396,29 @@ def test_only_the_class_token_is_computed(layers, recompute):
 @pytest.mark.parametrize('options', [{'qkv_bias': False}, {'layer_scale_init_value': 0.3}, {'attn_drop_rate': 0.5}])
 def test_the_class_token_of_a_layer_with_options(options):
     layer = encoder_layer(0, **options).train('attn_drop_rate' not in options)  # whose numbers are others when it trains
-    torch.testing.assert_close(class_token(layer, X.double()), layer(X.double())[:, :1], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(forward_class_token(layer, X.double()), layer(X.double())[:, :1], rtol=1e-10, atol=1e-11)
 
 
 def test_dropped_answers_leave_the_bias_of_values_out():
     layer, x = encoder_layer(0, attn_drop_rate=1 - 1e-9), X.double()
-    seen = class_token(layer, x)
+    seen = forward_class_token(layer, x)
     layer.attn.qkv.bias.data[16:] += 1.0
-    assert torch.equal(class_token(layer, x), seen)
+    assert torch.equal(forward_class_token(layer, x), seen)
 
 
 def test_the_class_token_of_an_attention_that_is_another():
     layer = encoder_layer(0)
     expected = layer(X.double())[:, :1]
     layer.attn.qkv = nn.Sequential(layer.attn.qkv)  # an adapter around it, say
-    torch.testing.assert_close(class_token(layer, X.double()), expected, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(forward_class_token(layer, X.double()), expected, rtol=1e-10, atol=1e-11)
 
 
 def test_vit_head_options_are_checked():
-    with pytest.raises(MisuseError, match='layers=-1: choose a whole number from 0'):
+    with pytest.raises(ConfigError, match='layers=-1: expected an integer >= 0'):
         local_head('ViTLocalHead', where=boundary(TOKENS), layers=-1)
-    with pytest.raises(MisuseError, match='for transformers; .*DGLLocalHead'):
+    with pytest.raises(ConfigError, match='requires a transformer; .*DGLLocalHead'):
         local_head('ViTLocalHead')
-    with pytest.raises(MisuseError, match="choose 'mean'$"):
+    with pytest.raises(ConfigError, match="choose 'mean'$"):
         local_head('ViTLocalHead', where=boundary(Feature(8, 8, 0)), pool='cls_token')
 
 

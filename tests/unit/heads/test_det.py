@@ -8,8 +8,8 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmman import localize_
-from mmman.errors import MisuseError
-from mmman.heads.dry_run import IMAGES, detection_samples, total_loss
+from mmman.errors import ConfigError
+from mmman.heads.dry_run import BATCH_SIZE, detection_samples, total_loss
 
 pytest.importorskip('mmdet')
 from mmdet.models import ResNet, RetinaHead
@@ -113,7 +113,7 @@ RPN = {'num_classes': 1, **HEADS['RetinaHead']}
 
 @pytest.mark.parametrize(('head', 'options'), [('SSDHead', SSD), ('RPNHead', RPN)])
 def test_heads_of_another_kind_are_refused_by_name(head, options):
-    with pytest.raises(MisuseError, match=f'^{head} cannot be a local detection head.*RetinaHead, FCOSHead'):
+    with pytest.raises(ConfigError, match=f'^{head} cannot be a local detection head.*RetinaHead, FCOSHead'):
         backbone_with(head, num_blocks=2, **options)
 
 
@@ -155,8 +155,10 @@ def trained(backbone):
     local = [*backbone.local.values()]
     for along in (5, 0):
         for one in local:
-            y = torch.randn(IMAGES, one.feature.channels, 256 // one.feature.stride, 256 // one.feature.stride)
-            total_loss(one.loss(y, torch.zeros(IMAGES, 3, 256, 256), detection_samples(256, 3, along=along))).backward()
+            y = torch.randn(BATCH_SIZE, one.feature.channels, 256 // one.feature.stride, 256 // one.feature.stride)
+            total_loss(
+                one.loss(y, torch.zeros(BATCH_SIZE, 3, 256, 256), detection_samples(256, 3, objects_per_side=along))
+            ).backward()
     for one in local:
         params = [(name, p) for name, p in one.named_parameters() if not name.startswith('transfer.')]
         assert not [name for name, p in params if p.requires_grad and p.grad is None]
@@ -170,7 +172,7 @@ def test_a_default_generator_is_cut_to_the_levels():
     for one in heads:
         assert [stride[0] for stride in one.bbox_head.atss_prior_generator.strides] == one.level_strides
     assert heads[0].gt_size_range == (0, pytest.approx(128 * 2**0.5))
-    with pytest.raises(MisuseError, match=r'^VFNetHead cannot be a local detection head: it fails .* of the strides \[8\]'):
+    with pytest.raises(ConfigError, match=r'^VFNetHead cannot be a local detection head: it fails .* of strides \[8\]'):
         stock(vfnet, 4)
 
 
@@ -220,7 +222,7 @@ def test_what_the_loss_does_not_reach_is_frozen():
 
 def test_a_dry_run_draws_no_random_numbers(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'manual_seed_all', None)  # neither on a GPU
-    monkeypatch.setattr('mmman.heads.det._UNREACHED', {})
+    monkeypatch.setattr('mmman.heads.det._UNTRAINED', {})
     draws = []
     for _ in range(2):  # the second finds the answer of the first
         torch.default_generator.manual_seed(0)
@@ -232,12 +234,12 @@ def test_a_dry_run_draws_no_random_numbers(monkeypatch):
 
 def test_a_head_without_its_training_config_is_refused():
     bbox_head = {'type': 'RetinaHead', 'num_classes': 3, 'in_channels': 32, **HEADS['RetinaHead']}
-    with pytest.raises(MisuseError, match='perhaps because local_head.train_cfg is not given'):
+    with pytest.raises(ConfigError, match='perhaps because local_head.train_cfg is not set'):
         localized({'bbox_head': bbox_head})
 
 
 def test_advice_does_not_name_the_head_that_is_refused():
-    with pytest.raises(MisuseError) as refused:
+    with pytest.raises(ConfigError) as refused:
         localized({'bbox_head': {'type': 'FCOSHead', 'num_classes': 3, 'in_channels': 32, 'loss_bbox': {'type': 'NoLoss'}}})
     reason, advice = str(refused.value).split('; ')
     assert 'FCOSHead cannot be' in reason and 'NoLoss' in reason
@@ -245,5 +247,5 @@ def test_advice_does_not_name_the_head_that_is_refused():
 
 
 def test_downsample_is_refused_below_one():
-    with pytest.raises(MisuseError, match='downsample=0: choose a whole number from 1'):
+    with pytest.raises(ConfigError, match='downsample=0: expected an integer >= 1'):
         backbone_with('RetinaHead', downsample=0)

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from mmman.heads.levels import LevelProjection, assign_levels, size_range
+from mmman.heads.levels import LevelProjection, assign_levels, gt_size_range
 
 PYRAMID = [8, 16, 32, 64, 128]
 RETINANET = [(4 * s, 4 * s * 2 ** (2 / 3)) for s in PYRAMID]
@@ -35,16 +35,16 @@ def test_every_level_and_size_is_covered_for_any_cut():
             assert set().union(*levels) == set(range(5)), strides
             assert all(own == list(range(own[0], own[-1] + 1)) for own in levels)
             for priors in (RETINANET, ATSS, [(s, s) for s in (8, 64, 512, 4096, 32768)]):
-                ranges = [size_range(own, priors) for own in levels]
+                ranges = [gt_size_range(own, priors) for own in levels]
                 assert all(any(low <= size <= high for low, high in ranges) for size in sizes), (strides, priors)
 
 
 def test_sizes_that_an_anchor_can_match():
-    assert size_range([0, 1, 2, 3, 4], RETINANET) == (0, math.inf)
-    assert size_range([0], RETINANET) == pytest.approx((0, 32 * 2 ** (2 / 3) * 2**0.5))
-    assert size_range([1], RETINANET) == pytest.approx((64 / 2**0.5, 64 * 2 ** (2 / 3) * 2**0.5))
-    assert size_range([2, 3, 4], ATSS) == pytest.approx((256 / 2**0.5, math.inf))
-    assert size_range([1], [(8, 8), (64, 64), (512, 512)]) == pytest.approx((8**1.5, 64 * 8**0.5))  # gaps are divided
+    assert gt_size_range([0, 1, 2, 3, 4], RETINANET) == (0, math.inf)
+    assert gt_size_range([0], RETINANET) == pytest.approx((0, 32 * 2 ** (2 / 3) * 2**0.5))
+    assert gt_size_range([1], RETINANET) == pytest.approx((64 / 2**0.5, 64 * 2 ** (2 / 3) * 2**0.5))
+    assert gt_size_range([2, 3, 4], ATSS) == pytest.approx((256 / 2**0.5, math.inf))
+    assert gt_size_range([1], [(8, 8), (64, 64), (512, 512)]) == pytest.approx((8**1.5, 64 * 8**0.5))  # gaps are divided
 
 
 @pytest.mark.parametrize(

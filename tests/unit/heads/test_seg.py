@@ -10,7 +10,7 @@ from mmengine.structures import PixelData
 from torch import nn
 
 from mmman import MomentumTransfer
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local import Boundary
 from mmman.partition import Feature, Unit
 
@@ -122,12 +122,12 @@ def test_any_single_level_head_serves(network):
         ({'type': 'PointHead', 'channels': 8}, ''),
         (
             {'type': 'DepthwiseSeparableASPPHead', 'channels': 8, 'c1_in_channels': 4, 'c1_channels': 2},
-            'takes low-level features: set c1_in_channels=0',
+            'requires low-level features: set c1_in_channels=0',
         ),
     ],
 )
 def test_other_heads_are_refused_by_name(network, reason):
-    with pytest.raises(MisuseError, match=f'{network["type"]} cannot be a local segmentation head: .*{reason}'):
+    with pytest.raises(ConfigError, match=f'{network["type"]} cannot be a local segmentation head: .*{reason}'):
         local_head(network=network)
 
 
@@ -162,7 +162,7 @@ def test_of_a_head_that_predicts_masks_only_the_classes_count(kind):
         (
             {'type': 'IterativeDecodeHead'},
             None,
-            'IterativeDecodeHead does not say num_classes',
+            'IterativeDecodeHead does not set num_classes',
             'decode_head=dict(num_classes=',
         ),
         (
@@ -178,7 +178,7 @@ def test_of_a_head_that_predicts_masks_only_the_classes_count(kind):
 )
 def test_advice_can_be_followed(own, network, reason, advice):
     """It does not name the class that was refused; what a dry run finds is refused too."""
-    with pytest.raises(MisuseError, match=reason) as refused:
+    with pytest.raises(ConfigError, match=reason) as refused:
         local_head(own, network=network)
     assert advice in str(refused.value)
 
@@ -200,10 +200,10 @@ def test_what_the_loss_does_not_reach_is_frozen():
 def test_another_number_of_classes_is_refused():
     head = local_head()
     head.check_model(SimpleNamespace(num_classes=4))
-    with pytest.raises(MisuseError, match='num_classes=4, the model 19: set .*decode_head.num_classes=19'):
+    with pytest.raises(ConfigError, match='num_classes=4, but the model has 19: set .*decode_head.num_classes=19'):
         head.check_model(SimpleNamespace(num_classes=19))
 
 
 def test_images_must_be_restorable():
-    with pytest.raises(MisuseError, match='NoneType does not tell how it normalises'):
+    with pytest.raises(ConfigError, match='NoneType does not expose how it normalises'):
         local_head(lambda_rec=1.0).check_model(SimpleNamespace(num_classes=4))

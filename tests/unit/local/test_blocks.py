@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmman import LocalHead, LocalLearningOptimWrapper, localize_
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.registry import MODELS
 from tests.toy import ToyNet, toy_batches
 from tests.unit.partition.test_families import SWIN, VIT, build
@@ -248,7 +248,7 @@ def test_pretrained_weights_of_the_backbone_bring_no_heads(tmp_path):
 
 def sync(model):
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
 
 
 def step(model):
@@ -263,7 +263,7 @@ def test_a_head_that_nothing_initialised_is_refused():
             model.init_weights()
         sync(model)
         with pytest.raises(
-            MisuseError, match=r'^nothing has initialised the local heads on layer1_1, layer2_1: call model\.init_w'
+            ConfigError, match=r'^nothing has initialised the local heads on layer1_1, layer2_1: call model\.init_w'
         ):
             step(model)
     model.backbone.local.init_weights()
@@ -282,5 +282,5 @@ def test_a_loaded_head_counts_as_initialised():
     model = Model(LeavesChildrenOut())
     model.load_state_dict({name: value for name, value in state.items() if 'layer2_1.own' not in name}, strict=False)
     sync(model)
-    with pytest.raises(MisuseError, match='the local heads on layer2_1: call'):
+    with pytest.raises(ConfigError, match='the local heads on layer2_1: call'):
         step(model)

@@ -23,7 +23,7 @@ def trained_alike(model, other):
         for batch in toy_batches(3):
             step(m, optim_wrapper, batch)
             for head in m.backbone.local.values():
-                head.transfer.update_(head.source.of(m.backbone), 0.9)
+                head.transfer.ema_update_(head.source.of(m.backbone), 0.9)
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 
 from mmman import LocalLearningOptimWrapper, delocalize_
 from mmman.analysis import LiveBytes
-from mmman.errors import LocalLearningError, MisuseError, NonFiniteLossError, PartitionError
+from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError, PartitionError
 from tests.toy import block_parameters, classify, task_logits, toy_batches, toy_config
 
 
@@ -23,7 +23,7 @@ def toy(**options):
 
 def sync(model):
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
 
 
 def wrapper(model, lr=0.1, **options):
@@ -128,7 +128,7 @@ def test_without_a_session_nothing_changes_and_a_backward_is_refused():
     model = toy(num_blocks=3)
     batch = toy_batches(1)[0]
     losses = model(**batch, mode='loss')
-    with pytest.raises(MisuseError, match=r'crossed the boundary after layer2.0 .*LocalLearningOptimWrapper.*delocalize_'):
+    with pytest.raises(ConfigError, match=r'crossed the boundary after layer2.0 .*LocalLearningOptimWrapper.*delocalize_'):
         losses['loss_ce'].backward()
     assert all(p.grad is None for p in model.backbone.layer1.parameters())
 
@@ -153,13 +153,13 @@ def test_a_single_block_is_end_to_end_training():
 def test_the_wrapper_needs_a_localised_backbone():
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
-    with pytest.raises(MisuseError, match="ToyClassifier has 0 localised backbones.*type='mmman.LocalBackbone'"):
+    with pytest.raises(ConfigError, match="ToyClassifier has 0 localised backbones.*type='mmman.LocalBackbone'"):
         step(model)
 
 
 def test_copies_that_were_never_set_are_refused():
     model = MODELS.build(toy_config()).double()
-    with pytest.raises(MisuseError, match='add dict.*EMABiasHook'):
+    with pytest.raises(ConfigError, match='add dict.*EMABiasHook'):
         step(model)
     plain = MODELS.build(toy_config(transfer={'ema': False, 'bias': False, 'scale': False})).double()
     step(plain)
@@ -168,7 +168,7 @@ def test_copies_that_were_never_set_are_refused():
 def test_a_backbone_that_runs_twice_is_refused():
     model = toy()
     forward = model.backbone.forward
-    with pytest.raises(MisuseError, match='boundary of block 1 was reached twice'):
+    with pytest.raises(ConfigError, match='boundary of block 1 was reached twice'):
         model.backbone.register_forward_pre_hook(lambda m, args: (forward(*args), args)[1])
         step(model)
 
@@ -176,15 +176,15 @@ def test_a_backbone_that_runs_twice_is_refused():
 def test_a_step_that_skips_the_boundaries_is_refused():
     model = toy()
     model.backbone.forward = torch.no_grad()(model.backbone.forward)
-    with pytest.raises(MisuseError):
+    with pytest.raises(ConfigError):
         step(model)
     del model.backbone.forward
     with (
-        pytest.raises(MisuseError, match=r'without reaching the boundaries of blocks \[1, 2, 3\]'),
+        pytest.raises(ConfigError, match=r'without reaching the boundaries of blocks \[1, 2, 3\]'),
         wrapper(model).optim_context(model),
     ):
         pass
-    with pytest.raises(MisuseError, match='call the model, not its backbone'), wrapper(model).optim_context(model):
+    with pytest.raises(ConfigError, match='call the model, not its backbone'), wrapper(model).optim_context(model):
         model.backbone(toy_batches(1)[0]['inputs'])
 
 
@@ -202,7 +202,7 @@ def test_checkpointing_around_blocks_is_refused():
     for path in ('backbone', 'backbone.layer2'):
         model = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
         turn_on_activation_checkpointing(model, [path])
-        with pytest.raises(MisuseError, match=f'^{path} has blocks .*activation_checkpointing.*recompute=True'):
+        with pytest.raises(ConfigError, match=f'^{path} has blocks .*activation_checkpointing.*recompute=True'):
             step(model)
     inside = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
     plain = gradients(toy(partition=['layer1.1', 'layer2.0'], num_blocks=3))
@@ -227,9 +227,9 @@ def test_a_local_loss_that_is_not_finite_names_its_block_and_stops_before_the_st
     [
         ({'num_blocks': 8}, PartitionError, '7 trainable units'),
         ({'partition': ['layer7.0']}, PartitionError, "after 'layer7.0'"),
-        ({'local_head': None}, MisuseError, 'set local_head'),
-        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is no mmman.LocalHead'),
-        ({'loss_weight': [1.0, 2.0]}, MisuseError, 'loss_weight has 2 values for 3 local heads'),
+        ({'local_head': None}, ConfigError, 'set local_head'),
+        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is not a subclass of mmman.LocalHead'),
+        ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
     ],
 )
 def test_options_that_do_not_fit(options, error, message):
@@ -241,8 +241,8 @@ def test_localise_once():
     from mmman import localize_
 
     model = toy()
-    with pytest.raises(MisuseError, match='localise a backbone once'):
+    with pytest.raises(ConfigError, match='can be localised only once'):
         localize_(model.backbone, 2, {'type': 'mmman.ToyLocalHead'})
     delocalize_(model.backbone)
-    with pytest.raises(MisuseError, match='is not localised'):
+    with pytest.raises(ConfigError, match='is not localised'):
         delocalize_(model.backbone)

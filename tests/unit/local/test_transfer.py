@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from mmman import MomentumTransfer
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.partition import Feature
 from tests.toy import ToyUnit
 
@@ -87,7 +87,7 @@ def test_depthwise_bias(source):
 
 def test_depthwise_bias_is_for_maps(source):
     with pytest.raises(
-        MisuseError, match="transfer.bias='depthwise' is for feature maps: for tokens choose 'channel' or 'unit'"
+        ConfigError, match="transfer.bias='depthwise' requires feature maps: for tokens choose 'channel' or 'unit'"
     ):
         MomentumTransfer(source, Feature(8, 2, extra_tokens=1), bias='depthwise')
 
@@ -97,7 +97,7 @@ def test_sync_copies_and_update_is_lerp(source):
     assert not transfer.is_synced
     source.conv.weight.data += 1
     source.bn.running_mean += 2
-    transfer.sync_(source)
+    transfer.init_from_(source)
     assert transfer.is_synced
     for copied in (transfer.momentum, transfer.bias):
         assert all(torch.equal(value, source.state_dict()[name]) for name, value in copied.state_dict().items())
@@ -105,7 +105,7 @@ def test_sync_copies_and_update_is_lerp(source):
     before = {name: value.clone() for name, value in transfer.state_dict().items()}
     for value in source.state_dict().values():
         value += 1
-    transfer.update_(source, 0.9)
+    transfer.ema_update_(source, 0.9)
     for name, value in transfer.state_dict().items():
         expected = before[name]
         if name.startswith('momentum') and value.is_floating_point():
@@ -118,14 +118,14 @@ def test_what_is_no_state_stays(source):
     """A mask, say: lerp would make NaN of minus infinity."""
     source.register_buffer('mask', torch.tensor([0.0, -torch.inf]), persistent=False)
     transfer = MomentumTransfer(source, Feature(8, 2))
-    transfer.update_(source, 0.9)
+    transfer.ema_update_(source, 0.9)
     assert torch.equal(transfer.momentum.mask, source.mask)
 
 
 def test_copies_follow_the_modes_of_their_source(source):
     transfer = MomentumTransfer(source, Feature(8, 2))
     source.bn.eval()
-    transfer.follow_(source)
+    transfer.sync_mode_(source)
     assert not transfer.momentum.bn.training and not transfer.bias.bn.training and transfer.bias.conv.training
 
 
@@ -137,9 +137,9 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
     assert not other.is_loaded
     other.load_state_dict(transfer.state_dict())
     assert other.is_loaded and not other.is_synced
-    other.sync_(source, keep_loaded=True)
+    other.init_from_(source, keep_loaded=True)
     assert other.is_synced and torch.equal(other.momentum.conv.weight, transfer.momentum.conv.weight)
-    other.sync_(source)
+    other.init_from_(source)
     assert torch.equal(other.momentum.conv.weight, source.conv.weight)
     assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False).is_synced
 
@@ -147,15 +147,15 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'bias': 'block'}, "bias='block': choose 'unit', 'depthwise', 'channel' or False"),
-        ({'scale': 'paper'}, "scale='paper': choose True, False or 'release'"),
-        ({'scale': 1}, "scale=1: choose True, False or 'release'"),
-        ({'ema': False}, 'needs ema=True and a bias'),
-        ({'bias': False}, 'needs ema=True and a bias'),
-        ({'ema': False, 'bias': 'channel', 'scale': False}, 'needs ema=True'),
-        ({'ema': False, 'bias': 'depthwise', 'scale': False}, 'needs ema=True'),
+        ({'bias': 'block'}, "bias='block': expected 'unit', 'depthwise', 'channel' or False"),
+        ({'scale': 'paper'}, "scale='paper': expected True, False or 'release'"),
+        ({'scale': 1}, "scale=1: expected True, False or 'release'"),
+        ({'ema': False}, 'set ema=True and a bias'),
+        ({'bias': False}, 'set ema=True and a bias'),
+        ({'ema': False, 'bias': 'channel', 'scale': False}, 'set ema=True'),
+        ({'ema': False, 'bias': 'depthwise', 'scale': False}, 'set ema=True'),
     ],
 )
 def test_meaningless_combinations(source, options, message):
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         MomentumTransfer(source, Feature(8, 2), **options)

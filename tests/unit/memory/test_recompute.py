@@ -13,7 +13,7 @@ from torch import nn
 
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.memory.output_relu import DeferrableReLU
 from mmman.memory.recompute import Recomputed, recompute_
 from tests.toy import CLASSES, classify, toy_batches, toy_config
@@ -72,7 +72,7 @@ def train(model, steps=3, **options):
     for batch in toy_batches(steps, pixels=32, dtype=torch.float32):
         step(model, optim_wrapper, batch)
         for head in model.backbone.local.values():
-            head.transfer.update_(head.source.of(model.backbone), 0.9)
+            head.transfer.ema_update_(head.source.of(model.backbone), 0.9)
         states.append({name: value.clone() for name, value in model.state_dict().items()})
     states.append({'random': torch.get_rng_state()})
     return states
@@ -212,13 +212,13 @@ def test_names():
     [
         (['layer1.0', 'layer9.0'], PartitionError, r"\['layer9.0'\].* stem, layer1.0, layer1.1, .*layer3.1$"),
         (['layer1', 'layer'], PartitionError, r"\['layer'\]"),
-        (['stem'], MisuseError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
-        ('layer1.0', MisuseError, r"recompute='layer1.0': choose True or False or a list of strings"),
-        ({'selective_recompute': 'layer1'}, MisuseError, r"selective_recompute='layer1': choose True or False or a list"),
-        ({'selective_recompute': None}, MisuseError, r'selective_recompute=None: choose True or False or a list of strings'),
+        (['stem'], ConfigError, 'the stem of ToyNet is not one convolution without bias, BatchNorm'),
+        ('layer1.0', ConfigError, r"recompute='layer1.0': expected True, False or a list of strings"),
+        ({'selective_recompute': 'layer1'}, ConfigError, r"selective_recompute='layer1': expected True, False or a list"),
+        ({'selective_recompute': None}, ConfigError, r'selective_recompute=None: expected True, False or a list of strings'),
         ({'selective_recompute': ['a']}, PartitionError, r"selective_recompute names \['a'\], which are no units"),
-        ({'selective_recompute': ['stem']}, MisuseError, 'the stem can only be recomputed as a whole: put it into recom'),
-        ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, MisuseError, 'layer2.1: in recompute and'),
+        ({'selective_recompute': ['stem']}, ConfigError, 'the stem can only be recomputed as a whole: put it into recom'),
+        ({'recompute': ['layer1', 'layer2'], 'selective_recompute': ['layer2.1']}, ConfigError, 'layer2.1: in recompute and'),
     ],
     ids=str,
 )
@@ -235,12 +235,12 @@ def test_checkpointed_twice_is_refused():
     from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 
     net = MODELS.build({'type': 'mmdet.ResNet', 'depth': 18, 'with_cp': True})
-    with pytest.raises(MisuseError, match='layer1.0 is checkpointed by with_cp already: drop with_cp'):
+    with pytest.raises(ConfigError, match='layer1.0 is checkpointed by with_cp already: drop with_cp'):
         localize_(net, 1, recompute=True)
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
     turn_on_activation_checkpointing(model.backbone, 'layer1.1')
-    with pytest.raises(MisuseError, match=r'forward of unit layer1.1 was replaced \(activation_checkpointing\?\)'):
+    with pytest.raises(ConfigError, match=r'forward of unit layer1.1 was replaced \(activation_checkpointing\?\)'):
         localize_(model.backbone, 1, recompute=True)
     localize_(model.backbone, 1, recompute=['layer1.0'])
 
@@ -277,7 +277,7 @@ def test_a_compiled_unit_is_refused():
     model = toy(num_blocks=1, recompute=True)
     model.backbone.layer1[1].compile(backend='eager')
     batch = toy_batches(1)[0]
-    with pytest.raises(MisuseError, match='a compiled ToyUnit cannot be recomputed: .*leave it out of recompute'):
+    with pytest.raises(ConfigError, match='a compiled ToyUnit cannot be recomputed: .*leave it out of recompute'):
         model(**batch, mode='loss')
     with torch.no_grad():
         compiled = torch.compile(model.backbone.eval(), backend='eager', fullgraph=True)
@@ -312,7 +312,7 @@ def test_an_input_that_is_changed_in_place_is_refused():
     model.backbone.stem.register_forward_hook(lambda module, args, output: kept.append(output))
     loss = model(**toy_batches(1)[0], mode='loss')['loss_ce']
     kept[0].detach().add_(1)
-    with pytest.raises(MisuseError, match='an input of ToyUnit was changed in place'):
+    with pytest.raises(ConfigError, match='an input of ToyUnit was changed in place'):
         loss.backward()
 
 
@@ -327,7 +327,7 @@ def test_a_saved_output_that_is_changed_in_place_is_refused(layers, way, message
     unit, x = nn.Sequential(*layers), torch.randn(1, 8, 4, 4, requires_grad=True)
     recompute_(unit, way == 'selective')
     y = unit(x * 1).square().sum()
-    with pytest.raises(MisuseError, match=message):
+    with pytest.raises(ConfigError, match=message):
         y.backward()
 
 
@@ -341,7 +341,7 @@ def test_another_number_of_saved_tensors_is_refused():
 
     unit = Wavering()
     recompute_(unit)
-    with pytest.raises(MisuseError, match='Wavering saved 2 tensors for the backward pass, and 1 when it was recomputed'):
+    with pytest.raises(ConfigError, match='Wavering saved 2 tensors for the backward pass, and 1 when it was recomputed'):
         unit(torch.randn(3, requires_grad=True)).sum().backward()
 
 

@@ -10,8 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
-from mmman.errors import MisuseError
-from mmman.local.scopes import trained_parameters
+from mmman.errors import ConfigError
+from mmman.local.block_parameters import parameters_by_block
 from mmman.parallel import BlockReducer
 from tests.toy import toy_batches
 from tests.unit.local.test_session import gradients, step, toy, wrapper
@@ -73,7 +73,7 @@ def test_what_the_user_hid_from_ddp_stays_hidden():
 
 @pytest.mark.parametrize('option', ['static_graph', 'mixed_precision', 'delay_all_reduce_named_params'])
 def test_options_without_a_meaning(option):
-    with pytest.raises(MisuseError, match=f'does not take {option}'):
+    with pytest.raises(ConfigError, match=f'does not take {option}'):
         LocalDistributedDataParallel(toy(), **{option: True})
 
 
@@ -89,11 +89,11 @@ def test_a_parameter_in_two_blocks_is_refused_by_name(first, second, blocks):
     model = toy(num_blocks=3, partition=['layer1.1', 'layer2.1'])
     model.get_submodule(second).weight = model.get_submodule(first).weight
     if blocks is None:
-        *scopes, _ = trained_parameters(model)
+        *scopes, _ = parameters_by_block(model)
         assert f'{first}.weight' in scopes[0] and f'{second}.weight' not in scopes[0]
         return
     for refused in (lambda: LocalDistributedDataParallel(model), lambda: step(model)):
-        with pytest.raises(MisuseError, match=f'{first}.weight and {second}.weight are one parameter.* blocks {blocks} '):
+        with pytest.raises(ConfigError, match=f'{first}.weight and {second}.weight are the same parameter.* blocks {blocks},'):
             refused()
 
 
@@ -105,7 +105,7 @@ def test_a_parameter_without_gradient_is_named_at_once(path, blamed):
     for model in models:
         model.get_submodule(path).unused = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     parallel = LocalDistributedDataParallel(models[0])
-    with pytest.raises(MisuseError, match=f'^{blamed} got no gradient.*find_unused_parameters=True'):
+    with pytest.raises(ConfigError, match=f'^{blamed} got no gradient.*find_unused_parameters=True'):
         step(parallel, wrapper(models[0]))
     parallel = LocalDistributedDataParallel(model, find_unused_parameters=True)
     optim_wrapper = wrapper(model)
@@ -116,8 +116,8 @@ def test_a_parameter_without_gradient_is_named_at_once(path, blamed):
 
 def test_conversion_to_sync_batchnorm_keeps_the_scopes():
     model = toy(num_blocks=3)
-    names = [[*scope] for scope in trained_parameters(model)]
-    converted = trained_parameters(convert_sync_batchnorm(model))
+    names = [[*scope] for scope in parameters_by_block(model)]
+    converted = parameters_by_block(convert_sync_batchnorm(model))
     assert [[*scope] for scope in converted] == names
     assert all(model.get_parameter(name) is p for scope in converted for name, p in scope.items())
 
@@ -141,7 +141,7 @@ def test_a_reduction_isnt_waited_for_before_the_end_of_the_iteration():
     futures, seen = [], {}
     for reducer in parallel.block_reducers.values():
         reducer.register_comm_hook(futures, double)
-    names = [[*scope] for scope in trained_parameters(model)]
+    names = [[*scope] for scope in parameters_by_block(model)]
 
     def at_last_block(*_):
         seen.update({name: model.get_parameter(name).grad.clone() for name in names[1]})
@@ -190,7 +190,7 @@ def test_blocks_do_not_share_the_state_of_a_hook():
         states.append(PowerSGDState(None, 1, start_powerSGD_iter=2))
         return states[-1]
 
-    with pytest.raises(MisuseError, match=r'share one PowerSGDState.*register_comm_hook\(lambda: PowerSGDState'):
+    with pytest.raises(ConfigError, match=r'share one PowerSGDState.*register_comm_hook\(lambda: PowerSGDState'):
         parallel.register_comm_hook(PowerSGDState(None, 1), powerSGD_hook)
     parallel.register_comm_hook(state, powerSGD_hook)
     optim_wrapper = wrapper(model)

@@ -187,7 +187,7 @@ def test_a_unit_may_be_several_modules_one_after_the_other():
     register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(tuple(units), (1, 2)))
     backbone = localize_(Pairs(), 3, HEAD)
     head = backbone.local['stem']
-    head.transfer.sync_(head.source.of(backbone))
+    head.transfer.init_from_(head.source.of(backbone))
     x = torch.randn(2, 4, 8, 8)
     expected = backbone.layer2(x)
     assert torch.equal(head.transfer(x), expected + expected)
@@ -205,7 +205,7 @@ def test_a_unit_whose_output_is_not_its_last_module_is_refused():
 
 
 def test_a_last_block_without_an_output_is_refused():
-    with pytest.raises(PartitionError, match='makes none of the outputs of ToyNet'):
+    with pytest.raises(PartitionError, match='produces none of the outputs of ToyNet'):
         localize_(ToyNet(out_indices=(0, 1)), 3, HEAD)
 
 

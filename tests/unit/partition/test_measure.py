@@ -77,10 +77,10 @@ def test_strides_that_the_first_image_does_not_show():
 @pytest.mark.parametrize('side', [50, 65, 96, 111, 300])
 def test_strides_on_sizes_that_are_no_power_of_two(side):
     backbone = Stages((2, 1, 2, 3, 2))
-    chain = Chain(chain_of(backbone).units, chain_of(backbone).taps, input_size=(side, side + 7))
+    chain = Chain(chain_of(backbone).units, chain_of(backbone).out_units, input_size=(side, side + 7))
     assert strides(measure(backbone, chain)) == [2, 2, 4, 12, 24]
     resnet = build('mmdet', 'ResNet', {'depth': 18})
-    units, taps = chain_of(resnet).units, chain_of(resnet).taps
+    units, taps = chain_of(resnet).units, chain_of(resnet).out_units
     found = measure(resnet, Chain(units, taps, input_size=(side, side)))
     assert strides(found) == [4] * 3 + [8] * 2 + [16] * 2 + [32] * 2
 
@@ -94,7 +94,7 @@ def test_channels_of_the_image(channels):
     focus = Focus(channels)
     chain = chain_of(focus)
     assert measure(focus, chain).image_channels == channels if channels != 2 else True
-    told = Chain(chain.units, chain.taps, in_channels=channels)
+    told = Chain(chain.units, chain.out_units, in_channels=channels)
     found = measure(focus, told)
     assert found.image_channels == channels and found.features[0] == Feature(4, 4)
     plain = build('mmdet', 'ResNet', {'depth': 18, 'in_channels': channels})
@@ -139,7 +139,7 @@ def test_deformable_convolutions_train_and_are_followed(library, kind, dcn):
     model.init_weights()
     heads = [*model.backbone.local.values()]
     for head in heads:
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     batch = toy_batches(1, 2, 128, torch.float32)[0]
     before = {name: parameter.detach().clone() for name, parameter in model.backbone.named_parameters()}
     model.train().train_step(batch, LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
@@ -148,7 +148,7 @@ def test_deformable_convolutions_train_and_are_followed(library, kind, dcn):
         assert f'{block}.conv2.weight' in moved
     assert 'local.layer1_2.transfer.bias.conv2.weight' in moved and 'layer2.0.conv2.conv_offset.weight' in moved
     for head in heads:
-        head.transfer.update_(head.source.of(model.backbone), 0.0)
+        head.transfer.ema_update_(head.source.of(model.backbone), 0.0)
         ours, theirs = head.transfer.momentum.state_dict(), head.source.of(model.backbone).state_dict()
         assert 'conv2.conv_offset.weight' in ours
         for name in ours:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mmman import LocalLearningOptimWrapper, localize_
-from mmman.errors import MisuseError, PartitionError
+from mmman.errors import ConfigError, PartitionError
 from mmman.partition import chain_of, trainable_units
 from tests.toy import ToyNet, block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
@@ -80,7 +80,7 @@ def test_what_is_frozen_after_planning_is_refused_by_name():
     step(model)  # the stem of the first block still trains
     model.backbone.stem.requires_grad_(False)
     with pytest.raises(
-        MisuseError, match=r'^block 1 \(stem..layer1.1\) of ToyNet has no trainable parameter: it was frozen after'
+        ConfigError, match=r'^block 1 \(stem..layer1.1\) of ToyNet has no trainable parameter: it was frozen after'
     ):
         step(model)
 
@@ -101,8 +101,8 @@ def test_a_backbone_that_freezes_in_init_weights_is_refused_by_name():
     model.backbone = localize_(FreezesWhenInitialised().double(), 3, HEAD, partition='stage')
     model.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
-    with pytest.raises(MisuseError, match='^block 1 .* of FreezesWhenInitialised has no trainable parameter'):
+        head.transfer.init_from_(head.source.of(model.backbone))
+    with pytest.raises(ConfigError, match='^block 1 .* of FreezesWhenInitialised has no trainable parameter'):
         model.train_step(toy_batches(1)[0], LocalLearningOptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
 
 

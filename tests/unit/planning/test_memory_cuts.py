@@ -102,13 +102,13 @@ def runner(cfg: Config, folder) -> Runner:
     ('partition', 'message'),
     [
         ('memory', r"by a config: partition=dict\(type='memory', model=_base_.model"),
-        ({'type': 'memory'}, 'partition: MemoryCuts needs model; for cuts by memory write partition='),
+        ({'type': 'memory'}, 'partition: MemoryCuts requires the option model; for cuts by memory write partition='),
         ({**MEMORY, 'size': 3}, 'partition: MemoryCuts has no option size; '),
         ({**MEMORY, 'type': 'peak'}, "partition has type='peak'; "),
         ({**MEMORY, 'batch': 0}, 'batch=0'),
-        ({**MEMORY, 'shape': 32}, 'shape=32: choose 2 values, each a whole number from 1'),
+        ({**MEMORY, 'shape': 32}, 'shape=32: expected 2 values, each an integer >= 1'),
         ({**MEMORY, 'model': {'type': 'ImageClassifier'}}, 'not the config of a model with a backbone'),
-        ({**MEMORY, 'optim_wrapper': 'SGD'}, "partition.optim_wrapper='SGD': choose a dict"),
+        ({**MEMORY, 'optim_wrapper': 'SGD'}, "partition.optim_wrapper='SGD': expected a dict"),
     ],
 )
 def test_a_wrong_partition_is_refused_in_one_line(partition, message):

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.planning.costs import MemoryPlan, RecomputeMode, peak_of
 from mmman.planning.profile import Profile, profile_step
 from mmman.planning.search import smallest_peak
@@ -136,5 +136,5 @@ def test_heads_that_are_alike_are_run_once():
 
 def test_a_config_without_local_heads_is_refused():
     cfg = load('retinanet_r18_e2e.py')
-    with pytest.raises(MisuseError, match='localize_config'):
+    with pytest.raises(ConfigError, match='localize_config'):
         profile_step(cfg, 1, 64, 64)

@@ -18,7 +18,7 @@ def toy():
         setattr(model, name, torch.nn.ModuleList(torch.nn.Linear(c, 5) for c in width))
     model.data_preprocessor.forward = lambda data, training=False: data
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model.train()
 
 

@@ -5,7 +5,7 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmman.memory.detection import anchor_targets
-from mmman.memory.detection.anchor_targets import find_targets, is_known
+from mmman.memory.detection.anchor_targets import compute_targets, has_stock_targets
 
 pytest.importorskip('mmdet')
 from mmdet.structures import DetDataSample
@@ -54,7 +54,7 @@ def found(head, sizes, instances, metas):
         sample = DetDataSample(metainfo=meta)
         sample.gt_instances = own
         samples.append(sample)
-    return find_targets(head, sizes, samples, 'cpu')
+    return compute_targets(head, sizes, samples, 'cpu')
 
 
 def assert_same(ours, theirs):
@@ -69,9 +69,9 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize('elements', [1, 2**20])
 @pytest.mark.parametrize('options', [{}, {'pos_weight': 2.0}, {'min_pos_iou': 0.3, 'pos_iou_thr': 0.6}])
 def test_they_are_mmdets(monkeypatch, counts, grid, elements, options):
-    monkeypatch.setattr(anchor_targets, 'ELEMENTS', elements)
+    monkeypatch.setattr(anchor_targets, 'MAX_OVERLAPS', elements)
     head = head_of(**options)
-    assert is_known(head)
+    assert has_stock_targets(head)
     for seed in range(3):
         batch = batch_of(counts, seed, grid)
         assert_same(found(head, *batch), targets_of(head, *batch))
@@ -90,7 +90,7 @@ def test_they_are_mmdets(monkeypatch, counts, grid, elements, options):
 )
 def test_other_options_are_left_to_mmdet(options):
     head = head_of(**options)
-    assert not is_known(head)
+    assert not has_stock_targets(head)
     batch = batch_of((3, 0, 5), seed=0)
     assert_same(found(head, *batch), targets_of(head, *batch))
 
@@ -104,13 +104,13 @@ def test_boxes_of_a_box_type():
         own.bboxes = HorizontalBoxes(own.bboxes)
     assert_same(found(head, sizes, instances, metas), theirs)
     head.prior_generator.use_box_type = True
-    assert not is_known(head)
+    assert not has_stock_targets(head)
 
 
 @pytest.mark.parametrize('method', ['loss', 'loss_by_feat', 'get_anchors', 'get_targets'])
 def test_a_head_with_a_method_of_its_own_is_left_alone(method):
     head = head_of()
     own = type('Mine', (type(head),), {method: lambda self, *args, **kwargs: None})
-    assert is_known(head)
+    assert has_stock_targets(head)
     head.__class__ = own
-    assert not is_known(head)
+    assert not has_stock_targets(head)

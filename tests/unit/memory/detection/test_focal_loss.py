@@ -14,9 +14,9 @@ from mmengine.hub import get_config
 from mmman.analysis import LiveBytes
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
-from mmman.memory.detection.focal_loss import SLICE, focal_loss_without_kernel, fused_focal_loss, summed_focal_loss
+from mmman.memory.detection.focal_loss import SLICE_SIZE, focal_loss_without_kernel, fused_focal_loss, summed_focal_loss
 
-ROWS, CLASSES = SLICE // 5 + 3, 7  # two slices, and a part of one
+ROWS, CLASSES = SLICE_SIZE // 5 + 3, 7  # two slices, and a part of one
 
 
 def inputs(dtype=torch.float64):

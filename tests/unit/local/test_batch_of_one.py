@@ -9,10 +9,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmman import LocalLearningOptimWrapper
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.heads import SegLocalHead
 from mmman.heads.infopro import supervised_contrast
-from mmman.local.single_values import running_statistics_for_single_values
+from mmman.local.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.registry import MODELS
 
 pytest.importorskip('mmpretrain')
@@ -57,7 +57,7 @@ def classifier(local_head, **options):
     model = MODELS.build({**model, 'data_preprocessor': {'type': 'ClsDataPreprocessor'}})
     model.init_weights()
     for head in model.backbone.local.values():
-        head.transfer.sync_(head.source.of(model.backbone))
+        head.transfer.init_from_(head.source.of(model.backbone))
     return model.train()
 
 
@@ -121,14 +121,14 @@ def test_larger_batches_train_as_before(monkeypatch):
         for kind in ('dgl', 'contrast', 'infopro imagenet'):
             model = classifier(HEADS[kind])
             into.update({f'{kind} {name}': grad for name, grad in gradients(model, batch(2, 64)).items()})
-        monkeypatch.setattr('mmman.local.session.running_statistics_for_single_values', lambda head, size: torch.enable_grad())
+        monkeypatch.setattr('mmman.local.session.use_running_stats_for_batch_of_one', lambda head, size: torch.enable_grad())
     for name, grad in plain.items():
         assert (grad is None) == (ours[name] is None) and (grad is None or torch.equal(grad, ours[name])), name
 
 
 def test_one_layer_may_get_one_value_and_then_several():
     layer = nn.BatchNorm2d(2)
-    with running_statistics_for_single_values(layer, 1):
+    with use_running_stats_for_batch_of_one(layer, 1):
         single = layer(torch.ones(1, 2, 1, 1))
         assert layer.training and layer.num_batches_tracked == 0
         layer(torch.randn(1, 2, 3, 3))
@@ -141,7 +141,7 @@ def test_one_layer_may_get_one_value_and_then_several():
 
 def test_modes_return_where_the_layer_or_what_follows_fails():
     head = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(3, 1))
-    with pytest.raises(RuntimeError), running_statistics_for_single_values(head, 1):
+    with pytest.raises(RuntimeError), use_running_stats_for_batch_of_one(head, 1):
         head(torch.ones(1, 2))
     assert head[0].training and not head[0]._forward_pre_hooks
 
@@ -149,8 +149,8 @@ def test_modes_return_where_the_layer_or_what_follows_fails():
 def test_a_layer_without_running_statistics_is_refused():
     layer = nn.BatchNorm1d(2, track_running_stats=False)
     with (
-        pytest.raises(MisuseError, match='keeps no running statistics .*drop_last=True'),
-        running_statistics_for_single_values(layer, 1),
+        pytest.raises(ConfigError, match='keeps no running statistics .*drop_last=True'),
+        use_running_stats_for_batch_of_one(layer, 1),
     ):
         layer(torch.ones(1, 2))
     assert layer.training
@@ -175,7 +175,7 @@ def test_images_of_several_labels():
     contrast = classifier({**HEADS['contrast'], 'head': head})
     samples = batch(2, 64)
     samples['data_samples'] = data
-    with pytest.raises(MisuseError, match='needs one label an image: .*several labels, set contrast=False'):
+    with pytest.raises(ConfigError, match='needs one label an image: .*several labels, set contrast=False'):
         gradients(contrast, samples)
 
 

@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 
 
 @contextmanager
-def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> Iterator[None]:
+def use_running_stats_for_batch_of_one(head: nn.Module, batch_size: int) -> Iterator[None]:
     """While this context is open, BatchNorm layers of ``head`` that get one value per channel use their running statistics.
 
     PyTorch rejects such an input in training. A batch of one image produces it where features are pooled to one pixel. The
@@ -25,7 +25,7 @@ def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> It
         batch_size: Number of images.
 
     Raises:
-        MisuseError: In the context, if such a layer keeps no running statistics.
+        ConfigError: In the context, if such a layer keeps no running statistics.
     """
     if batch_size > 1:
         yield
@@ -37,9 +37,9 @@ def running_statistics_for_single_values(head: nn.Module, batch_size: int) -> It
         if not layer.training or x.numel() != x.shape[1] or _is_synchronised(layer):
             return
         if layer.running_mean is None:
-            raise MisuseError(
-                'a BatchNorm layer of a local head keeps no running statistics (track_running_stats=False), and a batch of one '
-                'image has no others: use larger batches, drop the last one of an epoch (drop_last=True), or take another norm'
+            raise ConfigError(
+                'a BatchNorm layer of a local head keeps no running statistics (track_running_stats=False), so it cannot '
+                'normalise a batch of one image: use larger batches, set drop_last=True, or use another norm layer'
             )
         switched.add(layer)
         layer.training = False

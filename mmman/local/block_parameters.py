@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from mmman.errors import MisuseError
+from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
 
 
-def blocks_of_tensors(model: nn.Module) -> dict[str, int]:
+def block_index(model: nn.Module) -> dict[str, int]:
     """Map the name of each parameter and buffer of a localised model to the index of its block, from 0.
 
     A local head belongs to its block. Frozen units before the first block belong to the first block. Everything outside the
@@ -31,7 +31,7 @@ def blocks_of_tensors(model: nn.Module) -> dict[str, int]:
     return {name: block_of(name) for name, _ in tensors}
 
 
-def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
+def parameters_by_block(model: nn.Module) -> list[dict[str, nn.Parameter]]:
     """Group the trainable parameters of a model by the block whose loss trains them.
 
     Args:
@@ -42,9 +42,9 @@ def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
         everything that the task loss trains: the last block, neck and head.
 
     Raises:
-        MisuseError: A parameter belongs to two blocks.
+        ConfigError: A parameter belongs to two blocks.
     """
-    blocks = blocks_of_tensors(model)
+    blocks = block_index(model)
     scopes: list[dict[str, nn.Parameter]] = [{} for _ in localized_backbone(model).local.plan.blocks]
     first: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -52,9 +52,9 @@ def trained_parameters(model: nn.Module) -> list[dict[str, nn.Parameter]]:
             continue
         other = first.setdefault(parameter, name)
         if blocks[other] != blocks[name]:
-            raise MisuseError(
-                f'{other} and {name} are one parameter, which the losses of blocks {blocks[other] + 1} and {blocks[name] + 1} '
-                'train: give each block its own, or cut the backbone so that both are in one block'
+            raise ConfigError(
+                f'{other} and {name} are the same parameter, but belong to blocks {blocks[other] + 1} and {blocks[name] + 1}, '
+                'which have different losses: give each block its own parameter, or cut so that both are in one block'
             )
         if other == name:
             scopes[blocks[name]][name] = parameter

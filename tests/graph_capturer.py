@@ -9,10 +9,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 EMPTY = (aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default)
-WAITS = (aten._local_scalar_dense.default, aten.nonzero.default)
+SYNCING = (aten._local_scalar_dense.default, aten.nonzero.default)
 
 
-class CPURecorder(TorchDispatchMode):
+class CPUGraphCapturer(TorchDispatchMode):
     """In a CUDA recording nothing runs; here everything does, and what it changed is put back at the end.
 
     Fresh memory is zero and not what happens to be there. Nothing is used again: all tensors of a recording stay.
@@ -20,12 +20,12 @@ class CPURecorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recordings = 0
-        self.is_recording = False
+        self.captures = 0
+        self.is_capturing = False
 
     def begin(self) -> None:
-        self.is_recording = True
-        self._run, self._before = [], []
+        self.is_capturing = True
+        self._operators, self._before = [], []
         self.__enter__()
 
     @torch.no_grad()
@@ -33,38 +33,38 @@ class CPURecorder(TorchDispatchMode):
         self.cancel()
         for tensor, value in reversed(self._before):
             tensor.data.copy_(value)
-        self.recordings += 1
-        run = self._run
+        self.captures += 1
+        operators = self._operators
 
         @torch.no_grad()
         @torch.autocast('cpu', enabled=False)  # what was cast was recorded
         def replay() -> None:
-            for op, args, kwargs, out in run:
+            for op, args, kwargs, out in operators:
                 args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.data, (args, kwargs))  # versions aren't counted
-                again = op(*args, **kwargs)
-                for place, value in zip(tensors(out), tensors(again), strict=True):
-                    if place is not value:
-                        place.data.copy_(value)
+                recomputed = op(*args, **kwargs)
+                for tensor, value in zip(tensors(out), tensors(recomputed), strict=True):
+                    if tensor is not value:
+                        tensor.data.copy_(value)
 
         return replay
 
     def cancel(self) -> None:
-        if self.is_recording:
+        if self.is_capturing:
             self.__exit__(None, None, None)
-        self.is_recording = False
+        self.is_capturing = False
 
-    def place_of(self, tensor: Tensor) -> Tensor:
+    def static_view(self, tensor: Tensor) -> Tensor:
         return tensor.data
 
-    def start(self) -> None:
+    def sync_side_stream(self) -> None:
         pass
 
-    def aside(self, compute: Callable) -> tuple[Tensor, ...]:
+    def on_side_stream(self, compute: Callable) -> tuple[Tensor, ...]:
         return compute()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if op in WAITS and args[0].dtype != torch.long:  # one_hot looks at its labels on a CPU, and on no GPU
+        if op in SYNCING and args[0].dtype != torch.long:  # one_hot looks at its labels on a CPU, and on no GPU
             raise RuntimeError(f'{op} waits for the device')
         with self.paused():
             self._before += [(tensor, tensor.clone()) for tensor in changed(op, [*args, *kwargs.values()])]
@@ -74,10 +74,10 @@ class CPURecorder(TorchDispatchMode):
                 out.zero_()
             if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
                 value = float('nan') if out.is_floating_point() else torch.iinfo(out.dtype).max
-                self._run.append((aten.fill_.Scalar, (out, value), {}, out))
+                self._operators.append((aten.fill_.Scalar, (out, value), {}, out))
             return out
         if not op.is_view:
-            self._run.append((op, args, kwargs, out))
+            self._operators.append((op, args, kwargs, out))
         return out
 
     def nbytes(self) -> int:
