@@ -37,7 +37,7 @@ def main() -> None:
         if args.out.suffix != '.py' or not folder.is_dir():
             raise SystemExit(f'-o {args.out}: give the name of a .py file in a folder that exists')
     try:
-        choice = localize(args.stock, args.num_blocks, partition, folder, trial=not args.no_trial)
+        choice = localize(args.stock, args.num_blocks, partition, folder, dry_run=not args.no_trial)
     except LocalLearningError as error:
         message = ' '.join(str(error).split())
         raise SystemExit(message if args.stock in message else f'{args.stock}: {message}') from None
