@@ -274,10 +274,10 @@ WRAPPERS = [
         ({'max_norm': math.nan}, 'clip_grad.max_norm=nan'),
         ({'max_norm': 1, 'norm_type': 'two'}, "clip_grad.norm_type='two'"),
         ({'max_nrom': 1}, 'did you mean max_norm?'),
-        ({'type': 'value'}, 'needs clip_value'),
+        ({'type': 'value'}, 'requires the option clip_value'),
         ({'type': 'value', 'clip_value': -1}, 'clip_grad.clip_value=-1'),
         ({'type': 'nothing', 'max_norm': 1}, "clip_grad.type='nothing'"),
-        ({}, 'needs max_norm'),
+        ({}, 'requires the option max_norm'),
     ]),
 ]  # fmt: skip
 

@@ -176,7 +176,7 @@ CHANGED_CHECKPOINTS = {
     ),
     'count of steps': (
         lambda c: c['optimizer']['state'][0].update(step=torch.tensor(7.0)),
-        'no more than the steps of the run',
+        'at most the number of steps of the run',
     ),
     'numbers of parameters': (
         lambda c: c['optimizer']['param_groups'][0]['params'].reverse(),
@@ -188,7 +188,7 @@ CHANGED_CHECKPOINTS = {
     'no learning rate': (put(f'{GROUP}/lr', REMOVED), 'lr: missing in the checkpoint, a number'),
     'another algorithm': (put(f'{GROUP}/amsgrad', True), 'max_exp_avg_sq: missing in the checkpoint'),
     'maximize': (put(f'{GROUP}/maximize', True), "the optimizer's maximize is True in the checkpoint, False in this config"),
-    'steps beyond the iterations': (put('optimizer/steps', 7), 'optimizer.steps of the checkpoint is 7, not no more than'),
+    'steps beyond the iterations': (put('optimizer/steps', 7), 'optimizer.steps of the checkpoint is 7, not at most'),
     'negative steps': (put('optimizer/steps', -1), 'optimizer.steps of the checkpoint is -1, not an integer >= 0'),
     'no steps': (put('optimizer/steps', REMOVED), 'optimizer, steps: missing in the checkpoint, a number in this run'),
     # loss scaler
@@ -205,7 +205,7 @@ CHANGED_CHECKPOINTS = {
     },
     'growth': (put('optimizer/loss_scaler/growth_factor', 0.5), 'growth_factor of .* is 0.5, not a number above 1'),
     # schedulers
-    'swapped schedulers': (swap_schedulers, 'param_scheduler 0.end_factor: a number in the checkpoint, nothing'),
+    'swapped schedulers': (swap_schedulers, 'param_scheduler 0.end_factor: a number in the checkpoint, missing'),
     'one scheduler less': (lambda c: c['param_schedulers'].pop(), 'parameter schedulers: 1 in the checkpoint, 2 in this run'),
     'scheduler of momentum': (
         put('param_schedulers/1/param_name', 'momentum'),
@@ -213,27 +213,27 @@ CHANGED_CHECKPOINTS = {
     ),
     'scheduler with a method': (
         put('param_schedulers/1/step', 5),
-        'param_scheduler 1.step: a number in the checkpoint, nothing',
+        'param_scheduler 1.step: a number in the checkpoint, missing',
     ),
     'scheduler step': (
         put('param_schedulers/1/last_step', -2),
-        'param_schedulers.1.last_step of the checkpoint is -2, not a whole',
+        'param_schedulers.1.last_step of the checkpoint is -2, not an integer',
     ),
     # place
     'batch beyond the epoch': (
         put(f'{RECORD}/batch', 5),
-        'no run with this data is in epoch 1 at batch 5 after 6 iterations: an epoch has 4',
+        'batch 5 of epoch 1 after 6 iterations is impossible with this data: an epoch has 4',
     ),
     'batch beyond the epoch, older': (
         older(put(f'{RECORD}/batch', 5)),
-        'no run with this data is in epoch 1 at batch 5 after 6 iterations',
+        'batch 5 of epoch 1 after 6 iterations is impossible',
     ),
     'negative batch': (put(f'{RECORD}/batch', -1), 'batch of the checkpoint is -1, not an integer >= 0'),
-    'epoch and iteration differ': (put('meta/epoch', 2), 'no run with this data is in epoch 2 at batch 2 after 6 iterations'),
-    'iteration too high': (put('meta/iter', 7), 'no run with this data is in epoch 1 at batch 2 after 7 iterations'),
+    'epoch and iteration differ': (put('meta/epoch', 2), 'batch 2 of epoch 2 after 6 iterations is impossible'),
+    'iteration too high': (put('meta/iter', 7), 'batch 2 of epoch 1 after 7 iterations is impossible'),
     'negative iteration': (put('meta/iter', -6), 'meta.iter of the checkpoint is -6, not an integer >= 0'),
     'epoch is no number': (put('meta/epoch', '1'), "meta.epoch of the checkpoint is '1', not an integer"),
-    'epoch beyond the end': (older(put('meta/epoch', 4)), 'has 4 epochs behind it, and train_cfg.max_epochs is 3: raise it'),
+    'epoch beyond the end': (older(put('meta/epoch', 4)), 'was saved after 4 epochs, but train_cfg.max_epochs is 3: raise it'),
     'seed': (put('meta/seed', -1), 'meta.seed of the checkpoint is -1, not'),
     'no sampler seed': (put(f'{RECORD}/sampler seed', None), 'sampler seed is missing in the checkpoint, a number in this run'),
     # weights
@@ -273,7 +273,7 @@ CHANGED_CHECKPOINTS = {
     ),
     'numbers of files': (
         put(f'{HUB}/keep_ckpt_ids', ['../x']),
-        'keep_ckpt_ids of the checkpoint is a list of 1, not a list of whole',
+        'keep_ckpt_ids of the checkpoint is a list of 1, not a list of integers',
     ),
     'best score': (put(f'{HUB}/best_score', 'good'), "best_score of the checkpoint is 'good', not a number"),
     'best file': (put(f'{HUB}/best_ckpt', 5), 'best_ckpt of the checkpoint is 5, not a string'),
@@ -355,7 +355,7 @@ def test_numbers_that_the_config_changes_stay_the_checkpoints_and_the_log_says_s
             ('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state'),
             'by an earlier version, which did not record',
         ),
-        ((), 'was not saved by a loop of mmman: the resumed run will not be exactly'),
+        ((), 'was not saved by a loop of mmman: the resumed run will not be exact'),
     ],
 )
 def test_a_checkpoint_that_says_less_about_itself_fits_with_a_note(names, note, fresh):

@@ -122,11 +122,11 @@ def test_unknown_dataset(name):
 def test_unknown_split_or_option():
     with pytest.raises(ValueError, match="Valid values are .*'extra'"):
         TorchvisionDataset('SVHN', 'nowhere', 'val')
-    with pytest.raises(ValueError, match="MNIST has no split 'val'; its splits are 'train' and 'test'"):
+    with pytest.raises(ValueError, match="MNIST has no split 'val': set 'train' or 'test'"):
         TorchvisionDataset('MNIST', 'nowhere', 'val')
     with pytest.raises(ValueError, match='EuroSAT has no split .* none: leave split out'):
         TorchvisionDataset('EuroSAT', 'nowhere', 'train')
-    with pytest.raises(ValueError, match='SVHN takes no folds; it takes download, root, split'):
+    with pytest.raises(ValueError, match='SVHN has no option folds; the options are download, root, split'):
         TorchvisionDataset('SVHN', 'nowhere', 'train', folds=1)
     with pytest.raises(ValueError, match='torchvision cannot download FER2013'):
         TorchvisionDataset('FER2013', 'nowhere', 'train', download=True)
@@ -136,8 +136,8 @@ def test_unknown_split_or_option():
     ('name', 'split', 'remedy'),
     [
         ('SVHN', 'test', 'download http.*test_32x32.mat to {root}/test_32x32.mat, or set download=True'),
-        ('STL10', 'train', 'download http.*stl10_binary.tar.gz and unpack it in {root}, which makes {root}/stl10_binary, or'),
-        ('FER2013', 'train', 'the documentation of torchvision.datasets.FER2013 says what belongs there. torchvision says'),
+        ('STL10', 'train', 'download http.*stl10_binary.tar.gz and unpack it in {root} to get {root}/stl10_binary, or'),
+        ('FER2013', 'train', 'see the documentation of torchvision.datasets.FER2013 for the files. torchvision: '),
         ('ImageFolder', None, 'the documentation of torchvision.datasets.ImageFolder'),
     ],
 )

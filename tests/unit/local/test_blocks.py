@@ -263,7 +263,7 @@ def test_a_head_that_nothing_initialised_is_refused():
             model.init_weights()
         sync(model)
         with pytest.raises(
-            ConfigError, match=r'^nothing has initialised the local heads on layer1_1, layer2_1: call model\.init_w'
+            ConfigError, match=r'^the local heads after layer1_1, layer2_1 are not initialised: call model\.init_w'
         ):
             step(model)
     model.backbone.local.init_weights()

@@ -184,7 +184,7 @@ def test_a_child_of_a_file_moves_with_it(tmp_path, capsys, monkeypatch):
     (folder / 'the children').mkdir(parents=True)
     (folder / 'stock a+b.py').write_text(RESNET)
     monkeypatch.chdir(folder / 'the children')
-    args = ['../stock a+b.py', '-k', 4, '--no-trial', '-o', 'man pp.py']
+    args = ['../stock a+b.py', '-k', 4, '--no-dry-run', '-o', 'man pp.py']
     assert 'blocks: stem..layer1.1 | layer2.0' in tool(capsys, monkeypatch, *args)
     monkeypatch.chdir(tmp_path)
     folder = folder.rename(tmp_path / 'moved')
@@ -245,5 +245,5 @@ def test_pure_python_configs(tmp_path, capsys, monkeypatch):
     assert "'odd-name' in the path is not a Python name" in tool(capsys, monkeypatch, stock, '-o', tmp_path / 'child.py')
     assert 'where the child is to be (-o)' in tool(capsys, monkeypatch, stock)
     beside = tmp_path / 'odd-name' / 'child.py'
-    assert 'is written' in tool(capsys, monkeypatch, stock, '--no-trial', '-o', beside)
+    assert 'is written' in tool(capsys, monkeypatch, stock, '--no-dry-run', '-o', beside)
     assert [*(tmp_path / 'odd-name').glob('localized_*')] == []
