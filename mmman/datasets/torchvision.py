@@ -139,7 +139,7 @@ class TorchvisionDataset(BaseDataset):
                 raise
             hint = ', or set download=True' if can_download else ''
             raise FileNotFoundError(
-                f'data_root={self.data_root!r} does not contain the original files of {self.source_class.__name__}: '
+                f'data_root={str(self.data_root)!r} does not contain the original files of {self.source_class.__name__}: '
                 f'{self._download_hint()}{hint}. torchvision: {error}'
             ) from error
 

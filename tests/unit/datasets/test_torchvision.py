@@ -115,7 +115,9 @@ def test_image_folder(tmp_path):
 
 @pytest.mark.parametrize('name', ['VOCDetection', 'SVNH', 'ImageNet'])
 def test_unknown_dataset(name):
-    with pytest.raises(ValueError, match=f"dataset='{name}' is none of .*: CIFAR10, .*, STL10, "):
+    with pytest.raises(
+        ValueError, match=f"dataset='{name}' is not a classification dataset of torchvision: choose CIFAR10, .*, STL10, "
+    ):
         TorchvisionDataset(name, 'nowhere')
 
 
@@ -124,7 +126,7 @@ def test_unknown_split_or_option():
         TorchvisionDataset('SVHN', 'nowhere', 'val')
     with pytest.raises(ValueError, match="MNIST has no split 'val': set 'train' or 'test'"):
         TorchvisionDataset('MNIST', 'nowhere', 'val')
-    with pytest.raises(ValueError, match='EuroSAT has no split .* none: leave split out'):
+    with pytest.raises(ValueError, match='EuroSAT has no split .*: remove split'):
         TorchvisionDataset('EuroSAT', 'nowhere', 'train')
     with pytest.raises(ValueError, match='SVHN has no option folds; the options are download, root, split'):
         TorchvisionDataset('SVHN', 'nowhere', 'train', folds=1)
@@ -143,7 +145,9 @@ def test_unknown_split_or_option():
 )
 def test_missing_data_is_said_and_not_downloaded(name, split, remedy, tmp_path):
     root = tmp_path / 'data'
-    with pytest.raises(FileNotFoundError, match=f'no {name} in data_root.*' + remedy.format(root=root)):
+    with pytest.raises(
+        FileNotFoundError, match=f'does not contain the original files of {name}: .*' + remedy.format(root=root)
+    ):
         TorchvisionDataset(name, root, split)
     assert not root.exists()
 
