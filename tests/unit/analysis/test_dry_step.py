@@ -61,7 +61,7 @@ def stock(monkeypatch):
 
 def localised(stock, kind):
     child = copy.deepcopy(stock)
-    head, backbone = {'type': f'mmman.{kind}', 'head': HEAD}, stock.model.backbone
+    head = {'type': f'mmman.{kind}', 'head': HEAD}
     child.model.backbone = {
         'type': 'mmman.LocalBackbone',
         'backbone': stock.model.backbone,
