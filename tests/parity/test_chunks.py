@@ -155,29 +155,6 @@ def test_in_half_precision_as_close_to_single_as_at_once():
     assert 0 < distance(images_per_chunk=1) < 1.05 * distance()
 
 
-def test_the_scale_of_a_loss_scaler_is_used_inside():
-    """Half-precision gradients of chunks would underflow without it; what comes out is scaled once."""
-    from mmman.memory.chunks import run_in_chunks
-
-    seen = []
-    layer = torch.nn.Linear(3, 1, dtype=torch.float64)
-    x = torch.rand(4, 3, dtype=torch.float64, requires_grad=True)
-
-    def compute(leaves, span):
-        loss = layer(leaves[0]).square().sum()
-        loss.register_hook(lambda grad: seen.append(grad.item()))
-        return loss, {'loss': loss}
-
-    losses = run_in_chunks(compute, [x], [layer], 1, torch.tensor(1024.0, dtype=torch.float64))
-    (losses['loss'] * 1024).backward()
-    assert seen == [1024.0] * 4
-    ours = x.grad, layer.weight.grad
-    x.grad = layer.weight.grad = None
-    (layer(x).square().sum() * 1024).backward()
-    for got, expected in zip(ours, (x.grad, layer.weight.grad), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-
-
 def test_only_a_chunk_is_alive():
     peaks = []
     for options in ({}, {'images_per_chunk': 1}):

@@ -1,4 +1,4 @@
-"""A localised model is copied, pickled, converted, checkpointed and compiled as a stock one."""
+"""Options of ``localize_``; and a localised model is copied, pickled, converted, checkpointed and compiled as a stock one."""
 
 import copy
 import io
@@ -11,7 +11,8 @@ from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmman import localize_
+from mmman import delocalize_, localize_
+from mmman.errors import ConfigError, LocalLearningError, PartitionError
 from tests.toy import ToyLocalHead, ToyNet, toy_batches, toy_config
 from tests.unit.local.test_session import gradients, step, sync, toy, wrapper
 
@@ -164,3 +165,27 @@ def test_an_error_leaves_the_backbone_as_it_was(when, monkeypatch):
 
 def fail(*_):
     raise RuntimeError('the second head')
+
+
+@pytest.mark.parametrize(
+    ('options', 'error', 'message'),
+    [
+        ({'num_blocks': 8}, PartitionError, '7 trainable units'),
+        ({'partition': ['layer7.0']}, PartitionError, "after 'layer7.0'"),
+        ({'local_head': None}, ConfigError, 'set local_head'),
+        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is not a subclass of mmman.LocalHead'),
+        ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
+    ],
+)
+def test_options_that_do_not_fit(options, error, message):
+    with pytest.raises((error, TypeError), match=message):
+        toy(**options)
+
+
+def test_localise_once():
+    model = toy()
+    with pytest.raises(ConfigError, match='can be localised only once'):
+        localize_(model.backbone, 2, {'type': 'mmman.ToyLocalHead'})
+    delocalize_(model.backbone)
+    with pytest.raises(ConfigError, match='is not localised'):
+        delocalize_(model.backbone)

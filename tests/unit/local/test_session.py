@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 
 from mmman import LocalLearningOptimWrapper, delocalize_
 from mmman.analysis import LiveBytes
-from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError, PartitionError
+from mmman.errors import ConfigError
 from tests.toy import block_parameters, classify, task_logits, toy_batches, toy_config
 
 
@@ -124,21 +124,6 @@ def test_normalisation_modes():
     assert model.eval().backbone.local.training is False
 
 
-def test_without_a_session_nothing_changes_and_a_backward_is_refused():
-    model = toy(num_blocks=3)
-    batch = toy_batches(1)[0]
-    losses = model(**batch, mode='loss')
-    with pytest.raises(ConfigError, match=r'crossed the boundary after layer2.0 .*LocalLearningOptimWrapper.*delocalize_'):
-        losses['loss_ce'].backward()
-    assert all(p.grad is None for p in model.backbone.layer1.parameters())
-
-    delocalize_(model.backbone)
-    model(**batch, mode='loss')['loss_ce'].backward()
-    assert all(p.grad is not None for p in model.backbone.parameters())
-    single = toy(num_blocks=1)
-    single(**batch, mode='loss')['loss_ce'].backward()
-
-
 def test_a_single_block_is_end_to_end_training():
     model = toy(num_blocks=1)
     got = gradients(model)
@@ -202,47 +187,9 @@ def test_checkpointing_around_blocks_is_refused():
     for path in ('backbone', 'backbone.layer2'):
         model = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
         turn_on_activation_checkpointing(model, [path])
-        with pytest.raises(ConfigError, match=f'^{path} has blocks .*activation_checkpointing.*recompute=True'):
+        with pytest.raises(ConfigError, match=f'^{path} contains blocks .*activation_checkpointing.*recompute=True'):
             step(model)
     inside = toy(partition=['layer1.1', 'layer2.0'], num_blocks=3)
     plain = gradients(toy(partition=['layer1.1', 'layer2.0'], num_blocks=3))
     turn_on_activation_checkpointing(inside, ['backbone.layer1.0', 'backbone.layer2.0', 'backbone.layer3.1'])
     assert all(torch.equal(plain[name], grad) for name, grad in gradients(inside).items())
-
-
-@pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_a_local_loss_that_is_not_finite_names_its_block_and_stops_before_the_step(value):
-    model = toy()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    head = [*model.backbone.local.values()][1]
-    loss = head.loss
-    head.loss = lambda *args: {name: part * value for name, part in loss(*args).items()}
-    with pytest.raises(NonFiniteLossError, match=f'local/2/loss = {value}'):
-        step(model)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize(
-    ('options', 'error', 'message'),
-    [
-        ({'num_blocks': 8}, PartitionError, '7 trainable units'),
-        ({'partition': ['layer7.0']}, PartitionError, "after 'layer7.0'"),
-        ({'local_head': None}, ConfigError, 'set local_head'),
-        ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is not a subclass of mmman.LocalHead'),
-        ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
-    ],
-)
-def test_options_that_do_not_fit(options, error, message):
-    with pytest.raises((error, TypeError), match=message):
-        toy(**options)
-
-
-def test_localise_once():
-    from mmman import localize_
-
-    model = toy()
-    with pytest.raises(ConfigError, match='can be localised only once'):
-        localize_(model.backbone, 2, {'type': 'mmman.ToyLocalHead'})
-    delocalize_(model.backbone)
-    with pytest.raises(ConfigError, match='is not localised'):
-        delocalize_(model.backbone)

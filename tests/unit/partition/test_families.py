@@ -118,13 +118,6 @@ def test_off_means_off(library, kind, options):
         assert torch.equal(ours, theirs)
 
 
-def test_weights_that_a_segmentor_names_reach_the_stock_backbone():
-    pytest.importorskip('mmseg')
-    stock = {'type': 'mmseg.ResNetV1c', 'depth': 18}
-    backbone = build('mmman', 'LocalBackbone', {'backbone': stock, 'num_blocks': 1, 'pretrained': 'a.pth'})
-    assert backbone.init_cfg == {'type': 'Pretrained', 'checkpoint': 'a.pth'}
-
-
 def test_localising_changes_no_mode_statistics_or_random_state():
     backbone = ToyNet()
     backbone.layer1[0].bn.eval()
@@ -175,22 +168,6 @@ def test_a_row_that_names_the_wrong_units_is_refused():
         localize_(Wrong(), 2, HEAD)
     with pytest.raises(ValueError, match='already registered'):
         register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')
-
-
-def test_a_unit_may_be_several_modules_one_after_the_other():
-    class Pairs(ToyNet):
-        def forward(self, x):
-            return super().forward(x)
-
-    units = [Unit('stem', ('stem', 'layer1.0', 'layer1.1'), 'layer1.1', 0)]
-    units += [Unit.sequence((f'{layer}.0', f'{layer}.1'), i) for i, layer in ((1, 'layer2'), (2, 'layer3'))]
-    register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(tuple(units), (1, 2)))
-    backbone = localize_(Pairs(), 3, HEAD)
-    head = backbone.local['stem']
-    head.transfer.init_from_(head.source.of(backbone))
-    x = torch.randn(2, 4, 8, 8)
-    expected = backbone.layer2(x)
-    assert torch.equal(head.transfer(x), expected + expected)
 
 
 def test_a_unit_whose_output_is_not_its_last_module_is_refused():

@@ -127,13 +127,6 @@ def test_flops_are_those_of_a_real_step():
     assert units + profile.step.task.flops == pytest.approx(whole, rel=1e-3)
 
 
-def test_heads_that_are_alike_are_run_once():
-    profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 2, 32, 32)
-    heads = {id(profile.step.head(cut, None, True, False)) for cut in profile.step.candidates}
-    assert len(profile.step.candidates) == 15
-    assert len(heads) == 5 + 3  # a copy of a stage's first unit and of its others; the last three have fewer units behind
-
-
 def test_a_config_without_local_heads_is_refused():
     cfg = load('retinanet_r18_e2e.py')
     with pytest.raises(ConfigError, match='localize_config'):

@@ -5,9 +5,7 @@ import json
 import pytest
 
 from mmman import LocalLearningError
-from mmman.experimental.scaling import BlockCost, Link, Network, StageProfile
-from mmman.experimental.scaling.machine import MachineTimes, compare
-from mmman.experimental.scaling.table8 import ROWS, predict
+from mmman.experimental.scaling import BlockCost, StageProfile
 from tests.conftest import ROOT
 from tools.analysis_tools.simulate_scaling import main, parse_args, run
 
@@ -86,34 +84,6 @@ def test_what_is_missing_is_said(arguments, capsys):
     with pytest.raises(SystemExit):
         parse_args(arguments)
     assert 'config file' in capsys.readouterr().err or not arguments
-
-
-def test_the_papers_rows():
-    """One-GPU times are the paper's; equal blocks give 1/K and the drain at the end of an epoch."""
-    network = Network(Link(300e9, 1e-5))
-    assert len(ROWS) == 9
-    for row in ROWS:
-        count = len(row.blocks)
-        prediction = predict(row, network)
-        assert prediction.ddp == pytest.approx(row.end_to_end / count, rel=0.02)
-        batches = row.images // (row.batch // count)
-        assert prediction.equal == pytest.approx(row.local / count * (batches + count - 1) / batches, rel=0.02)
-        shares = [block.seconds for block in row.blocks]
-        assert prediction.by_flops == pytest.approx(row.local * max(shares) / sum(shares), rel=0.03)
-        # Every gradient of E2E is one of MAN++'s too.
-        whole = sum(block.gradients + block.head_gradients for block in row.whole)
-        assert whole == pytest.approx(sum(b.gradients for b in row.blocks) + row.blocks[-1].head_gradients, rel=1e-3)
-
-
-def test_predicted_beside_measured():
-    link = Link(1e9)
-    took = {'e2e': 0.2, 'local': 0.21, 'e2e ddp': 0.5, 'stock ddp': 0.6, 'blockwise ddp': 0.7, 'pipeline': 0.3}
-    rows = {row.system: row for row in compare(MachineTimes(profile(2), profile(2, 0.2), link, link, took, [0.1, 0.3]))}
-    assert rows['E2E'].predicted == pytest.approx(0.2) and rows['E2E'].measured == 0.2
-    assert rows['MAN++, stock DDP'].predicted > rows['MAN++, block-wise DDP'].predicted >= 0.4
-    assert rows['MAN++, pipeline 1x2'].predicted == pytest.approx(0.2, rel=0.01)
-    assert rows['MAN++, pipeline 1x2'].measured == 0.3
-    assert rows["MAN++, pipeline 1x2, from its stages' times"].predicted == pytest.approx(0.3, rel=0.01)
 
 
 def test_measuring_a_config(tmp_path):

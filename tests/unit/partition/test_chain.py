@@ -1,0 +1,80 @@
+"""Units of a backbone as modules, and the shapes of their outputs."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmman import localize_, register_chain
+from mmman.partition import Chain, Feature, Unit
+from mmman.partition.chain import UnitSequence
+from tests.toy import ToyNet
+
+HEAD = {'type': 'mmman.ToyLocalHead'}
+
+
+def test_a_unit_may_be_several_modules_one_after_the_other():
+    class Pairs(ToyNet):
+        def forward(self, x):
+            return super().forward(x)
+
+    units = [Unit('stem', ('stem', 'layer1.0', 'layer1.1'), 'layer1.1', 0)]
+    units += [Unit.sequence((f'{layer}.0', f'{layer}.1'), i) for i, layer in ((1, 'layer2'), (2, 'layer3'))]
+    register_chain(f'{Pairs.__module__}.{Pairs.__qualname__}')(lambda backbone: Chain(tuple(units), (1, 2)))
+    backbone = localize_(Pairs(), 3, HEAD)
+    head = backbone.local['stem']
+    head.transfer.init_from_(head.source.of(backbone))
+    x = torch.randn(2, 4, 8, 8)
+    expected = backbone.layer2(x)
+    assert torch.equal(head.transfer(x), expected + expected)
+
+
+def test_a_unit_is_its_modules_in_the_backbone_of_now():
+    backbone = ToyNet()
+    unit, pair = Unit.single('layer2.0', 1), Unit.sequence(('layer2.0', 'layer2.1'), 1)
+    assert (unit.name, unit.output, pair.name, pair.output) == ('layer2.0', 'layer2.0', 'layer2.1', 'layer2.1')
+    backbone.layer2[0] = nn.Identity()  # as a conversion does
+    assert unit.of(backbone) is backbone.layer2[0]
+    assert [*pair.of(backbone)] == [*backbone.layer2]
+
+
+def test_parameters_of_a_unit_are_those_of_its_modules_and_the_backbones_own():
+    backbone = ToyNet()
+    backbone.token = nn.Parameter(torch.zeros(1))
+    unit = Unit('stem', ('stem',), 'stem', 0, tensors=('token',))
+    assert [id(p) for p in unit.parameters(backbone)] == [id(p) for p in (*backbone.stem.parameters(), backbone.token)]
+    backbone.stem.requires_grad_(False)
+    assert unit.is_trainable(backbone)
+    backbone.token.requires_grad_(False)
+    assert not unit.is_trainable(backbone)
+
+
+class Merge(nn.Module):
+    """Halves both sides of the grid, as Swin's patch merging."""
+
+    def forward(self, x, hw_shape):
+        return x[:, : len(x[0]) // 4], (hw_shape[0] // 2, hw_shape[1] // 2)
+
+
+class Grid(nn.Module):
+    def forward(self, x, hw_shape):
+        self.seen = hw_shape
+        return x + 1
+
+
+def test_a_sequence_hands_the_grid_on():
+    grid = Grid()
+    y = UnitSequence([Merge(), grid])(torch.zeros(1, 24, 2), (4, 6))
+    assert grid.seen == (2, 3) and torch.equal(y, torch.ones(1, 6, 2))
+
+
+@pytest.mark.parametrize(('size', 'expected'), [((64, 96), (4, 6)), ((65, 81), (5, 6)), ((1, 16), (1, 1))])
+def test_a_feature_has_as_many_pixels_as_cover_the_image(size, expected):
+    assert Feature(8, 16).hw_shape(size) == expected
+
+
+def test_features_are_pooled_to_their_class_token_or_their_mean():
+    x, tokens = torch.randn(2, 8, 3, 4), torch.randn(2, 13, 8)
+    assert Feature(8, 4).as_map(x, (12, 16)) is x
+    assert torch.equal(Feature(8, 4).pool(x), x.mean((2, 3)))
+    assert torch.equal(Feature(8, 4, 0).pool(tokens), tokens.mean(1))
+    assert torch.equal(Feature(8, 4, 1).pool(tokens), tokens[:, 0])
