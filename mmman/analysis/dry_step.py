@@ -62,10 +62,16 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
 
 
 def _for_cpu(cfg: Config) -> Config:
-    """Copy the config for a CPU and small images: full precision, no batch augments, no teacher weights to download."""
+    """Copy the config for a CPU and small images.
+
+    Full precision, gradients that stay after a block's step, no batch augments, no teacher weights to download.
+    """
     cfg = copy.deepcopy(cfg)
-    for name in ('dtype', 'loss_scale'):
-        cfg.get('optim_wrapper', {}).pop(name, None)
+    wrapper = cfg.get('optim_wrapper', {})
+    for name in ('dtype', 'loss_scale', 'update'):
+        wrapper.pop(name, None)
+    if getattr(kind := wrapper.get('type'), '__name__', kind) == 'AmpOptimWrapper':  # it requires a GPU
+        wrapper.type = 'OptimWrapper'
     if 'teacher_ckpt' in cfg.model:
         cfg.model.teacher_ckpt = None
     for owner in (cfg, cfg.model):

@@ -23,6 +23,8 @@ from mmman.registry import resolve_type
 
 SAME = 'the same'
 LOCAL = 'MAN++'
+END_TO_END = 'end to end'
+AS_IT_IS = 'the config as it is'
 BLOCKS = (2, 3, 4)
 """Numbers of blocks K to predict, if none is asked for."""
 
@@ -56,7 +58,8 @@ class FitRow:
 
     Attributes:
         name: What is changed, in a few words.
-        trains: What is trained compared with the config: ``'the same'``, a precision, or ``'MAN++'``.
+        trains: How it trains: :data:`SAME` as the config, :data:`LOCAL`, for a localised config :data:`END_TO_END`, or what
+            else differs.
         changes: The changes of the config.
         peak: The peak of a training step. None if it can't be predicted.
         flops: FLOPs of a training step, without the optimizer.
@@ -103,7 +106,9 @@ class FitCase:
         local_wrapper: Options of the optim wrapper for local learning.
         batch: Images per step.
         height, width: Size of the images, pixels.
-        images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: a quarter of the batch.
+        images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: that of the config, or a
+            quarter of the batch.
+        is_localized: Whether the config itself has the ``mmman.LocalBackbone``.
     """
 
     localized: Config
@@ -113,6 +118,7 @@ class FitCase:
     height: int
     width: int
     images_per_chunk: int | None = None
+    is_localized: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -125,7 +131,8 @@ class FitCase:
 
     @property
     def chunk_size(self) -> int:
-        return self.images_per_chunk or max(1, self.batch // 4)
+        own = self.localized.optim_wrapper.get('images_per_chunk')
+        return self.images_per_chunk or own or max(1, self.batch // 4)
 
 
 def predict_rows(
@@ -136,6 +143,8 @@ def predict_rows(
     report: Callable[[str], None] = lambda what: None,
 ) -> Iterator[FitRow]:
     """Predict what each way to train a config costs, lowest risk first: as it is, the same training, local learning.
+
+    For a localised config these are other cuts, then end-to-end training.
 
     Args:
         case: The config.
@@ -156,12 +165,14 @@ def predict_rows(
     base = profile.at_once
     if case.has_own_checkpointing:
         base = profile_end_to_end(case.localized, *case.shape)
-    shipped = _row('the config as it is', SAME, Changes(case.stock), base, MemoryPlan())
+    shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
-    yield from sorted(_exact_rows(case, profile, why_whole, report), key=lambda row: (row.flops, row.operators))
-    if case.localized.optim_wrapper.get('dtype') is None:
-        report('mixed precision')
-        yield _mixed_precision_row(case)
+    exact = _exact_rows(case, profile, why_whole, report)
+    if not case.is_localized:
+        yield from sorted(exact, key=_work)
+        if case.localized.optim_wrapper.get('dtype') is None:
+            report('mixed precision')
+            yield _mixed_precision_row(case)
     for count in [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks:
         report(f'{count} blocks: the local heads after every unit that may end a block')
         try:
@@ -170,6 +181,10 @@ def predict_rows(
             yield FitRow(f'{count} blocks', LOCAL, Changes(case.stock, {'num_blocks': count}), note=one_line(str(error), 200))
             continue
         yield _local_row(case, profile, plan, why_whole)
+    if case.is_localized:
+        changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
+        whole = _row('one block', SAME, changes, base, MemoryPlan())
+        yield from (replace(row, trains=END_TO_END) for row in sorted([whole, *exact], key=_work))
 
 
 def why_not_in_chunks(cfg: Config, height: int, width: int) -> str | None:
@@ -199,7 +214,7 @@ def choose_row(rows: Sequence[FitRow], limits: Limits, number: int | None = None
             raise CostError(f'--choose {number}: choose a row from 1 to {len(rows)}')
         row = rows[number - 1]
         if row.peak is None and row.trains == LOCAL:
-            raise CostError(f'--choose {number}: {row.name} cannot be trained ({row.note})')
+            raise CostError(f'--choose {number}: {row.name} cannot be planned ({row.note})')
         return row
     fitting = [row for row in rows if limits.fits(row, rows[0])]
     if not fitting:
@@ -236,6 +251,19 @@ def _without_checkpointing(cfg: Config) -> Config:
     return cfg
 
 
+def _work(row: FitRow) -> tuple[int, int]:
+    return row.flops, row.operators
+
+
+def _own_row(case: FitCase) -> FitRow:
+    """A localised config as it is."""
+    profile = profile_step(case.localized, *case.shape)
+    model, _ = build_dummy_model(copy.deepcopy(case.localized), case.height, case.width)
+    blocks = model.backbone.local.plan.blocks
+    plan = MemoryPlan(tuple(profile.names.index(block[-1].name) for block in blocks[:-1]))
+    return _row(AS_IT_IS, SAME, Changes(case.stock), profile.step, plan)
+
+
 def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryPlan, note: str = '') -> FitRow:
     flops = round((1 + step.overhead(plan)) * step.flops)
     return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan), note)
@@ -248,10 +276,11 @@ def _exact_rows(case: FitCase, profile: Profile, why_whole: str | None, report: 
     wrapper |= {'images_per_chunk': case.chunk_size}
     for mode, name in MODE_NAMES.items():
         plan = MemoryPlan((), (mode,))
-        yield _row(name, SAME, Changes(stock, _options(profile, plan)), profile.at_once, plan, why_whole or '')
+        changes = Changes(stock, _options(case, profile, plan), _at_once(case))
+        yield _row(name, SAME, changes, profile.at_once, plan, why_whole or '')
         if why_whole is None:
             name = f'{name}, {_chunks(case)}'
-            changes = Changes(stock, _options(profile, plan), wrapper)
+            changes = Changes(stock, _options(case, profile, plan), wrapper)
             yield _row(name, SAME, changes, profile.step, plan)
     if why_whole is None:
         changes = Changes(stock, {'num_blocks': 1}, wrapper)
@@ -289,15 +318,24 @@ def _local_row(case: FitCase, profile: Profile, plan: MemoryPlan, why_whole: str
         name += ', recompute'
     if why_whole is None:
         name += f', {_chunks(case)}'
-    return _row(name, LOCAL, Changes(stock, _options(profile, plan), wrapper), profile.step, plan, why_whole or '')
+    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), profile.step, plan, why_whole or '')
+
+
+def _at_once(case: FitCase) -> dict[str, Any]:
+    """Options of the optim wrapper for all images at once."""
+    return {'images_per_chunk': None} if case.localized.optim_wrapper.get('images_per_chunk') else {}
 
 
 def _chunks(case: FitCase) -> str:
     return f'{case.chunk_size} image{"s" * (case.chunk_size > 1)} a chunk'
 
 
-def _options(profile: Profile, plan: MemoryPlan) -> dict[str, Any]:
-    return {key: value for key, value in profile.options(plan).items() if value != []}
+def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any]:
+    """A plan as options of ``mmman.LocalBackbone``; for a localised config all of them, as it may set others."""
+    options = {key: value or False for key, value in profile.options(plan).items()}
+    if case.is_localized:
+        return {'partition': 'stage', **options}
+    return {key: value for key, value in options.items() if value}
 
 
 def _local_plan(

@@ -22,7 +22,8 @@ from mmman.planning.train_images import image_size, images_per_step
 from mmman.runtime.launch import type_name
 from mmman.runtime.localized_child import (
     WRAPPER,
-    ChildConfig,
+    Recipe,
+    check_source,
     child_text,
     localize,
     read_child,
@@ -38,14 +39,14 @@ class ConfigFit:
     Attributes:
         source: The config.
         case: What rows are predicted for.
-        child: The config with the recommended local heads.
+        recipe: The recommended local heads. None: the config is localised, and keeps its own.
         folder: The folder of the config to write. None: anywhere.
         batch: Images per step, if not those of the config.
     """
 
     source: StockConfig
     case: FitCase
-    child: ChildConfig
+    recipe: Recipe | None
     folder: Path | None
     batch: int | None
 
@@ -75,16 +76,22 @@ class ConfigFit:
                 learning.
         """
         source = StockConfig.read(name)
+        check_source(source)
         stock = {} if frozen_stages is None else {'frozen_stages': frozen_stages}
-        child = localize(source, Changes(stock, {'num_blocks': 2}), folder, dry_run)
-        if stock and not supports_option(child.cfg, 'frozen_stages'):
-            raise ConfigError(f'--frozen-stages: {type_name(source.cfg.model.backbone)} has no option frozen_stages')
-        cfg = with_cpu_precision(child.cfg)
+        is_localized = type_name(source.cfg.model.backbone) == 'LocalBackbone'
+        if is_localized:
+            cfg, recipe = read_child(name, child_text(source, folder, Changes(stock)), folder), None
+        else:
+            child = localize(source, Changes(stock, {'num_blocks': 2}), folder, dry_run)
+            cfg, recipe = child.cfg, child.recipe
+        if stock and not supports_option(cfg, 'frozen_stages'):
+            raise ConfigError(f'--frozen-stages: {type_name(cfg.model.backbone.backbone)} has no option frozen_stages')
+        wrapper = {key: cfg.optim_wrapper[key] for key in ('type', 'update', 'dtype') if key in cfg.optim_wrapper}
+        cfg = with_cpu_precision(cfg)
         own_batch = None if batch else images_per_step(source.cfg)
         height, width = shape or image_size(source.cfg, cfg.default_scope)
-        wrapper = {key: child.cfg.optim_wrapper[key] for key in ('type', 'update', 'dtype') if key in child.cfg.optim_wrapper}
-        case = FitCase(cfg, stock, wrapper, batch or own_batch, height, width, images_per_chunk)
-        return cls(source, case, child, folder, batch)
+        case = FitCase(cfg, stock, wrapper, batch or own_batch, height, width, images_per_chunk, is_localized)
+        return cls(source, case, recipe, folder, batch)
 
     def rows(
         self,
@@ -106,9 +113,9 @@ class ConfigFit:
                 f'Predicted for {batch} images of {height}x{width}: peak {row.peak.total / 1e6:.1f} MB of tensors '
                 f'({row.peak.total / base.peak.total - 1:+.1%}), FLOPs {row.flops / base.flops - 1:+.1%}.'
             )
-        if row.trains == LOCAL:
-            header.append(f'Local head: {self.child.recipe.why}.')
-        return child_text(self.source, self.folder, row.changes, self.child.recipe, self.batch, [*header, ''])
+        if row.trains == LOCAL and self.recipe:
+            header.append(f'Local head: {self.recipe.why}.')
+        return child_text(self.source, self.folder, row.changes, self.recipe, self.batch, [*header, ''])
 
     def check(self, row: FitRow, text: str) -> list[str]:
         """Read the child of a row and, if it changes the backbone, run a training step of it on two small random images.
@@ -119,8 +126,8 @@ class ConfigFit:
         Raises:
             LocalLearningError: The child doesn't train.
         """
-        if row.trains == LOCAL:
-            return localize(self.source, row.changes, self.folder, True, self.child.recipe).reasons
+        if row.trains == LOCAL and self.recipe:
+            return localize(self.source, row.changes, self.folder, True, self.recipe).reasons
         child = read_child(self.source.name, text, self.folder)
         return run_dry_step(child, self.source.cfg) if row.changes.local else []
 

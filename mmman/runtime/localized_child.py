@@ -86,7 +86,6 @@ def localize(
     Raises:
         LocalLearningError: The config's backbone or head doesn't support local learning.
     """
-    check_source(source)
     wrapper, why_wrapper = local_wrapper(source.cfg)
     changes = replace(changes, optim_wrapper=wrapper | changes.optim_wrapper)
     failures: list[str] = []
@@ -131,17 +130,20 @@ def child_text(
         source: The stock config, from which the child inherits.
         folder: The folder of the child. See :meth:`StockConfig.inheritance_lines`.
         changes: What the child changes.
-        recipe: The local heads, required for more than one block.
+        recipe: The local heads, required for more than one block. None: the stock config is localised, and keeps its own.
         batch: Images per step. None: as in the stock config.
         header: Lines of a comment at the top.
 
     Returns:
         The source code of the config.
     """
-    is_local = changes.num_blocks > 1
+    is_local = changes.num_blocks > 1 and recipe is not None
     base = 'model.backbone' if source.is_new_style else '_base_.model.backbone'
     backbone: dict[str, Any] = dict(changes.stock)
-    if changes.local:
+    if type_name(source.cfg.model.backbone) == 'LocalBackbone':
+        options = ', '.join([f'{base}.backbone', *(f'{key}={value!r}' for key, value in changes.stock.items())])
+        backbone = dict(changes.local) | ({'backbone': _Source(f'dict({options})')} if changes.stock else {})
+    elif changes.local:
         options = ', '.join([base, *(f'{key}={value!r}' for key, value in changes.stock.items())])
         backbone = {} if source.is_new_style else {'_delete_': True}
         backbone |= {'type': 'mmman.LocalBackbone', 'backbone': _Source(f'dict({options})' if changes.stock else base)}
@@ -191,7 +193,7 @@ def _options(options: Mapping[str, Any], depth: int) -> list[str]:
 
 
 def check_source(source: StockConfig) -> None:
-    """Raise :class:`ConfigError` if a config has no backbone of its own, or is localised already."""
+    """Raise :class:`ConfigError` if a config has no backbone of its own."""
     model = source.cfg.get('model')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
@@ -199,8 +201,6 @@ def check_source(source: StockConfig) -> None:
         if inner:
             advice = f', only model.{inner}.backbone: give the config of the {inner} without the wrapper'
         raise ConfigError(f'{source.name} has no model.backbone{advice}')
-    if type_name(model.backbone) == 'LocalBackbone':
-        raise ConfigError(f'{source.name} is already localised: give a stock config')
 
 
 def _recipes(cfg: Config, model: str) -> list[Recipe]:
