@@ -18,14 +18,13 @@ from pathlib import Path
 
 from mmengine.logging import MMLogger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.errors import CostError
 from mmman.messages import one_line
-from mmman.planning.fit import BLOCKS, FitRow, Limits, choose_row, what_would_fit
+from mmman.planning.fit import BLOCKS, FitRow, Limits, choose_row
 from mmman.runtime.fit_config import ConfigFit
 
 CONSOLE = Console(width=140)
@@ -73,6 +72,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
         parser.error('say what to look for: --memory, --max-overhead, --as-small-as-possible or --choose')
     if given.memory is not None and given.as_small_as_possible:
         parser.error('--memory takes the first row that fits, --as-small-as-possible the smallest: give one of them')
+    if given.max_overhead is not None and given.max_overhead < 0:
+        parser.error(f'--max-overhead {given.max_overhead}: give at least 0')
     if given.blocks is not None and given.blocks < 2:
         parser.error('--blocks 1 is end-to-end training, which the first rows are: give at least 2')
     given.partition = given.cuts
@@ -88,17 +89,21 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
-def predicted_rows(fit: ConfigFit, args: argparse.Namespace, limits: Limits) -> list[FitRow]:
-    """Predict the rows behind a progress bar."""
+def predict(args: argparse.Namespace, limits: Limits) -> tuple[ConfigFit, list[FitRow]]:
+    """Read the config and predict the rows, behind a progress bar."""
     blocks = BLOCKS if args.blocks is None else (args.blocks,)
-    columns = TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    folder = None if args.out is None else args.out.absolute().parent
+    shape = tuple(args.shape) if args.shape else None
+    columns = TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task('', total=6 + len(blocks))
-        rows = []
-        for row in fit.rows(limits, blocks, args.partition, lambda what: progress.update(task, description=what)):
-            rows.append(row)
-            progress.update(task, completed=len(rows), total=max(len(rows), 6 + len(blocks)))
-        return rows
+        task = progress.add_task('reading the config, choosing local heads', total=1.0)
+        options = args.frozen_stages, args.images_per_chunk, not args.no_dry_run
+        fit = ConfigFit.of(args.config, folder, args.batch, shape, *options)
+
+        def report(what: str, done: float) -> None:
+            progress.update(task, description=what, completed=done)
+
+        return fit, [*fit.rows(limits, blocks, args.partition, report)]
 
 
 def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
@@ -111,7 +116,7 @@ def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
     base = rows[0]
     for number, row in enumerate(rows, start=1):
         if row.peak is None:
-            table.add_row(str(number), f'{row.name} ({row.note})', row.trains, '?', '', '', '', 'no')
+            table.add_row(str(number), f'{row.name}: {row.note}', row.trains, '?', '', '', '', 'no')
             continue
         table.add_row(
             str(number),
@@ -128,23 +133,11 @@ def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
 
 def run(args: argparse.Namespace) -> tuple[list[FitRow], FitRow]:
     """Predict, print, choose, write and measure. Returns the rows and the one that was chosen."""
-    folder = None if args.out is None else args.out.absolute().parent
-    shape = tuple(args.shape) if args.shape else None
-    options = args.frozen_stages, args.images_per_chunk, not args.no_dry_run
-    fit = ConfigFit.of(args.config, folder, args.batch, shape, *options)
-    batch, height, width = fit.case.shape
-    CONSOLE.print(f'{args.config}: {batch} images of {height}x{width} per step and GPU', highlight=False)
     limits = Limits(args.memory, args.max_overhead)
-    rows = predicted_rows(fit, args, limits)
-    CONSOLE.print(table_of(rows, limits, f'expected of a training step, batch {batch}, {height}x{width}'))
-    for note in dict.fromkeys(row.note for row in rows if row.note and row.peak is not None):
-        CONSOLE.print(note, highlight=False)
-    try:
-        row = choose_row(rows, limits, args.choose)
-    except CostError:
-        if args.choose is not None:
-            raise
-        raise CostError(f'nothing fits: {what_would_fit(rows, limits, batch)}') from None
+    fit, rows = predict(args, limits)
+    batch, height, width = fit.case.shape
+    CONSOLE.print(table_of(rows, limits, f'expected of a training step with {batch} images of {height}x{width} per GPU'))
+    row = choose_row(rows, limits, batch, args.choose)
     text = fit.text(row, rows[0])
     notes = [] if args.no_dry_run else fit.check(row, text)
     CONSOLE.print(f'chosen: row {rows.index(row) + 1}, {row.name}', highlight=False)

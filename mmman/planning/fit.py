@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from mmman.analysis.dummy_model import build_dummy_model
 from mmman.errors import ConfigError, CostError, PartitionError
@@ -16,7 +16,7 @@ from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.memory.detection.losses import check_adapter, check_norms
 from mmman.messages import one_line
 from mmman.partition import chain_of, plan_blocks
-from mmman.planning.costs import MemoryPlan, Peak, RecomputeMode, StepCost, peak_of
+from mmman.planning.costs import HeadCost, MemoryPlan, Peak, RecomputeMode, StepCost, peak_of
 from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
 from mmman.planning.search import fewest_flops, smallest_peak
 from mmman.registry import resolve_type
@@ -27,8 +27,6 @@ END_TO_END = 'end to end'
 AS_IT_IS = 'the config as it is'
 BLOCKS = (2, 3, 4)
 """Numbers of blocks K to predict, if none is asked for."""
-
-NO_DETECTOR = ''
 
 MODE_NAMES = {RecomputeMode.SELECTIVE: 'recompute selectively', RecomputeMode.FULL: 'recompute'}
 
@@ -64,7 +62,8 @@ class FitRow:
         peak: The peak of a training step. None if it can't be predicted.
         flops: FLOPs of a training step, without the optimizer.
         operators: Number of operators of a training step, without views and the optimizer: about the kernel launches.
-        note: Why the peak can't be predicted, or what the row leaves out.
+        note: Why the peak can't be predicted, or why the row is not available.
+        is_available: Whether the config can be trained in this way.
     """
 
     name: str
@@ -74,6 +73,7 @@ class FitRow:
     flops: int = 0
     operators: int = 0
     note: str = ''
+    is_available: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,10 @@ class FitCase:
         return self.batch, self.height, self.width
 
     @property
+    def is_detector(self) -> bool:
+        return self.localized.default_scope == 'mmdet'
+
+    @property
     def has_own_checkpointing(self) -> bool:
         """Whether the config already sets ``with_cp``."""
         return bool(self.localized.model.backbone.backbone.get('with_cp'))
@@ -140,7 +144,7 @@ def predict_rows(
     limits: Limits,
     blocks: Sequence[int] = BLOCKS,
     partition: str | Sequence[str] | None = None,
-    report: Callable[[str], None] = lambda what: None,
+    report: Callable[[str, float], None] = lambda what, done: None,
 ) -> Iterator[FitRow]:
     """Predict what each way to train a config costs, lowest risk first: as it is, the same training, local learning.
 
@@ -151,85 +155,85 @@ def predict_rows(
         limits: What is asked for. Cuts and recomputed units are planned for it.
         blocks: Numbers of blocks K.
         partition: ``'stage'``, ``'uniform'``, or names of the last units of all blocks but one. Default: planned cuts.
-        report: Called with what is being computed.
+        report: Called with what is being computed, and about what share of the work is done.
 
     Raises:
         LocalLearningError: The model can't be profiled.
     """
     cfg = _without_checkpointing(case.localized)
-    why_whole = why_not_in_chunks(cfg, case.height, case.width)
-    if why_whole is None:
+    obstacle = chunk_obstacle(cfg, case.height, case.width) if case.is_detector else ''
+    if case.is_detector and not obstacle:
         cfg.optim_wrapper.images_per_chunk = case.chunk_size
-    report('the config as it is, and what recomputing costs')
+    report('the config as it is, and what recomputing costs', 0.0)
     profile = profile_step(cfg, *case.shape, may_recompute=True)
     base = profile.at_once
     if case.has_own_checkpointing:
         base = profile_end_to_end(case.localized, *case.shape)
     shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
-    exact = _exact_rows(case, profile, why_whole, report)
+    report("the stock backbone's with_cp", 0.2)
+    exact = _exact_rows(case, profile, obstacle)
     if not case.is_localized:
         yield from sorted(exact, key=_work)
         if case.localized.optim_wrapper.get('dtype') is None:
-            report('mixed precision')
+            report('mixed precision', 0.25)
             yield _mixed_precision_row(case)
+    profile = _reporting(profile, report)
     for count in [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks:
-        report(f'{count} blocks: the local heads after every unit that may end a block')
         try:
             plan = _local_plan(profile, count, partition, limits, shipped.flops)
         except CostError as error:
-            yield FitRow(f'{count} blocks', LOCAL, Changes(case.stock, {'num_blocks': count}), note=one_line(str(error), 200))
+            yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
             continue
-        yield _local_row(case, profile, plan, why_whole)
+        yield _local_row(case, profile, plan)
     if case.is_localized:
         changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
         whole = _row('one block', SAME, changes, base, MemoryPlan())
         yield from (replace(row, trains=END_TO_END) for row in sorted([whole, *exact], key=_work))
 
 
-def why_not_in_chunks(cfg: Config, height: int, width: int) -> str | None:
-    """Say why neck and head can't run on a few images at a time. None if they can; '' if the model isn't a detector."""
-    if cfg.default_scope != 'mmdet':
-        return NO_DETECTOR
+def chunk_obstacle(cfg: Config, height: int, width: int) -> str:
+    """Say why neck and head of a detector can't run on a few images at a time. Empty if they can."""
     model, _ = build_dummy_model(as_single_block(cfg), height, width)
     if hasattr(model, 'roi_head'):
-        return 'no chunks: not available for two-stage detectors yet'
+        return 'not available for two-stage detectors yet'
     try:
         DenseLoss(model, 1, lambda loss: loss)
         check_adapter(model.bbox_head)
         check_norms(model.bbox_head, [part for name, part in model.named_children() if name != 'backbone'])
     except ConfigError as error:
-        return f'no chunks: {one_line(str(error), 200)}'
-    return None
+        return one_line(str(error), 120)
+    return ''
 
 
-def choose_row(rows: Sequence[FitRow], limits: Limits, number: int | None = None) -> FitRow:
+def choose_row(rows: Sequence[FitRow], limits: Limits, batch: int, number: int | None = None) -> FitRow:
     """The row with a number, counted from 1. By default the first within the limits; without a memory limit, the smallest.
 
     Raises:
-        CostError: No row has this number, the row has no prediction, or no row is within the limits.
+        CostError: No row has this number, the row is not available, or no row is within the limits. The message then tells what
+            would fit of a step of ``batch`` images.
     """
     if number is not None:
         if not 1 <= number <= len(rows):
             raise CostError(f'--choose {number}: choose a row from 1 to {len(rows)}')
         row = rows[number - 1]
-        if row.peak is None and row.trains == LOCAL:
-            raise CostError(f'--choose {number}: {row.name} cannot be planned ({row.note})')
+        if not row.is_available:
+            raise CostError(f'--choose {number}: {row.name}: {row.note}')
         return row
     fitting = [row for row in rows if limits.fits(row, rows[0])]
     if not fitting:
-        raise CostError(f'nothing fits: {what_would_fit(rows, limits)}')
+        raise CostError(f'nothing fits: {what_would_fit(rows, limits, batch)}')
     return fitting[0] if limits.memory is not None else min(fitting, key=lambda row: row.peak.total)
 
 
-def what_would_fit(rows: Sequence[FitRow], limits: Limits, batch: int = 0) -> str:
-    """Describe how far the smallest row is from the limits and, given the ``batch``, how many images would fit."""
+def what_would_fit(rows: Sequence[FitRow], limits: Limits, batch: int) -> str:
+    """Describe how far the smallest row of a step of ``batch`` images is above the memory limit, and what would be below it."""
     known = [row for row in rows if row.peak is not None and replace(limits, memory=None).fits(row, rows[0])]
     smallest = min(known, key=lambda row: row.peak.total)
-    text = f'the smallest peak is {smallest.peak.total / 1e6:.1f} MB ({smallest.name})'
-    if limits.memory is None:
-        return text
-    text += f', {(smallest.peak.total - limits.memory) / 1e6:.1f} MB too much'
+    too_much = (smallest.peak.total - limits.memory) / 1e6
+    text = f'the smallest peak is {smallest.peak.total / 1e6:.1f} MB ({smallest.name}), {too_much:.1f} MB too much'
+    if any(row.changes.optim_wrapper.get('images_per_chunk', 1) > 1 for row in known):
+        text += '; fewer images a chunk may take less (--images-per-chunk 1)'
     if batch > 1:
         images = max(images_that_fit(row, limits.memory, batch) for row in known)
         text += f'; about {images} of {batch} images would fit (--batch {images})' if images else '; no batch would fit'
@@ -264,12 +268,26 @@ def _own_row(case: FitCase) -> FitRow:
     return _row(AS_IT_IS, SAME, Changes(case.stock), profile.step, plan)
 
 
-def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryPlan, note: str = '') -> FitRow:
+def _reporting(profile: Profile, report: Callable[[str, float], None]) -> Profile:
+    """The profile, which reports each local head whose cost is requested for the first time."""
+    step, known = profile.step, set()
+    expected = len(step.candidates) * len(step.choices)
+
+    def head(cut: int, *options: Any) -> HeadCost:
+        if (cut, *options) not in known:
+            known.add((cut, *options))
+            report(f'local head after {profile.names[cut]}', 0.3 + 0.7 * min(1.0, len(known) / expected))
+        return step.head(cut, *options)
+
+    return replace(profile, step=replace(step, head=head))
+
+
+def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryPlan) -> FitRow:
     flops = round((1 + step.overhead(plan)) * step.flops)
-    return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan), note)
+    return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan))
 
 
-def _exact_rows(case: FitCase, profile: Profile, why_whole: str | None, report: Callable[[str], None]) -> Iterator[FitRow]:
+def _exact_rows(case: FitCase, profile: Profile, obstacle: str) -> Iterator[FitRow]:
     """Ways to train the same: recompute, the stock ``with_cp``, chunks, and chunks with recompute."""
     stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
     wrapper = {key: value for key, value in case.local_wrapper.items() if key != 'update'}
@@ -277,27 +295,29 @@ def _exact_rows(case: FitCase, profile: Profile, why_whole: str | None, report: 
     for mode, name in MODE_NAMES.items():
         plan = MemoryPlan((), (mode,))
         changes = Changes(stock, _options(case, profile, plan), _at_once(case))
-        yield _row(name, SAME, changes, profile.at_once, plan, why_whole or '')
-        if why_whole is None:
+        yield _row(name, SAME, changes, profile.at_once, plan)
+        if profile.step.in_chunks:
             name = f'{name}, {_chunks(case)}'
             changes = Changes(stock, _options(case, profile, plan), wrapper)
             yield _row(name, SAME, changes, profile.step, plan)
-    if why_whole is None:
-        changes = Changes(stock, {'num_blocks': 1}, wrapper)
+    if profile.step.in_chunks:
+        changes = Changes(stock, _options(case, profile, MemoryPlan()), wrapper)
         yield _row(_chunks(case), SAME, changes, profile.step, MemoryPlan())
-    if not case.has_own_checkpointing and supports_option(case.localized, 'with_cp'):
-        report("the stock backbone's with_cp")
+    elif case.is_detector:
+        yield FitRow('images in chunks', SAME, Changes(), note=obstacle, is_available=False)
+    if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):
         cfg = copy.deepcopy(case.localized)
         cfg.model.backbone.backbone.with_cp = True
         step = profile_end_to_end(cfg, *case.shape)
-        yield _row("the stock backbone's with_cp", SAME, Changes(case.stock | {'with_cp': True}), step, MemoryPlan())
+        local = _options(case, profile, MemoryPlan()) if case.is_localized else {}
+        changes = Changes(case.stock | {'with_cp': True}, local, _at_once(case))
+        yield _row("the stock backbone's with_cp", SAME, changes, step, MemoryPlan())
 
 
 def _mixed_precision_row(case: FitCase) -> FitRow:
     """Mixed precision: float16 for detectors, because mmcv's operators have no bfloat16; bfloat16 for the others."""
     cfg = copy.deepcopy(case.localized)
-    is_detector = cfg.default_scope == 'mmdet'
-    options = {'dtype': 'float16', 'loss_scale': 'dynamic'} if is_detector else {'dtype': 'bfloat16'}
+    options = {'dtype': 'float16', 'loss_scale': 'dynamic'} if case.is_detector else {'dtype': 'bfloat16'}
     name, changes = f'mixed precision ({options["dtype"]})', Changes(case.stock, {}, {'type': 'AmpOptimWrapper', **options})
     trains = 'not the same numbers'
     cfg.optim_wrapper.dtype = 'bfloat16'
@@ -308,17 +328,17 @@ def _mixed_precision_row(case: FitCase) -> FitRow:
     return _row(name, trains, changes, step, MemoryPlan())
 
 
-def _local_row(case: FitCase, profile: Profile, plan: MemoryPlan, why_whole: str | None) -> FitRow:
+def _local_row(case: FitCase, profile: Profile, plan: MemoryPlan) -> FitRow:
     wrapper = dict(case.local_wrapper)
-    if why_whole is None:
+    if profile.step.in_chunks:
         wrapper['images_per_chunk'] = case.chunk_size
     stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
     name = f'{len(plan.modes)} blocks, cut after {", ".join(profile.names[cut] for cut in plan.cuts)}'
     if any(plan.modes):
         name += ', recompute'
-    if why_whole is None:
+    if profile.step.in_chunks:
         name += f', {_chunks(case)}'
-    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), profile.step, plan, why_whole or '')
+    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), profile.step, plan)
 
 
 def _at_once(case: FitCase) -> dict[str, Any]:
@@ -372,7 +392,7 @@ def _named_cuts(profile: Profile, blocks: int, partition: str | Sequence[str]) -
     return cuts
 
 
-def supports_option(cfg: Config, option: str) -> bool:
-    """Whether the stock backbone of a config with an ``mmman.LocalBackbone`` has an option."""
-    kind = resolve_type(cfg.model.backbone.backbone.type)
+def supports_option(backbone: ConfigDict, option: str) -> bool:
+    """Whether the class that the config of a stock backbone names has an option."""
+    kind = resolve_type(backbone.type)
     return any(option in inspect.signature(cls.__init__).parameters for cls in kind.__mro__[:-1])

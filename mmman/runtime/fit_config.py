@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import init_default_scope
 
 from mmman.analysis.dry_step import scope_of
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
@@ -78,14 +79,16 @@ class ConfigFit:
         source = StockConfig.read(name)
         check_source(source)
         stock = {} if frozen_stages is None else {'frozen_stages': frozen_stages}
-        is_localized = type_name(source.cfg.model.backbone) == 'LocalBackbone'
+        backbone = source.cfg.model.backbone
+        is_localized = type_name(backbone) == 'LocalBackbone'
+        init_default_scope(scope_of(source.cfg))
+        if stock and not supports_option(backbone.backbone if is_localized else backbone, 'frozen_stages'):
+            raise ConfigError(f'--frozen-stages: the backbone of {name} has no option frozen_stages')
         if is_localized:
             cfg, recipe = read_child(name, child_text(source, folder, Changes(stock)), folder), None
         else:
             child = localize(source, Changes(stock, {'num_blocks': 2}), folder, dry_run)
             cfg, recipe = child.cfg, child.recipe
-        if stock and not supports_option(cfg, 'frozen_stages'):
-            raise ConfigError(f'--frozen-stages: {type_name(cfg.model.backbone.backbone)} has no option frozen_stages')
         wrapper = {key: cfg.optim_wrapper[key] for key in ('type', 'update', 'dtype') if key in cfg.optim_wrapper}
         cfg = with_cpu_precision(cfg)
         own_batch = None if batch else images_per_step(source.cfg)
@@ -98,7 +101,7 @@ class ConfigFit:
         limits: Limits,
         blocks: Sequence[int] = BLOCKS,
         partition: str | Sequence[str] | None = None,
-        report: Callable[[str], None] = lambda what: None,
+        report: Callable[[str, float], None] = lambda what, done: None,
     ) -> Iterator[FitRow]:
         """Predict the rows; see :func:`predict_rows`. mmdet's focal loss has the memory of the operator that a GPU runs."""
         with self._focal_loss():
@@ -152,7 +155,7 @@ class ConfigFit:
             return meter.memory().peak, meter.allocator_peak()
 
     def _focal_loss(self):
-        return fused_focal_loss() if self.case.localized.default_scope == 'mmdet' else nullcontext()
+        return fused_focal_loss() if self.case.is_detector else nullcontext()
 
 
 def with_cpu_precision(cfg: Config) -> Config:

@@ -79,7 +79,7 @@ def test_a_classifier(tmp_path, capsys):
     stock.write_text(RESNET)
     words = [stock, '--blocks', 3, '--no-dry-run']
     rows, smallest = fit(*words, '--as-small-as-possible')
-    assert '16 images of 32x32' in capsys.readouterr().out
+    assert 'with 16 images of 32x32' in capsys.readouterr().out
     exact = [row for row in rows if row.trains == SAME]
     memory = (exact[0].peak.total + min(row.peak.total for row in exact)) // 2
     words += ['--memory', f'{memory / 1e3:.3f}kB']

@@ -19,7 +19,7 @@ ROWS = [
     FitRow('half', 'not the same numbers', Changes(), note='no'),
     row('two blocks', 600, 108, LOCAL),
     row('three blocks', 500, 125, LOCAL),
-    FitRow('nine blocks', LOCAL, Changes(), note='too few units'),
+    FitRow('nine blocks', LOCAL, Changes(), note='too few units', is_available=False),
 ]
 
 
@@ -38,18 +38,18 @@ ROWS = [
     ],
 )
 def test_choice(limits, number, expected):
-    assert choose_row(ROWS, limits, number).name == expected
+    assert choose_row(ROWS, limits, 8, number).name == expected
 
 
-@pytest.mark.parametrize(('number', 'message'), [(7, 'from 1 to 6'), (6, 'nine blocks cannot be planned .too few units')])
+@pytest.mark.parametrize(('number', 'message'), [(7, 'from 1 to 6'), (6, 'nine blocks: too few units')])
 def test_numbers_are_checked(number, message):
     with pytest.raises(CostError, match=f'--choose {number}: .*{message}'):
-        choose_row(ROWS, Limits(), number)
+        choose_row(ROWS, Limits(), 8, number)
 
 
 def test_nothing_fits():
     with pytest.raises(CostError, match='nothing fits: the smallest peak'):
-        choose_row(ROWS, Limits(memory=300))
+        choose_row(ROWS, Limits(memory=300), 8)
     large = [row('as it is', 9_000_000, 100), row('two blocks', 5_000_000, 108, LOCAL)]
     text = what_would_fit(large, Limits(memory=4_500_000), batch=1)
     assert text == 'the smallest peak is 5.0 MB (two blocks), 0.5 MB too much'
