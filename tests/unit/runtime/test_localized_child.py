@@ -169,7 +169,7 @@ def test_options_and_comments_of_a_child(tmp_path):
     source = StockConfig.read(stock)
     changes = Changes({'with_cp': True}, {}, {'type': 'AmpOptimWrapper', 'dtype': 'bfloat16'})
     text = child_text(source, None, changes, batch=7, header=['as asked'])
-    assert text.startswith('# as asked\n_base_ = ')
+    assert text.startswith('# as asked\n\n_base_ = ')
     path = tmp_path / 'child.py'
     path.write_text(text)
     cfg = Config.fromfile(path)
