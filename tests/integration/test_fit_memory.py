@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmman import LocalLearningError
 from mmman.analysis.dummy_model import random_batch
 from mmman.engine.config_check import check_config
-from mmman.planning.fit import END_TO_END, LOCAL, SAME
+from mmman.planning.fit import END_TO_END, LOCAL, SAME, Limits, choose_row
 from tests.conftest import ROOT
 from tools.fit_memory import parse_args, run
 
@@ -25,7 +25,7 @@ model = dict(
 """
 RESNET = """
 _base_ = 'mmpretrain::resnet/resnet18_8xb16_cifar10.py'
-model = dict(backbone=dict(depth=50), head=dict(in_channels=2048))
+model = dict(backbone=dict(base_channels=8), head=dict(in_channels=64))
 """
 
 
@@ -74,21 +74,21 @@ def test_a_small_retinanet(tmp_path, capsys):
 
 
 def test_a_classifier(tmp_path, capsys):
-    """Batch and image size are those of the config, unless others are given."""
+    """Batch and image size are those of the config."""
     stock, out = tmp_path / 'stock.py', tmp_path / 'child.py'
     stock.write_text(RESNET)
-    words = [stock, '--blocks', 3, '--no-dry-run']
+    words = [stock, '--blocks', 2, '--no-dry-run']
     rows, smallest = fit(*words, '--as-small-as-possible')
     assert 'with 16 images of 32x32' in capsys.readouterr().out
-    exact = [row for row in rows if row.trains == SAME]
-    memory = (exact[0].peak.total + min(row.peak.total for row in exact)) // 2
-    words += ['--memory', f'{memory / 1e3:.3f}kB']
-    _, chosen = fit(*words, '-o', out)
-    assert chosen.trains == SAME and chosen.peak.total <= memory
-    model, _ = stepped(out, 32, 32)
+    exact = [row.peak.total for row in rows if row.trains == SAME]
+    memory = (exact[0] + min(exact)) // 2
+    _, chosen = fit(*words, '--memory', f'{memory / 1e3:.3f}kB', '-o', out)
+    assert chosen.trains == SAME and chosen.peak.total <= memory < exact[0]
+    model, cfg = stepped(out, 32, 32)
     assert not [*model.backbone.local] and any('forward' in vars(part) for part in model.backbone.modules())
+    assert 'batch_size' not in out.read_text() and cfg.train_dataloader.batch_size == 16
     with pytest.raises(LocalLearningError, match=r'nothing fits: the smallest peak is .* MB too much; about \d+ of 16 images'):
-        fit(stock, '--blocks', 2, '--memory', f'{smallest.peak.total * 0.9 / 1e3:.3f}kB', '--no-dry-run')
+        choose_row(rows, Limits(memory=int(smallest.peak.total * 0.9)), 16)
 
 
 def test_a_localised_config_keeps_its_local_heads(tmp_path, capsys):
@@ -98,7 +98,7 @@ def test_a_localised_config_keeps_its_local_heads(tmp_path, capsys):
     assert rows[0].trains == SAME and chosen.trains == LOCAL and {row.trains for row in rows[2:]} == {END_TO_END}
     assert off(capsys.readouterr().out) < 1
     cfg = Config.fromfile(out)
-    assert (cfg.model.backbone.num_blocks, cfg.model.backbone.local_head.type) == (3, 'mmman.InfoProLocalHead')
+    assert (cfg.model.backbone.num_blocks, cfg.model.backbone.local_head.type) == (3, 'mmman.DGLLocalHead')
     assert cfg.train_dataloader.batch_size == 64
     stepped(out, 32, 32)
 
@@ -114,7 +114,7 @@ def test_cuts_that_are_asked_for(tmp_path):
 
 
 def test_overhead_and_memory():
-    words = [CIFAR, '--shape', 32, 32, '--batch', 64, '--blocks', 4]
+    words = [CIFAR, '--shape', 32, 32, '--batch', 64, '--blocks', 2]
     rows, free = fit(*words, '--choose', 2, '--max-overhead', '9')
     rows, tight = fit(*words, '--choose', 2, '--max-overhead', '0.0')
     assert tight.flops <= rows[0].flops and free.peak.total <= tight.peak.total
