@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-LONGEST = 400
+MAX_LENGTH = 400
 
 
-def one_line(text: object, longest: int = LONGEST) -> str:
+def one_line(text: object, max_length: int = MAX_LENGTH) -> str:
     """The text on one line: without control characters, and cut where it is long."""
     line = ''.join(character if character.isprintable() else ' ' for character in str(text))
     line = ' '.join(line.split())
-    return line if len(line) <= longest else f'{line[: longest - 4]} ...'
+    return line if len(line) <= max_length else f'{line[: max_length - 4]} ...'

@@ -19,3 +19,11 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='mmman', locations=['mmman.parallel'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmman', locations=['mmman.datasets'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmman', locations=['mmman.runtime'])
+
+
+def resolve_type(kind: str | type | None) -> type | None:
+    """Return the class or function that the ``type`` of a model's part refers to; None if it is None or not registered."""
+    if not isinstance(kind, str):
+        return kind
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind)

@@ -24,7 +24,8 @@ def main() -> None:
     parser.add_argument('-k', '--num-blocks', type=int, default=4, help='number of gradient-isolated blocks K (default: 4)')
     parser.add_argument('--partition', nargs='+', default=['stage'], help="'stage', 'uniform', or the last units of K-1 blocks")
     parser.add_argument('-o', '--out', type=Path, help='file to write; default: print the config')
-    parser.add_argument('--no-trial', action='store_true', help='write the child without a training step of the whole model')
+    parser.add_argument('--no-dry-run', action='store_true', help='write the child without a training step of the whole model')
+    parser.add_argument('--no-trial', dest='no_dry_run', action='store_true', help=argparse.SUPPRESS)  # former name, until 0.2
     args = parser.parse_args()
     MMLogger.get_instance('localize_config', log_level='ERROR')
 
@@ -37,19 +38,19 @@ def main() -> None:
         if args.out.suffix != '.py' or not folder.is_dir():
             raise SystemExit(f'-o {args.out}: give the name of a .py file in a folder that exists')
     try:
-        choice = localize(args.stock, args.num_blocks, partition, folder, trial=not args.no_trial)
+        child = localize(args.stock, args.num_blocks, partition, folder, dry_run=not args.no_dry_run)
     except LocalLearningError as error:
         message = ' '.join(str(error).split())
         raise SystemExit(message if args.stock in message else f'{args.stock}: {message}') from None
     if args.out is None:
-        print(choice.text)
+        print(child.text)
     else:
         try:
-            args.out.write_text(choice.text, encoding='utf-8')
+            args.out.write_text(child.text, encoding='utf-8')
         except OSError as error:
             raise SystemExit(f'{args.out} cannot be written ({error})') from None
         print(f'{args.out} is written')
-    for reason in choice.reasons:
+    for reason in child.reasons:
         print(f'- {reason}', file=sys.stderr)
 
 

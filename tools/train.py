@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 
 import mmman  # noqa: F401  registers its parts, and reads every checkpoint
-from mmman.runtime.atomic_files import check_folder, naming_full_disks
+from mmman.runtime.atomic_files import check_folder, converting_full_disk_errors
 from mmman.runtime.launch import (
     LOCAL_LEARNING,
     add_common_arguments,
@@ -82,7 +82,7 @@ def main() -> None:
         enable_auto_scale_lr(cfg)
     set_resume(cfg, args.resume)
     use_exact_resume(cfg)
-    with end_on_error(cfg.get('load_from')), watch_peers(cfg) as watchdog, naming_full_disks(cfg.work_dir):
+    with end_on_error(cfg.get('load_from')), watch_peers(cfg) as watchdog, converting_full_disk_errors(cfg.work_dir):
         check_folder(cfg.work_dir)
         build_runner(cfg, watchdog).train()
         leave_process_group()

@@ -148,7 +148,7 @@ def _batch(model: nn.Module, scope: str, side: int) -> dict:
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
         batch = {'inputs': [*torch.randint(256, (BATCH_SIZE, 3, side, side), dtype=torch.uint8)]}
         masks = any('mask' in name for name, _ in model.named_modules())
-        return {**batch, 'data_samples': detection_samples(side, classes, along=1, masks=masks)}
+        return {**batch, 'data_samples': detection_samples(side, classes, objects_per_side=1, masks=masks)}
     batch = random_batch(model, scope, BATCH_SIZE, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:

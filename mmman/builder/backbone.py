@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from mmman.local.localize import localize_
-from mmman.local.option_checks import check_local_options, resolve_type
+from mmman.local.option_checks import check_local_options
 from mmman.options import Count, Positive, check_options, checked
 from mmman.planning.memory_cuts import MemoryCuts
-from mmman.registry import MODELS
+from mmman.registry import MODELS, resolve_type
 
 
 def _stock_option(option: str, options: Mapping[str, Any]) -> str | None:

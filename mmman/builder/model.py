@@ -11,9 +11,8 @@ from mmengine.model import BaseModel
 
 from mmman.builder.backbone import LocalBackbone
 from mmman.errors import ConfigError
-from mmman.local.option_checks import resolve_type
 from mmman.options import checked
-from mmman.registry import MODELS
+from mmman.registry import MODELS, resolve_type
 
 
 @MODELS.register_module()

@@ -1,7 +1,7 @@
-"""Shapes: a detection dataset in COCO format, drawn in seconds, hard enough that a detector has to learn something.
+"""Shapes: a synthetic detection dataset in COCO format, generated in seconds, that is not trivial to learn.
 
-Circles, rectangles and triangles of any colour and size lie on textured backgrounds, so that only the outline tells a class.
-An image depends on the seed, its split, its index and its size alone: more images extend a split and change none of the others.
+Circles, rectangles and triangles of any colour and size lie on textured backgrounds, so that only the outline determines the
+class. An image depends only on the seed, its split, its index and its size: a larger dataset contains the smaller one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 CLASSES = ('circle', 'rectangle', 'triangle')
 SPLITS = ('train', 'val')
-VERSION = 1  # of the drawing below: raise it when the same arguments give other files
+VERSION = 1  # of the generator: increase it if the same arguments give different files
 
 MAX_OBJECTS = 8
-DIAMETERS = (0.1, 0.45)  # smallest and largest circumscribed circle, as a share of the image's side
-MAX_TURN = np.pi / 12  # of rectangles and triangles, either way
-MAX_HIDDEN = 0.2  # of the smaller one's area, where two objects overlap: none is ever mostly hidden
-INTENSITIES = (30, 225)  # of the mean colours, which leaves room for noise around them
-MIN_CONTRAST = 80.0  # Euclidean, between the mean colours of an object and of what it covers, 8-bit BGR
+DIAMETERS = (0.1, 0.45)  # of the circumscribed circle, smallest and largest, as a fraction of the image's side
+MAX_ROTATION = np.pi / 12  # of rectangles and triangles, in either direction
+MAX_OCCLUSION = 0.2  # of two overlapping objects, as a fraction of the smaller one's area
+INTENSITIES = (30, 225)  # range of the mean colours, which leaves room for noise
+MIN_CONTRAST = 80.0  # Euclidean distance between the mean colours of an object and its background, 8-bit BGR
 SUBPIXEL_BITS = 4  # of cv2's fixed-point coordinates
 
 
@@ -32,21 +32,21 @@ def write_shapes_dataset(
 ) -> Path:
     """Write ``train/``, ``val/`` and ``annotations/instances_{train,val}.json`` below ``root``, for mmdet's ``CocoDataset``.
 
-    The folder appears under its name only when it is complete. If it is there already, from the same arguments, nothing is
-    done.
+    The folder gets its name only when it is complete. If it already exists and was written with the same arguments, this does
+    nothing.
 
     Args:
-        root: The folder to make.
+        root: The folder to create.
         train_images: Number of training images.
         val_images: Number of validation images.
         size: Height and width of every image, in pixels.
-        seed: Seed of everything that is drawn.
+        seed: Seed of all random choices.
 
     Returns:
         ``root`` as a path.
 
     Raises:
-        FileExistsError: ``root`` holds something else, for example a dataset of another size.
+        FileExistsError: ``root`` has other content, for example a dataset of another size.
     """
     root = Path(root)
     recipe = {'train_images': train_images, 'val_images': val_images, 'size': size, 'seed': seed, 'version': VERSION}
@@ -54,22 +54,22 @@ def write_shapes_dataset(
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=f'.{root.name}-') as scratch:
-        work = Path(scratch, root.name)
-        (work / 'annotations').mkdir(parents=True)
+        unfinished = Path(scratch, root.name)
+        (unfinished / 'annotations').mkdir(parents=True)
         for split, count in zip(SPLITS, (train_images, val_images), strict=True):
-            coco = _write_split(work / split, count, size, (seed, SPLITS.index(split)))
+            coco = _write_split(unfinished / split, count, size, (seed, SPLITS.index(split)))
             coco['info'] = {'description': f'generated shapes, {split}', 'recipe': recipe}
-            (work / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
+            (unfinished / 'annotations' / f'instances_{split}.json').write_text(json.dumps(coco))
         try:
-            os.replace(work, root)
-        except OSError:  # a folder that is not empty: another process was faster, or it is something else
+            os.replace(unfinished, root)
+        except OSError:  # the folder is not empty: another process was faster, or it has other content
             if not _is_written(root, recipe):
                 raise
     return root
 
 
 def _is_written(root: Path, recipe: dict[str, int]) -> bool:
-    """Whether ``root`` holds the dataset of this recipe; raises if it holds anything else."""
+    """Whether ``root`` contains the dataset of this recipe. Raises ``FileExistsError`` for any other content."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
@@ -77,9 +77,7 @@ def _is_written(root: Path, recipe: dict[str, int]) -> bool:
     except (OSError, ValueError, KeyError):
         info = {}
     if info.get('recipe') != recipe:
-        raise FileExistsError(
-            f'{root} holds something other than the shapes dataset of {recipe}; move it or choose another root'
-        )
+        raise FileExistsError(f'{root} exists, but is not the shapes dataset of {recipe}; move it, or choose another root')
     return True
 
 
@@ -100,7 +98,7 @@ def _write_split(folder: Path, count: int, size: int, seed: tuple[int, ...]) -> 
 
 
 def _annotate(label: int, polygon: np.ndarray) -> dict:
-    """The COCO fields of one whole shape, occluded parts included.
+    """The COCO annotation of one shape, including occluded parts.
 
     Args:
         label: Index into ``CLASSES``.
@@ -128,24 +126,24 @@ def _draw_image(rng: np.random.Generator, size: int) -> tuple[np.ndarray, list[t
     image, texture = rng.uniform(*INTENSITIES, 3) + _noise(rng, size), _noise(rng, size)
     objects: list[tuple[int, np.ndarray]] = []
     masks: list[np.ndarray] = []
-    wanted = rng.integers(1, MAX_OBJECTS + 1)
+    num_objects = rng.integers(1, MAX_OBJECTS + 1)
     for _ in range(10 * MAX_OBJECTS):
         label = int(rng.integers(len(CLASSES)))
         polygon = _outline(rng, label, size * np.exp(rng.uniform(*np.log(DIAMETERS))))
         polygon += rng.uniform(-polygon.min(0), size - polygon.max(0))
         mask = _fill(polygon, size)
-        if any((mask & other).sum() > MAX_HIDDEN * min(mask.sum(), other.sum()) for other in masks):
+        if any((mask & other).sum() > MAX_OCCLUSION * min(mask.sum(), other.sum()) for other in masks):
             continue
         image[mask] = _contrasting(rng, image[mask].mean(0)) + texture[mask]
         objects.append((label, polygon))
         masks.append(mask)
-        if len(objects) == wanted:
+        if len(objects) == num_objects:
             break
     return image.clip(0, 255).astype(np.uint8), objects
 
 
 def _outline(rng: np.random.Generator, label: int, diameter: float) -> np.ndarray:
-    """A slightly turned shape around the origin, inscribed in a circle: its corners (N, 2) in pixels."""
+    """Corners (N, 2) in pixels of a slightly rotated shape around the origin, inscribed in a circle."""
     if CLASSES[label] == 'circle':
         angles = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     elif CLASSES[label] == 'rectangle':
@@ -153,12 +151,12 @@ def _outline(rng: np.random.Generator, label: int, diameter: float) -> np.ndarra
         angles = np.array([half, np.pi - half, np.pi + half, -half])
     else:
         angles = np.pi * np.array([-1 / 2, 1 / 6, 5 / 6]) + rng.uniform(-0.2, 0.2, 3)  # y points down, the triangle up
-    angles += rng.uniform(-MAX_TURN, MAX_TURN)
+    angles += rng.uniform(-MAX_ROTATION, MAX_ROTATION)
     return diameter / 2 * np.stack([np.cos(angles), np.sin(angles)], 1)
 
 
 def _fill(polygon: np.ndarray, size: int) -> np.ndarray:
-    """The pixels (size, size), bool, whose centre lies inside the polygon (N, 2)."""
+    """Mask (size, size), bool, of the pixels whose centre is inside the polygon (N, 2)."""
     mask = np.zeros((size, size), np.uint8)
     corners = np.round((polygon - 0.5) * 2**SUBPIXEL_BITS).astype(np.int32)  # cv2 counts from pixel centres
     cv2.fillPoly(mask, [corners], 1, shift=SUBPIXEL_BITS)
@@ -166,7 +164,7 @@ def _fill(polygon: np.ndarray, size: int) -> np.ndarray:
 
 
 def _contrasting(rng: np.random.Generator, background: np.ndarray) -> np.ndarray:
-    """A random colour (3,) that can be told from ``background`` (3,)."""
+    """A random colour (3,) that contrasts with ``background`` (3,)."""
     while True:
         colour = rng.uniform(*INTENSITIES, 3)
         if np.linalg.norm(colour - background) > MIN_CONTRAST:

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mmman.engine.block_groups import BlockGroups
+from mmman.engine.block_parameters import parameters_by_block
 from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
 from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDAGraphCapturer, StepGraphs
-from mmman.local.block_parameters import parameters_by_block
 from mmman.local.blocks import localized_backbone
 from mmman.local.session import Session
 from mmman.memory.detection.dense_loss import DenseLoss

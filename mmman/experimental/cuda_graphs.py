@@ -239,7 +239,7 @@ class StepGraphs:
         return self._dense.local_losses(head, y, inputs, data_samples)
 
     def _make_loss(
-        self, owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor
+        self, owner: DenseLocalHead | None, head: nn.Module, data_samples: list, sizes: Sizes, like: Tensor
     ) -> BatchLoss:
         is_summed = self._dense.chunk_size is not None
         if self._end_segment is None:  # a step without graphs
@@ -327,7 +327,7 @@ class StepGraphs:
         capturer.begin()
         with self._cancel_on_error(), ExitStack() as stack:
             stack.callback(setattr, session, 'backward', session.backward)
-            stack.callback(setattr, self, '_cut', None)
+            stack.callback(setattr, self, '_end_segment', None)
             session.backward, self._end_segment = end_block, end_segment
             captured = [_empty(inputs.shape, inputs.dtype, inputs.device)]  # a list, so that the last reference can be popped
             session.batch, static_inputs = (captured[0], data_samples), static_view(captured[0])

@@ -13,23 +13,19 @@ from mmman.errors import ConfigError
 
 
 @contextmanager
-def use_running_stats_for_batch_of_one(head: nn.Module, batch_size: int) -> Iterator[None]:
+def use_running_stats_for_batch_of_one(head: nn.Module) -> Iterator[None]:
     """While this context is open, BatchNorm layers of ``head`` that get one value per channel use their running statistics.
 
     PyTorch rejects such an input in training. A batch of one image produces it where features are pooled to one pixel. The
-    layer then normalises as in eval mode and does not update its running statistics. Any other input is normalised as usual,
-    and batches of two or more images are not affected. SyncBatchNorm over several processes is not affected either.
+    layer then normalises as in eval mode and does not update its running statistics. Any other input is normalised as usual.
+    SyncBatchNorm over several processes is not affected.
 
     Args:
         head: A local head. Keep the context open for its backward pass, in which units may be recomputed.
-        batch_size: Number of images.
 
     Raises:
         ConfigError: In the context, if such a layer keeps no running statistics.
     """
-    if batch_size > 1:
-        yield
-        return
     switched: set[nn.Module] = set()
 
     def enter(layer: nn.Module, args: tuple[Tensor]) -> None:

@@ -8,7 +8,7 @@ from mmman.errors import ConfigError
 from mmman.local.local_head import INJECTED_ARGS, LocalHead
 from mmman.local.transfer import MomentumTransfer, check_transfer_options
 from mmman.options import check_options
-from mmman.registry import MODELS
+from mmman.registry import resolve_type
 
 
 def check_local_options(transfer: Mapping | None, local_head: Mapping | None, where: str = 'model.backbone') -> None:
@@ -37,11 +37,3 @@ def _check_local_head(local_head: Mapping, where: str) -> None:
             )
             raise ConfigError(f'{where}.{option} {place}')
     check_options(kind, {name: value for name, value in local_head.items() if name != 'type'}, where, injected=INJECTED_ARGS)
-
-
-def resolve_type(kind: str | type | None) -> type | None:
-    """Return the class or function that a config's ``type`` refers to; None if ``kind`` is None or not registered."""
-    if not isinstance(kind, str):
-        return kind
-    with MODELS.switch_scope_and_registry(None) as registry:
-        return registry.get(kind)

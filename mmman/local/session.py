@@ -8,7 +8,7 @@ session a boundary returns its input unchanged.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from mmengine.model import BaseModel
@@ -106,7 +106,7 @@ class Session:
                 'backbone that runs more than once per step, or activation checkpointing around several blocks'
             )
         self._pending.remove(head.block)
-        with use_running_stats_for_batch_of_one(head, len(x)):
+        with use_running_stats_for_batch_of_one(head) if len(x) == 1 else nullcontext():
             y = head.apply_transfer(x, self.batch[0])
             losses = head.loss(y, *self.batch) if self.strategy is None else self.strategy.local_losses(head, y, *self.batch)
             del y

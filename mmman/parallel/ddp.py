@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from mmman.engine.block_parameters import parameters_by_block
 from mmman.errors import ConfigError
-from mmman.local.block_parameters import parameters_by_block
 from mmman.memory.chunks import replaced
 from mmman.options import check_options, checked
 from mmman.registry import MODEL_WRAPPERS

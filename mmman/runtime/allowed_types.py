@@ -71,9 +71,9 @@ class LoadedBuffer(HistoryBuffer):
         values, counts, length = (state.get(name) for name in ('_log_history', '_count_history', 'max_length'))
         for array in (values, counts):
             if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in 'biuf':
-                raise CheckpointError('holds a log buffer (HistoryBuffer) that holds something else than numbers')
+                raise CheckpointError('holds a log buffer (HistoryBuffer) with other values than numbers')
         if len(values) != len(counts) or type(length) is not int or length < 1:
-            raise CheckpointError('holds a log buffer (HistoryBuffer) whose values, counts and length do not fit together')
+            raise CheckpointError('holds a log buffer (HistoryBuffer) whose values, counts and length are inconsistent')
         self.__init__(np.array(values), np.array(counts), max_length=max(length, len(values)))
         self.max_length = length
         self.__class__ = HistoryBuffer
@@ -87,7 +87,7 @@ def _reconstruct(kind: type, shape: tuple, code: bytes) -> LoadedArray:
 def _scalar(dtype: LoadedDtype, data: bytes) -> np.generic:
     """Stand-in for ``numpy.core.multiarray.scalar``."""
     if not isinstance(dtype, LoadedDtype) or type(data) is not bytes or len(data) != dtype.dtype.itemsize:
-        raise CheckpointError('holds a NumPy scalar whose dtype and bytes do not fit together')
+        raise CheckpointError('holds a NumPy scalar whose dtype and bytes are inconsistent')
     return np.frombuffer(data, dtype.dtype)[0]
 
 
@@ -102,7 +102,7 @@ def _attribute(owner: type, name: str) -> str:
     """Stand-in for ``getattr``: only returns the name of a statistic of a log buffer."""
     if owner is LoadedBuffer and name in ('min', 'max', 'current', 'mean'):
         return name
-    raise CheckpointError(f'names the attribute {name!r} of {owner!r}: only the statistics of a log buffer are named that way')
+    raise CheckpointError(f'contains the attribute {name!r} of {owner!r}: only statistics of a log buffer are allowed')
 
 
 _BUFFER = f'{HistoryBuffer.__module__}.{HistoryBuffer.__qualname__}'

@@ -33,7 +33,7 @@ def check_archive(path: str | os.PathLike) -> bool:
         CheckpointError: The file is no complete checkpoint. The message doesn't contain the file's name.
     """
     if not os.path.isfile(path):
-        kind = 'is no file' if os.path.exists(path) else 'is not there: no checkpoint at this path'
+        kind = 'is not a file' if os.path.exists(path) else 'does not exist'
         raise CheckpointError(kind)
     with open(path, 'rb') as file:
         start = file.read(len(_LEGACY))
@@ -42,16 +42,16 @@ def check_archive(path: str | os.PathLike) -> bool:
             raise CheckpointError('is empty')
         if start == _LEGACY and not tarfile.is_tarfile(path):
             for _ in range(5):  # magic number, protocol, system, object, keys of storages
-                _check_names(_named(file))
+                _check_names(_pickled_names(file))
             return False
     if not start.startswith(_ZIP):
-        raise CheckpointError('is cut short, damaged, or no checkpoint: it does not begin as a file of torch.save')
+        raise CheckpointError('is truncated, damaged or not a checkpoint: it does not begin like a file of torch.save')
     try:
         _check_zip(path)
     except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, RuntimeError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f'is cut short, damaged, or no checkpoint: {error}') from error
+        raise CheckpointError(f'is truncated, damaged or not a checkpoint: {error}') from error
     return True
 
 
@@ -60,9 +60,9 @@ def _check_zip(path: str | os.PathLike) -> None:
         records = archive.infolist()
         _check_records(records, os.path.getsize(path))
         if damaged := archive.testzip():
-            raise CheckpointError(f'is damaged: its record {damaged} has another checksum than when it was written')
+            raise CheckpointError(f'is damaged: the checksum of its record {damaged} is wrong')
         root = records[0].filename.partition('/')[0]
-        _check_names(_named(io.BytesIO(archive.read(f'{root}/data.pkl'))))
+        _check_names(_pickled_names(io.BytesIO(archive.read(f'{root}/data.pkl'))))
 
 
 def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
@@ -70,21 +70,21 @@ def _check_records(records: list[zipfile.ZipInfo], size: int) -> None:
     names = [record.orig_filename for record in records]
     roots = {name.partition('/')[0] for name in names}
     if len(roots) != 1 or f'{next(iter(roots))}/data.pkl' not in names:
-        raise CheckpointError(f'is a zip archive of something else than a checkpoint: {", ".join(names[:3]) or "it is empty"}')
+        raise CheckpointError(f'is a zip archive, but not a checkpoint: {", ".join(names[:3]) or "it is empty"}')
     if any(name.endswith('/constants.pkl') for name in names):
-        raise CheckpointError('is a TorchScript archive, no checkpoint')
+        raise CheckpointError('is a TorchScript archive, not a checkpoint')
     for name in names:
         if not name.isprintable() or '\\' in name or '..' in name.split('/') or name.startswith('/'):
-            raise CheckpointError(f'is no archive of torch.save: it has a record named {name!r}')
+            raise CheckpointError(f'is not an archive of torch.save: it has a record named {name!r}')
     if len({name.lower() for name in names}) < len(names):
-        raise CheckpointError('is no archive of torch.save: it has two records of one name')
+        raise CheckpointError('is not an archive of torch.save: two of its records have the same name')
     if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
-        raise CheckpointError('is no archive of torch.save: its records are compressed')
+        raise CheckpointError('is not an archive of torch.save: its records are compressed')
     if min(record.header_offset for record in records) != 0 or sum(record.file_size for record in records) > size:
-        raise CheckpointError('is no archive of torch.save: its records overlap, or do not begin where the file does')
+        raise CheckpointError('is not an archive of torch.save: its records overlap, or do not begin at the start of the file')
 
 
-def _named(file: BinaryIO) -> Iterator[str]:
+def _pickled_names(file: BinaryIO) -> Iterator[str]:
     """Yield the classes and functions that a pickle names, as ``module.name``. Disassembles the pickle up to its end."""
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name == 'GLOBAL':
@@ -97,10 +97,10 @@ def _named(file: BinaryIO) -> Iterator[str]:
 def _check_names(names: Iterator[str]) -> None:
     for name in names:
         if not is_allowed(name):
-            raise CheckpointError(f'names {name}, which is no weight and no log: loading it could run code')
+            raise CheckpointError(f'contains {name}, which is not needed for weights or logs: loading it could run code')
 
 
-def shown(path: str | os.PathLike) -> str:
+def format_path(path: str | os.PathLike) -> str:
     """Format a path for a message: on one line, whatever characters the path contains."""
     text = os.fspath(Path(path))
     return text if text.isprintable() else repr(text)

@@ -24,14 +24,14 @@ _REMEDIES = {
     errno.EROFS: 'mount the disk writable',
     errno.EACCES: 'make the folder writable',
     errno.EPERM: 'make the folder writable',
-    errno.EEXIST: 'remove the file that is in the place of the folder',
-    errno.ENOTDIR: 'remove the file that is in the place of the folder',
-    errno.EISDIR: 'remove the folder that is in the place of the file',
+    errno.EEXIST: 'remove the file that has the name of the folder',
+    errno.ENOTDIR: 'remove the file that has the name of the folder',
+    errno.EISDIR: 'remove the folder that has the name of the file',
 }
 
 
 @contextmanager
-def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
+def converting_write_errors(path: str | os.PathLike) -> Iterator[None]:
     """Context that converts an ``OSError`` to an error that names the path, the reason and the remedy.
 
     Raises:
@@ -46,8 +46,8 @@ def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextmanager
-def naming_full_disks(folder: str | os.PathLike) -> Iterator[None]:
-    """Like :func:`naming_write_errors`, but only for errors of a full or read-only disk. For code that does more than write.
+def converting_full_disk_errors(folder: str | os.PathLike) -> Iterator[None]:
+    """Like :func:`converting_write_errors`, but only for a full or read-only disk. For code that does more than write.
 
     Args:
         folder: The folder to name if the error has no path.
@@ -64,10 +64,10 @@ def naming_full_disks(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _write_error(path: str | os.PathLike, error: OSError) -> CheckpointWriteError:
-    remedy = _REMEDIES.get(error.errno, 'make the folder usable')
+    remedy = _REMEDIES.get(error.errno, 'make the folder writable')
     return CheckpointWriteError(
-        f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are as they were: {remedy} and go '
-        'on with --resume, or train on in another work folder: --work-dir FOLDER --resume CHECKPOINT'
+        f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are unchanged: {remedy} and continue '
+        'with --resume, or continue in another work folder: --work-dir FOLDER --resume CHECKPOINT'
     )
 
 
@@ -77,7 +77,7 @@ def check_folder(folder: str | os.PathLike) -> None:
     Raises:
         CheckpointWriteError: Files can't be written there.
     """
-    with naming_write_errors(folder):
+    with converting_write_errors(folder):
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
@@ -92,7 +92,7 @@ def write_atomically(data: bytes, path: str | os.PathLike) -> None:
     Raises:
         CheckpointWriteError: The file can't be written. No partial file is left.
     """
-    with naming_write_errors(path):
+    with converting_write_errors(path):
         _write(data, path)
 
 
@@ -114,7 +114,7 @@ class AtomicBackend(LocalBackend):
         """
         folder, name = os.path.split(os.path.abspath(filepath))
         ledger, run = Ledger(folder), self._run
-        with naming_write_errors(filepath):
+        with converting_write_errors(filepath):
             os.makedirs(folder, exist_ok=True)
             if run:
                 _write(ledger.with_entry(f'{name}{UNFINISHED}', run), ledger.path)

@@ -32,7 +32,7 @@ from torch import Tensor
 from mmman.errors import CheckpointError
 from mmman.messages import one_line
 from mmman.runtime.allowed_types import READS_TRAINING_CHECKPOINTS
-from mmman.runtime.archive import check_archive, shown
+from mmman.runtime.archive import check_archive, format_path
 from mmman.runtime.checkpoint_content import plain_checkpoint
 
 REMEDY = 'copy or download it again, or give another checkpoint'
@@ -61,16 +61,18 @@ def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict |
             loaded = torch.load(path, 'cpu' if map_location is None else map_location, weights_only=True, mmap=is_archive)
         checkpoint, left_out = plain_checkpoint(loaded, os.path.getsize(path))
     except CheckpointError as error:
-        raise CheckpointError(one_line(f'{shown(path)} {error}; {REMEDY}')) from None
+        raise CheckpointError(one_line(f'{format_path(path)} {error}; {REMEDY}')) from None
     except Exception as error:  # a crafted file can make torch raise any error
         reason = str(error).partition('\n')[0]
         if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch's message advises disabling the check
-            reason = 'its pickle is not one of weights and plain data'
+            reason = 'its pickle holds more than weights and plain data'
             if not READS_TRAINING_CHECKPOINTS:
-                reason += ', or holds a log of mmengine, which takes torch 2.6 to read'
-        raise CheckpointError(one_line(f'{shown(path)} cannot be read: {type(error).__name__}: {reason}; {REMEDY}')) from None
+                reason += ', or an mmengine log, which requires torch 2.6'
+        raise CheckpointError(
+            one_line(f'{format_path(path)} cannot be read: {type(error).__name__}: {reason}; {REMEDY}')
+        ) from None
     if left_out:
-        message = f'{shown(path)}: left out what would be run as a program: {"; ".join(left_out)}. Give the config as a file'
+        message = f'{format_path(path)}: ignored what mmengine would execute: {"; ".join(left_out)}. Pass the config as a file'
         print_log(one_line(message), logger='current', level=logging.WARNING)
     return checkpoint
 
@@ -83,7 +85,7 @@ def load_from_http(url: str, map_location: Any = None) -> dict | Tensor:
     """
     name = os.path.basename(urlparse(url).path)
     if not name or name in ('.', '..') or not name.isprintable():
-        raise CheckpointError(one_line(f'{url} names no file; give the URL of a .pth file'))
+        raise CheckpointError(one_line(f'{url} does not name a file; give the URL of a .pth file'))
     path = os.path.join(torch.hub.get_dir(), 'checkpoints', name)
     rank, world_size = get_dist_info()
     if rank == 0:
@@ -139,7 +141,7 @@ def load_from_storage(uri: str, map_location: Any = None) -> dict | Tensor:
 def _named_model(name: str, urls: dict[str, str], map_location: Any) -> dict | Tensor:
     model = name.partition('://')[2]
     if model not in urls:
-        raise CheckpointError(one_line(f'{name} is in no list of models; give the path or URL of a .pth file'))
+        raise CheckpointError(one_line(f'{name} is not in the list of models; give the path or URL of a .pth file'))
     url = urls[model]
     if url.startswith(('http://', 'https://')):
         return load_from_http(url, map_location)

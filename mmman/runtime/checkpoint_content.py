@@ -43,7 +43,7 @@ def plain_checkpoint(loaded: Any, size: int) -> tuple[dict | Tensor, list[str]]:
     if torch.is_tensor(loaded):  # mmseg stores embeddings of class names like this
         return _Copy(size).of(loaded, 'the checkpoint', 0), []
     if not isinstance(loaded, dict):
-        raise CheckpointError(f'holds a {type(loaded).__name__}, no dict of weights')
+        raise CheckpointError(f'holds a {type(loaded).__name__}, not a dict of weights')
     checkpoint = _Copy(size).of(loaded, 'the checkpoint', 0)
     _check_weights(checkpoint)
     _check_log(checkpoint)
@@ -110,7 +110,7 @@ class _Copy:
         """Copy a tensor to a new storage: the loaded one is memory-mapped from a file that may change."""
         odd = tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg() or tensor.device.type == 'meta'
         if tensor.layout is not torch.strided or odd:
-            raise CheckpointError(f'holds a tensor at {where} that is no dense array of numbers')
+            raise CheckpointError(f'holds a tensor at {where} that is not a dense array of numbers')
         self._claimed += tensor.numel() * tensor.element_size()
         storage = self._storage(tensor.untyped_storage())
         if max(self._claimed / 4, self._held) > self._size + _SLACK:
@@ -140,11 +140,11 @@ def _place(where: str, key: Any, depth: int) -> str:
 
 def _key(key: Any, where: str) -> Any:
     if type(key) is str and not key.isprintable():
-        raise CheckpointError(f'has a name with control characters in {where}: {key!r}')
+        raise CheckpointError(f'has a key with control characters in {where}: {key!r}')
     if type(key) not in (str, int, float, bool, type(None), tuple) or (
         type(key) is tuple and any(type(part) not in (str, int, float, bool, type(None)) for part in key)
     ):
-        raise CheckpointError(f'has a {type(key).__name__} as a name in {where}')
+        raise CheckpointError(f'has a {type(key).__name__} as a key in {where}')
     return key
 
 
@@ -154,7 +154,7 @@ def _versions(metadata: Any, where: str) -> OrderedDict:
         type(name) is str and isinstance(entry, dict) and type(entry.get('version')) in (int, type(None))
         for name, entry in metadata.items()
     ):
-        raise CheckpointError(f'has _metadata in {where} that are no versions of modules')
+        raise CheckpointError(f'has _metadata in {where} that are not versions of modules')
     return OrderedDict((name, {'version': entry['version']} if 'version' in entry else {}) for name, entry in metadata.items())
 
 
@@ -171,9 +171,9 @@ def _check_weights(checkpoint: dict) -> None:
     elif not any(torch.is_tensor(value) for part in (checkpoint, *_dicts(checkpoint)) for value in part.values()):
         # init_cfg also accepts weights below other names: 'model', 'teacher'
         found = ', '.join(map(str, [*checkpoint][:3]))
-        raise CheckpointError(f'has no weights: there is no state_dict, but {found or "nothing"}')
+        raise CheckpointError(f'has no weights: it has no state_dict, only {found or "an empty dict"}')
     if not isinstance(checkpoint.get('meta', {}), dict):
-        raise CheckpointError(f'has a meta that is no dict but {type(checkpoint["meta"]).__name__}')
+        raise CheckpointError(f'has a meta that is not a dict but a {type(checkpoint["meta"]).__name__}')
     _check_names(checkpoint.get('meta', {}), 'meta')
 
 
@@ -183,7 +183,7 @@ def _check_state(state: Any, name: str) -> None:
     _check_names(state, name)
     for key, value in state.items():
         if not torch.is_tensor(value) and not key.endswith('_extra_state'):
-            raise CheckpointError(f'has a {type(value).__name__} in place of a tensor: {key} in {name}')
+            raise CheckpointError(f'has a {type(value).__name__} instead of a tensor: {key} in {name}')
 
 
 def _check_log(checkpoint: dict) -> None:
@@ -191,16 +191,16 @@ def _check_log(checkpoint: dict) -> None:
     if log is None:
         return
     if not isinstance(log, dict):
-        raise CheckpointError(f'has a message_hub that is no dict but {type(log).__name__}')
+        raise CheckpointError(f'has a message_hub that is not a dict but a {type(log).__name__}')
     for part in LOG:
         if not isinstance(log.get(part, {}), dict):
-            raise CheckpointError(f'has a message_hub whose {part} is no dict but {type(log[part]).__name__}')
+            raise CheckpointError(f'has a message_hub whose {part} is not a dict but a {type(log[part]).__name__}')
         _check_names(log.get(part, {}), part)
 
 
 def _check_names(mapping: dict, where: str) -> None:
     if odd := [name for name in mapping if type(name) is not str]:
-        raise CheckpointError(f'has a {type(odd[0]).__name__} as a name in {where}: {odd[0]!r}')
+        raise CheckpointError(f'has a {type(odd[0]).__name__} as a key in {where}: {odd[0]!r}')
 
 
 def _drop_programs(checkpoint: dict) -> list[str]:
@@ -216,9 +216,9 @@ def _drop_programs(checkpoint: dict) -> list[str]:
             holder = holder.get(parent) or {}
         if name not in holder:
             continue
-        text, reasons = plain_config(holder[name]) if isinstance(holder[name], str) else ('', ['it is no text'])
+        text, reasons = plain_config(holder[name]) if isinstance(holder[name], str) else ('', ['it is not a string'])
         if reasons:
-            left_out.append(f'{".".join(parents)}.{name} {"but for its plain values" if text else "as a whole"}: {reasons[0]}')
+            left_out.append(f'{".".join(parents)}.{name} {"except its plain values" if text else "entirely"}: {reasons[0]}')
         if text:
             holder[name] = text
         else:

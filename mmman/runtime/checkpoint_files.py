@@ -11,12 +11,12 @@ from mmengine.logging import print_log
 
 from mmman.errors import CheckpointError
 from mmman.messages import one_line
-from mmman.runtime.archive import shown
+from mmman.runtime.archive import format_path
 from mmman.runtime.checkpoint import REMEDY, load_from_local
 from mmman.runtime.checkpoint_content import LOG
 
 _NAME = re.compile(r'(epoch|iter)_(\d+)\.pth')
-NOTE = 'last_checkpoint'
+LAST_CHECKPOINT = 'last_checkpoint'
 
 
 def latest_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | str | None:
@@ -34,18 +34,18 @@ def latest_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path | 
         A path, a URL below ``out_dir`` (a str), or None if there is no checkpoint.
     """
     numbered = next(iter(_numbered(folder)), None)
-    noted = _noted(folder)
-    if noted is None:
+    recorded = _read_last_checkpoint(folder)
+    if recorded is None:
         return numbered
-    if '://' in noted and out_dir and noted.startswith(f'{out_dir.rstrip("/")}/') and '..' not in noted.split('/'):
-        return noted
+    if '://' in recorded and out_dir and recorded.startswith(f'{out_dir.rstrip("/")}/') and '..' not in recorded.split('/'):
+        return recorded
     homes = [folder, *([out_dir] if out_dir and '://' not in out_dir else [])]
-    if Path(noted).is_file() and any(_is_below(noted, home) for home in homes):
-        return Path(noted)
-    moved = Path(folder, os.path.basename(noted))
-    found = moved if noted and moved.is_file() and _NAME.fullmatch(moved.name) else numbered
-    if noted:
-        _say(folder, f'names {shown(noted)}, which is no checkpoint file of this work folder', found)
+    if Path(recorded).is_file() and any(_is_below(recorded, home) for home in homes):
+        return Path(recorded)
+    moved = Path(folder, os.path.basename(recorded))
+    found = moved if recorded and moved.is_file() and _NAME.fullmatch(moved.name) else numbered
+    if recorded:
+        _warn_ignored(folder, f'names {format_path(recorded)}, which is not a checkpoint of this work folder', found)
     return found
 
 
@@ -60,7 +60,7 @@ def previous_checkpoint(folder: str | Path, out_dir: str | None = None) -> Path 
     return next(iter(older), None)
 
 
-def check_whole(path: str | Path) -> None:
+def check_training_checkpoint(path: str | Path) -> None:
     """Check that a checkpoint file is complete and is a training checkpoint.
 
     Raises:
@@ -76,24 +76,24 @@ def check_whole(path: str | Path) -> None:
     elif type(meta.get('seed')) not in (int, type(None)):
         reason = f'is not from a training run of mmengine: its seed is {meta["seed"]!r}'
     elif not all(part in checkpoint.get('message_hub', dict.fromkeys(LOG)) for part in LOG):
-        reason = f'has a message_hub without the parts of a log of mmengine: {", ".join(LOG)}'
+        reason = f'has a message_hub that lacks a part of an mmengine log: {", ".join(LOG)}'
     if reason:
-        raise CheckpointError(one_line(f'{shown(path)} {reason}; {REMEDY}'))
+        raise CheckpointError(one_line(f'{format_path(path)} {reason}; {REMEDY}'))
 
 
-def _noted(folder: str | Path) -> str | None:
+def _read_last_checkpoint(folder: str | Path) -> str | None:
     """Return the content of ``last_checkpoint``: None without such a file; '' if it holds no path."""
-    note = Path(folder, NOTE)
-    if not os.path.lexists(note):
+    file = Path(folder, LAST_CHECKPOINT)
+    if not os.path.lexists(file):
         return None
     try:
-        text = note.read_bytes()[:4097].decode().strip()
+        text = file.read_bytes()[:4097].decode().strip()
         if len(text) <= 4096 and text.isprintable():
             return text
-        reason = 'holds no path'
+        reason = 'does not contain a path'
     except (OSError, UnicodeDecodeError) as error:
         reason = f'cannot be read ({type(error).__name__})'
-    _say(folder, reason, next(iter(_numbered(folder)), None))
+    _warn_ignored(folder, reason, next(iter(_numbered(folder)), None))
     return ''
 
 
@@ -102,9 +102,9 @@ def _is_below(path: str, folder: str | Path) -> bool:
     return Path(os.path.abspath(folder)) in Path(os.path.abspath(path)).parents
 
 
-def _say(folder: str | Path, reason: str, found: Path | None) -> None:
-    instead = f'taking {shown(found)} instead' if found else 'there is no other checkpoint in this folder'
-    message = one_line(f'{shown(Path(folder, NOTE))} is ignored: it {reason}; {instead}')
+def _warn_ignored(folder: str | Path, reason: str, found: Path | None) -> None:
+    instead = f'using {format_path(found)} instead' if found else 'the folder has no other checkpoint'
+    message = one_line(f'{format_path(Path(folder, LAST_CHECKPOINT))} is ignored: it {reason}; {instead}')
     print_log(message, logger='current', level=logging.WARNING)
 
 

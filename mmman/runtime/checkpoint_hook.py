@@ -15,7 +15,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner, find_latest_checkpoint
 
 from mmman.registry import HOOKS
-from mmman.runtime.atomic_files import ATOMIC_BACKEND, UNFINISHED, check_folder, naming_write_errors, write_atomically
+from mmman.runtime.atomic_files import ATOMIC_BACKEND, UNFINISHED, check_folder, converting_write_errors, write_atomically
 from mmman.runtime.ledger import Ledger
 
 SUPERSEDED = 'superseded_ckpts'  # in the message hub, and thus in each checkpoint: the files that the checkpoint replaces
@@ -56,12 +56,12 @@ class DeferredRemovals:
         """Execute the recorded removals. A file that is not removed is named in the log."""
         for path, remove in self._removals.items():
             if not self._is_own(path):
-                print_log(f'{path} stays: this run did not write it', logger='current')
+                print_log(f'Kept {path}: this run did not write it', logger='current')
                 continue
             try:
                 remove(path)
             except OSError as error:
-                print_log(f'{path} stays, remove it by hand: {error}', logger='current', level=logging.WARNING)
+                print_log(f'Kept {path}, remove it by hand: {error}', logger='current', level=logging.WARNING)
         self._removals = {}
 
 
@@ -100,7 +100,7 @@ class CheckpointHook(MMCheckpointHook):
             self._ledger = Ledger(self.out_dir)
             self._run = self._ledger.run_of(resumed) or uuid.uuid4().hex
             self.backend_args = {**self.backend_args, 'run': self._run}
-            unfinished = self._ledger.begun(self._run, UNFINISHED)
+            unfinished = self._ledger.unfinished_files(self._run, UNFINISHED)
         steps = self._restore_lists(runner, listed)
         kept = steps[-self.max_keep_ckpts :] if self.max_keep_ckpts > 0 else steps
         needed = {os.path.basename(path) for path in (resumed, *map(self._path, kept), *self._best_paths()) if path}
@@ -142,7 +142,7 @@ class CheckpointHook(MMCheckpointHook):
         self._keep_current()
         runner.message_hub.update_info('last_ckpt', self.last_ckpt)
         runner.message_hub.update_info(SUPERSEDED, self.file_backend.paths)
-        with naming_write_errors(self.last_ckpt):
+        with converting_write_errors(self.last_ckpt):
             runner.save_checkpoint(
                 self.out_dir,
                 filename,
@@ -160,7 +160,7 @@ class CheckpointHook(MMCheckpointHook):
             self.file_backend.flush()
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
-        with naming_write_errors(self.out_dir):
+        with converting_write_errors(self.out_dir):
             super()._save_best_checkpoint(runner, metrics)
         self._written.update(filter(None, self._best_paths()))
         if is_main_process():
@@ -169,7 +169,7 @@ class CheckpointHook(MMCheckpointHook):
 
     def after_train(self, runner: Runner) -> None:
         """Publish the checkpoint if ``published_keys`` is set."""
-        with naming_write_errors(self.out_dir):
+        with converting_write_errors(self.out_dir):
             super().after_train(runner)
 
     def _path(self, step: int) -> str:

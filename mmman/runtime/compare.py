@@ -16,7 +16,7 @@ class Kind(str):
     """A description of a value's kind, for messages."""
 
 
-NOTHING, FLAG, TABLE = Kind('nothing'), Kind('True or False'), Kind('a table')
+MISSING, BOOL, MAPPING = Kind('missing'), Kind('a bool'), Kind('a dict')
 
 
 class Difference(NamedTuple):
@@ -32,11 +32,11 @@ def kind(value: object) -> Kind:
     if isinstance(value, Kind):
         return value
     if value is None:
-        return NOTHING
+        return MISSING
     if isinstance(value, (bool, np.bool_)):
-        return FLAG
+        return BOOL
     if isinstance(value, Mapping):
-        return TABLE
+        return MAPPING
     return Kind(_name(value))
 
 
@@ -49,10 +49,10 @@ def _name(value: object) -> str:
     if isinstance(value, Tensor):
         return kind_of(value.dtype, value.shape)
     if isinstance(value, (Number, np.number)):
-        return 'a number' if is_number(value) else 'no finite number'
+        return 'a number' if is_number(value) else 'a non-finite number'
     if isinstance(value, (list, tuple)):
         return f'a list of {len(value)}'
-    return 'a text' if isinstance(value, str) else type(value).__name__
+    return 'a string' if isinstance(value, str) else type(value).__name__
 
 
 def kinds(value: object) -> object:
@@ -65,20 +65,22 @@ def plain(value: object) -> object:
     return value if isinstance(value, (str, bool, int, float)) else kind(value)
 
 
-def words(value: object) -> object:
+def as_values(value: object) -> object:
     """Convert every str, number and bool in a value to a :class:`Kind`, so that they are compared by value."""
     if isinstance(value, Mapping):
-        return {name: words(item) for name, item in value.items()}
-    return [*map(words, value)] if isinstance(value, (list, tuple)) else Kind(plain(value))
+        return {name: as_values(item) for name, item in value.items()}
+    return [*map(as_values, value)] if isinstance(value, (list, tuple)) else Kind(plain(value))
 
 
-def differences(theirs: object, ours: object, look: Callable[[object], object] = kind, path: str = '') -> Iterator[Difference]:
+def differences(
+    theirs: object, ours: object, compare_by: Callable[[object], object] = kind, path: str = ''
+) -> Iterator[Difference]:
     """Compare two values recursively, as deep as ``ours`` is nested.
 
     Args:
         theirs: Any value.
         ours: The expected value.
-        look: Maps values that are no mappings or lists to what has to be equal: by default their :func:`kind`.
+        compare_by: Maps values that are neither mappings nor lists to what must be equal; by default their :func:`kind`.
         path: The path of the two values, for the result.
 
     Yields:
@@ -89,21 +91,21 @@ def differences(theirs: object, ours: object, look: Callable[[object], object] =
     elif isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)) and len(theirs) == len(ours):
         pairs = [(i, *pair) for i, pair in enumerate(zip(theirs, ours, strict=True))]
     else:
-        if look(theirs) != look(ours):
-            yield Difference(path, str(look(theirs)), str(look(ours)))
+        if compare_by(theirs) != compare_by(ours):
+            yield Difference(path, str(compare_by(theirs)), str(compare_by(ours)))
         return
     for key, their, our in pairs:
-        yield from differences(their, our, look, f'{path}.{key}' if path else str(key))
+        yield from differences(their, our, compare_by, f'{path}.{key}' if path else str(key))
 
 
 class Rule(NamedTuple):
     """A condition on a single value, and its description."""
 
     text: str
-    holds: Callable[[object], bool]
+    accepts: Callable[[object], bool]
 
 
-def is_whole(value: object, minimum: int = 0, maximum: int = 2**63 - 1) -> bool:
+def is_integer(value: object, minimum: int = 0, maximum: int = 2**63 - 1) -> bool:
     """Whether a value is an integer in a range, bounds included. A bool is no integer here."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and minimum <= value <= maximum
 
@@ -116,17 +118,17 @@ def is_number(value: object, above: float = -math.inf, below: float = math.inf) 
     return is_real and math.isfinite(value) and above < value < below
 
 
-def is_table_of(value: object, holds: Callable[[object], bool]) -> bool:
+def is_mapping_of(value: object, accepts: Callable[[object], bool]) -> bool:
     """Whether a value is a mapping from strings to values that satisfy a condition."""
-    return isinstance(value, Mapping) and all(isinstance(name, str) and holds(item) for name, item in value.items())
+    return isinstance(value, Mapping) and all(isinstance(name, str) and accepts(item) for name, item in value.items())
 
 
-def is_list_of(value: object, holds: Callable[[object], bool]) -> bool:
+def is_list_of(value: object, accepts: Callable[[object], bool]) -> bool:
     """Whether a value is a list or tuple of values that satisfy a condition."""
-    return isinstance(value, (list, tuple)) and all(map(holds, value))
+    return isinstance(value, (list, tuple)) and all(map(accepts, value))
 
 
-def at(value: object, path: str, default: object = None) -> object:
+def get_at_path(value: object, path: str, default: object = None) -> object:
     """Return the value at a dotted path through nested mappings, or the default if there is none."""
     for key in path.split('.'):
         value = value.get(key, default) if isinstance(value, Mapping) else default

@@ -40,7 +40,7 @@ def plain_config(text: str) -> tuple[str, list[str]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         body = []
     if not body:
-        return '', ['all of it is no Python source that can be read']
+        return '', ['it is not valid Python source']
     kept, dropped = [], []
     for statement in body:
         try:
@@ -49,7 +49,7 @@ def plain_config(text: str) -> tuple[str, list[str]]:
         except _NotPlainError as reason:
             dropped.append(f'line {statement.lineno} {reason}')
     if 'model' not in {statement.targets[0].id for statement in kept}:
-        return '', dropped or ['it has no model']
+        return '', dropped or ['it does not set model']
     characters = text.isascii() or text.replace('\n', '').replace('\t', '').isprintable()
     if dropped or not characters or '\r' in text or '\0' in text or '\f' in text:
         text = '\n'.join(ast.unparse(statement) for statement in kept) + '\n'
@@ -62,7 +62,7 @@ class _NotPlainError(Exception):
 
 def _check_statement(statement: ast.stmt) -> None:
     if not (isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)):
-        raise _NotPlainError('is no assignment')
+        raise _NotPlainError('is not an assignment')
     name = statement.targets[0].id
     if name == '_base_' or '__' in name:
         raise _NotPlainError(f'sets {name}')
@@ -89,12 +89,12 @@ def _value(node: ast.expr, depth: int) -> Any:
         argument = node.args[0] if len(node.args) == 1 and not node.keywords else None
         if node.func.id == 'float' and isinstance(argument, ast.Constant) and argument.value in _FLOATS:
             return float(argument.value)
-    raise _NotPlainError('is no plain value')
+    raise _NotPlainError('is not a plain value')
 
 
 def _pairs(node: ast.expr, depth: int) -> list[tuple[Any, Any]]:
     if not isinstance(node, ast.Dict) or None in node.keys:
-        raise _NotPlainError('is no plain value')
+        raise _NotPlainError('is not a plain value')
     return [(_value(key, depth - 1), _value(item, depth - 1)) for key, item in zip(node.keys, node.values, strict=True)]
 
 

@@ -68,7 +68,7 @@ def rename(state: dict[str, Tensor], config: dict, library: str) -> tuple[dict[s
         return state, _resnet(state, config, library)
     if kind == 'VisionTransformer':
         return _vision_transformer(state, library)
-    raise _refusal(kind, library, 'only ResNet, ResNeXt and VisionTransformer have the same layers there')
+    raise _refusal(kind, library, 'only ResNet, ResNeXt and VisionTransformer have the same layers in both libraries')
 
 
 def backbone_config(text: str) -> dict:
@@ -115,7 +115,7 @@ def _resnet(state: dict[str, Tensor], config: dict, library: str) -> str:
     model = known.get((tuple(map(len, stages)), convolutions, shapes.get('layer1.0.conv2.weight', ())[:2]))
     width = 64 * 8 * (4 if convolutions == 3 else 1)
     if model is None or shapes.get('conv1.weight') != (64, 3, 7, 7) or shapes['layer4.0.downsample.0.weight'][0] != width:
-        raise _refusal(kind, library, f'its depth, width and stem are those of none of {", ".join(known.values())}')
+        raise _refusal(kind, library, f'its depth, width and stem match none of {", ".join(known.values())}')
     return model
 
 
@@ -127,7 +127,7 @@ def _vision_transformer(state: dict[str, Tensor], library: str) -> tuple[dict[st
         pattern = name.replace(f'layers.{index}.', 'layers.{}.', 1) if index else name
         row = next((row for row in _VIT_NAMES if pattern == row[0] or (row[0][-1] == '.' and pattern.startswith(row[0]))), None)
         if row is None:
-            raise _refusal('VisionTransformer', library, f'it has no {name} there')
+            raise _refusal('VisionTransformer', library, f'that model has no {name}')
         used.add(row)
         renamed[row[column].format(index) + pattern.removeprefix(row[0])] = tensor
     if missing := [row[0] for row in _VIT_NAMES if row not in used]:
@@ -140,6 +140,6 @@ def _vision_transformer(state: dict[str, Tensor], library: str) -> tuple[dict[st
 
 def _refusal(kind: str, library: str, reason: str) -> CheckpointError:
     return CheckpointError(
-        f'--format {library}: {kind} cannot be written as a model of {library}: {reason}; '
+        f'--format {library}: {kind} cannot be converted to {library}: {reason}; '
         'use --format mm, and load it into its own class'
     )

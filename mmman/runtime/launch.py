@@ -23,14 +23,14 @@ from torch.distributed.constants import default_pg_timeout
 from mmman.engine.config_check import check_config
 from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError, LocalLearningError, PeerError
 from mmman.messages import one_line
-from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
+from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_checkpoint, previous_checkpoint
 from mmman.runtime.weights_hook import WeightsHook
 from mmman.watchdog.hook import WatchdogHook, start_watchdog, timeout_of
 from mmman.watchdog.monitor import Watchdog
 from mmman.watchdog.rendezvous import RANK_VARIABLES, find_rank
 
 LOCAL_LEARNING = 'LocalLearningOptimWrapper'
-LONGEST = 2000  # maximum number of characters of an error line
+MAX_ERROR_LENGTH = 2000  # maximum number of characters of an error line
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
@@ -103,11 +103,11 @@ def set_resume(cfg: Config, choice: str | None) -> None:
     if '://' in cfg.load_from:
         return
     try:
-        check_whole(path)
+        check_training_checkpoint(path)
     except CheckpointError as error:
         previous = previous_checkpoint(cfg.work_dir, out_dir) if choice == 'auto' else None
-        remedy = f'--resume previous goes on from {previous}' if previous else 'or start anew, without --resume'
-        raise SystemExit(one_line(f'--resume: {error}; {remedy}', LONGEST)) from None
+        remedy = f'use --resume previous to continue from {previous}' if previous else 'or start a new run, without --resume'
+        raise SystemExit(one_line(f'--resume: {error}; {remedy}', MAX_ERROR_LENGTH)) from None
 
 
 @contextmanager
@@ -125,7 +125,7 @@ def end_on_error(checkpoint: str | None) -> Iterator[None]:
             text = f'{type(error).__name__}: {text}'
         elif checkpoint and checkpoint not in text and not isinstance(error, CheckpointWriteError):
             text = f'{checkpoint}: {text}'
-        raise SystemExit(one_line(text, LONGEST)) from error
+        raise SystemExit(one_line(text, MAX_ERROR_LENGTH)) from error
 
 
 def type_name(cfg: ConfigDict, default: str = '') -> str:
@@ -221,8 +221,8 @@ def _init_gloo(launcher: str, timeout: float | None) -> None:
         rank, world_size = find_rank(launcher)
     except ConfigError as error:
         raise SystemExit(str(error)) from None
-    patience = max(timedelta(seconds=timeout or 0), default_pg_timeout)
-    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=patience)
+    collective_timeout = max(timedelta(seconds=timeout or 0), default_pg_timeout)
+    dist.init_process_group('gloo', rank=rank, world_size=world_size, timeout=collective_timeout)
 
 
 def _record_collectives() -> None:

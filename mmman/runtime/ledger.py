@@ -59,7 +59,7 @@ class Ledger:
         written = (entry.get('size', status.st_size), entry.get('mtime_ns', status.st_mtime_ns))
         return entry.get('run') if written == (status.st_size, status.st_mtime_ns) else None
 
-    def begun(self, run: str, suffix: str) -> list[Path]:
+    def unfinished_files(self, run: str, suffix: str) -> list[Path]:
         """Return the files of a run whose write began but didn't complete.
 
         Args:

@@ -13,7 +13,7 @@ from mmman.analysis.dry_step import dry_step
 from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
 from mmman.runtime.launch import type_name
-from mmman.runtime.stock_config import StockConfig, read_text, unreadable
+from mmman.runtime.stock_config import StockConfig, read_text, unreadable_config
 
 DENSE = "dict(type='mmman.DetLocalHead', bbox_head={model}.bbox_head{train_cfg})"
 TWO_STAGE = "dict(type='mmman.DetLocalHead', num_classes={num_classes})"
@@ -21,7 +21,7 @@ SEGMENTATION = "dict(type='mmman.SegLocalHead', decode_head={model}.decode_head)
 CLASSIFICATION = "dict(type='mmman.{kind}', head={head})"
 
 CHILD = """\
-{inherited}
+{inheritance_lines}
 
 model = dict(
     backbone=dict(
@@ -37,7 +37,7 @@ optim_wrapper = dict({optim_wrapper})
 custom_hooks = [*_base_.get('custom_hooks', []), dict(type='mmman.EMABiasHook', momentum=0.995)]
 """
 NEW_STYLE_CHILD = """\
-{inherited}
+{inheritance_lines}
 
 model['backbone'] = dict(
     type='mmman.LocalBackbone',
@@ -52,7 +52,7 @@ custom_hooks = [{hooks}dict(type='mmman.EMABiasHook', momentum=0.995)]
 
 
 @dataclass
-class Choice:
+class ChildConfig:
     """A child config, the backbone that it builds, and the reasons for its settings."""
 
     text: str
@@ -61,8 +61,8 @@ class Choice:
 
 
 def localize(
-    stock: str, num_blocks: int, partition: str | list[str] = 'stage', folder: Path | None = None, trial: bool = True
-) -> Choice:
+    stock: str, num_blocks: int, partition: str | list[str] = 'stage', folder: Path | None = None, dry_run: bool = True
+) -> ChildConfig:
     """Create the child of a stock config.
 
     Args:
@@ -71,7 +71,7 @@ def localize(
         partition: See :func:`mmman.partition.plan_blocks`.
         folder: The folder of the child. The path of its base is relative to this folder, and the child is read there. None:
             the base of a file is an absolute path.
-        trial: Accept a local head only if a training step of the model runs with it (:func:`mmman.analysis.dry_step.dry_step`).
+        dry_run: Accept a local head only if a training step runs with it (:func:`mmman.analysis.dry_step.dry_step`).
 
     Raises:
         LocalLearningError: The config can't be read, or its backbone or head doesn't support local learning.
@@ -80,11 +80,11 @@ def localize(
     cfg = source.cfg
     _check(source)
     wrapper, why_wrapper = _optim_wrapper(cfg)
-    inherited = source.inherited(folder)
+    inheritance_lines = source.inheritance_lines(folder)
     failures: list[str] = []
     for local_head, why_head in _local_heads(cfg, 'model' if source.is_new_style else '_base_.model'):
         text = (NEW_STYLE_CHILD if source.is_new_style else CHILD).format(
-            inherited=inherited,
+            inheritance_lines=inheritance_lines,
             num_blocks=num_blocks,
             partition=partition,
             local_head=local_head,
@@ -94,25 +94,25 @@ def localize(
         child = _read(stock, text, folder)
         try:
             backbone = _build_backbone(child)
-            tried = _try(child, cfg) if trial else []
+            dry_run_notes = _run_dry_step(child, cfg) if dry_run else []
         except LocalLearningError as error:
             failures.append(str(error))
             continue
         reasons = [
             f'blocks: {backbone.local.plan}',
             f'local head: {why_head}',
-            *_adapted(backbone, local_head, cfg),
+            *_head_adaptations(backbone, local_head, cfg),
             why_wrapper,
         ]
-        reasons += [*_kept(cfg), *tried]
+        reasons += [*_kept_settings(cfg), *dry_run_notes]
         if 'bbox_head' in cfg.model:
             reasons += [f'not chosen: {failure}' for failure in failures]
-        return Choice(text, backbone, reasons)
+        return ChildConfig(text, backbone, reasons)
     if failures:  # candidates are sorted best first: what the last one lacks, all of them lack
         raise LocalLearningError(failures[-1])
     raise LocalLearningError(
-        f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that says '
-        'its classes; write the child by hand, with a local_head of your choice'
+        f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that sets '
+        'num_classes; write the child by hand, with a local_head of your choice'
     )
 
 
@@ -122,10 +122,10 @@ def _check(source: StockConfig) -> None:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
         advice = '; give the config of a detector, segmentor or classifier'
         if inner:
-            advice = f' but that of model.{inner}, which a wrapper runs: give the config of the {inner} alone'
+            advice = f', only model.{inner}.backbone: give the config of the {inner} without the wrapper'
         raise ConfigError(f'{source.name} has no model.backbone{advice}')
     if type_name(model.backbone) == 'LocalBackbone':
-        raise ConfigError(f'{source.name} is localised already')
+        raise ConfigError(f'{source.name} is already localised: give a stock config')
 
 
 def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
@@ -161,16 +161,16 @@ def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
     return []
 
 
-def _adapted(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
+def _head_adaptations(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
     """Describe how the local heads differ from the head in the config: replaced classes and frozen parameters."""
     reasons = []
     for head in backbone.local.values():
         built = type(getattr(head, 'dense_head', None)).__name__
         if 'bbox_head=' in local_head and (own := type_name(cfg.model.bbox_head)) != built:
-            reasons.append(f'local head: {built} stands for {own}, whose loss another network takes part in')
+            reasons.append(f'local head: {built} replaces {own}, whose loss involves another network')
         frozen = [name for name, p in head.named_parameters() if not p.requires_grad and not name.startswith('transfer.')]
         if frozen:
-            reasons.append(f'frozen after {head.unit}, because the local loss does not train it: {", ".join(frozen)}')
+            reasons.append(f'frozen after {head.unit}, because the local loss does not train them: {", ".join(frozen)}')
     return [*dict.fromkeys(reasons)]
 
 
@@ -178,7 +178,7 @@ def _optim_wrapper(cfg: Config) -> tuple[str, str]:
     """Return the arguments of the child's optim wrapper, and what changes compared with the stock one."""
     stock = cfg.get('optim_wrapper') or ConfigDict()
     if 'optimizer' not in stock and 'constructor' not in stock:
-        raise ConfigError('it has no optim_wrapper with an optimizer; give the config of a training run')
+        raise ConfigError('the config has no optim_wrapper with an optimizer; give the config of a training run')
     kind = type_name(stock, 'OptimWrapper')
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise ConfigError(f'optim_wrapper.type={kind} cannot be replaced by mmman.LocalLearningOptimWrapper')
@@ -186,21 +186,21 @@ def _optim_wrapper(cfg: Config) -> tuple[str, str]:
     if kind == 'AmpOptimWrapper' and not {'dtype', 'loss_scale'} & stock.keys():
         return (
             f"{wrapper}, dtype='float16'",
-            'optim wrapper: mixed precision is an option of the local one; optimizer and clipping stay',
+            'optim wrapper: mixed precision is an option of the local one; optimizer and clipping are kept',
         )
-    return wrapper, 'optim wrapper: optimizer, clipping and param-wise options stay'
+    return wrapper, 'optim wrapper: optimizer, clipping and param-wise options are kept'
 
 
-def _kept(cfg: Config) -> list[str]:
+def _kept_settings(cfg: Config) -> list[str]:
     """Describe the settings of the stock config that remain in effect and that a user should know."""
     kept = []
     hooks = [type_name(hook) for hook in cfg.get('custom_hooks') or []]
     if hooks:
         kept.append(f'kept: {", ".join(hooks)}')
     frozen = cfg.model.backbone.get('frozen_stages', -1)
-    least = 1 if type_name(cfg.model.backbone) in ('ConvNeXt', 'VisionTransformer') else 0
-    if isinstance(frozen, int) and frozen >= least:
-        kept.append(f'kept: frozen_stages={frozen}; what is frozen gets no local head, and K counts the rest')
+    minimum = 1 if type_name(cfg.model.backbone) in ('ConvNeXt', 'VisionTransformer') else 0
+    if isinstance(frozen, int) and frozen >= minimum:
+        kept.append(f'kept: frozen_stages={frozen}; frozen units have no local head and are not counted in K')
     return kept
 
 
@@ -210,7 +210,7 @@ def _read(name: str, text: str, folder: Path | None) -> Config:
     except OSError as error:
         raise ConfigError(f'{folder or "the temporary folder"} cannot be written to ({error})') from error
     except Exception as error:  # a child can't refer to every value of a stock config
-        raise unreadable(f'the child of {name}', error) from error
+        raise unreadable_config(f'the child of {name}', error) from error
 
 
 def _build_backbone(cfg: Config) -> nn.Module:
@@ -226,10 +226,10 @@ def _build_backbone(cfg: Config) -> nn.Module:
             raise ConfigError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
 
 
-def _try(child: Config, stock: Config) -> list[str]:
+def _run_dry_step(child: Config, stock: Config) -> list[str]:
     """Run a training step and return what it showed; raise :class:`LocalLearningError` if it fails."""
     without_gradient, why_not_whole = dry_step(child, stock)
-    reasons = [f'tried: {why_not_whole or "a training step on two small random images"}']
+    reasons = [f'tested: {why_not_whole or "a training step on two small random images"}']
     if without_gradient:
         reasons.append(
             f'no gradient reaches {", ".join(without_gradient)}: under DistributedDataParallel set find_unused_parameters=True'

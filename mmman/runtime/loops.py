@@ -36,11 +36,11 @@ class ResumableLoop(BaseLoop):
             message = f'The training data comes from {reason}: a resumed run will not be exact'
             print_log(message, logger='current', level=logging.WARNING)
         self.resumed_batch = 0
-        self._pass, self._pass_began = 0, 0
+        self._pass, self._pass_start = 0, 0
         runner.register_hook(ExactResumeHook())
         runner.register_hook(ResumeRecordHook())
 
-    def data_facts(self) -> dict[str, int]:
+    def data_signature(self) -> dict[str, int]:
         """Return the values that have to be equal for the rest of an epoch to be equal."""
         sampler = self.dataloader.batch_sampler
         return {
@@ -61,7 +61,7 @@ class ResumableLoop(BaseLoop):
 
     def position(self, epoch: int, iteration: int) -> int:
         """Return the number of batches completed in the epoch of a checkpoint that stores this epoch and iteration."""
-        return iteration - self._pass_began if epoch == self._pass else 0
+        return iteration - self._pass_start if epoch == self._pass else 0
 
     def is_regular(self, epoch: int, iteration: int, batch: int) -> bool:
         """Whether a run whose epochs all have the current number of batches reaches this position."""
@@ -73,7 +73,7 @@ class ResumableLoop(BaseLoop):
 
     def _start_pass(self, epoch: int, batch: int) -> None:
         """Position the data at a batch of a pass. ``_iter`` is that batch's iteration."""
-        self._pass, self._pass_began = epoch, self._iter - batch
+        self._pass, self._pass_start = epoch, self._iter - batch
         if self.is_seeded:
             self.dataloader.batch_sampler.start(run_seed(self.runner), epoch, batch)
         elif batch:
@@ -144,4 +144,6 @@ class IterBasedTrainLoop(MMIterBasedTrainLoop, ResumableLoop):
             yield from self.dataloader
             epoch, to_skip = epoch + 1, self.dataloader.batch_sampler.to_skip
             if (self._iter, to_skip) == before:
-                raise ConfigError('the training data makes no batch: lower train_dataloader.batch_size, or set drop_last=False')
+                raise ConfigError(
+                    'the training data yields no batch: lower train_dataloader.batch_size, or set drop_last=False'
+                )

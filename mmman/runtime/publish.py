@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmman.errors import CheckpointError
 from mmman.messages import one_line
-from mmman.runtime.archive import shown
+from mmman.runtime.archive import format_path
 from mmman.runtime.checkpoint import load_from_local
 from mmman.runtime.formats import FORMATS, backbone_config, rename
 from mmman.version import __version__
@@ -71,20 +71,20 @@ def publish(
     file, size = _write({'state_dict': kept, 'meta': plain_meta(loaded.get('meta', {}))}, out, force)
     parts = [f'{len(kept)} tensors, {size / 1e6:.1f} MB', which, names]
     if left:
-        parts.append('left out: ' + ', '.join(f'{count} tensors of {name}' for name, count in left.items()))
+        parts.append('dropped: ' + ', '.join(f'{count} tensors of {name}' for name, count in left.items()))
     return file, '; '.join(parts)
 
 
 def read_checkpoint(path: Path) -> dict:
     """Read a training checkpoint, after checking its complete content (:mod:`mmman.runtime.checkpoint`)."""
     if not path.is_file():
-        raise CheckpointError(one_line(f'no checkpoint at {shown(path)}; give the path of a .pth file'))
+        raise CheckpointError(one_line(f'no checkpoint at {format_path(path)}; give the path of a .pth file'))
     checkpoint = load_from_local(path)
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         found = ', '.join(map(str, [*checkpoint][:3])) if isinstance(checkpoint, dict) else 'one tensor'
         raise CheckpointError(
             one_line(
-                f"{shown(path)} has no state_dict, but {found}: give a checkpoint that mmengine's runner saved, "
+                f"{format_path(path)} has no state_dict, only {found}: give a checkpoint that mmengine's runner saved, "
                 "or torch.save({'state_dict': weights}, ...)"
             )
         )
@@ -105,7 +105,7 @@ def select_weights(checkpoint: dict, ema: bool) -> tuple[dict[str, Tensor], str]
     if ema:
         return state, "EMAHook's averaged weights"
     trained = {name: swapped.get(f'module.{name}', tensor) for name, tensor in state.items()}
-    return trained, 'the trained weights (there are averaged ones too: --ema takes them)'
+    return trained, 'the trained weights (it also has averaged weights: use --ema to publish them)'
 
 
 def plain_meta(meta: dict) -> dict:
@@ -132,7 +132,7 @@ def _write(content: dict, out: Path, force: bool) -> tuple[Path, int]:
     data = buffer.getvalue()
     file = out.parent / f'{out.name.removesuffix(".pth")}-{hashlib.sha256(data).hexdigest()[:8]}.pth'
     if file.exists() and not force:
-        raise CheckpointError(f'{file} exists; give another OUT, or --force to overwrite it')
+        raise CheckpointError(f'{file} exists; give another OUT, or use --force to overwrite it')
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix('.part')
     unfinished.write_bytes(data)

@@ -22,7 +22,7 @@ def use_exact_resume(cfg: Config) -> None:
     A loop or checkpoint hook of another class is kept, and a warning describes the consequence.
     """
     if cfg.get('runner_type', 'Runner') == 'FlexibleRunner':
-        _warn('FlexibleRunner saves and resumes in its own way: a resumed run will not be exact')
+        _warn('FlexibleRunner saves and resumes differently: a resumed run will not be exact')
         return
     if cfg.get('train_cfg'):
         by_epoch = cfg.train_cfg.pop('by_epoch', None)
@@ -30,14 +30,14 @@ def use_exact_resume(cfg: Config) -> None:
         if kind in _LOOPS:
             cfg.train_cfg.type = f'mmman.{kind}'
         elif not kind.startswith('mmman.'):
-            _warn(f'train_cfg.type={kind} is not a loop of mmengine: a resumed run will not be exact')
+            _warn(f'train_cfg.type={kind} is not an mmengine loop: a resumed run will not be exact')
     cfg.default_hooks = {'checkpoint': dict(type=_HOOK, interval=1), **(cfg.get('default_hooks') or {})}  # as mmengine does
     if checkpoint := cfg.default_hooks.checkpoint:
         kind = _full_name(checkpoint.get('type'))
         if kind == _HOOK:
             checkpoint.type = f'mmman.{_HOOK}'
         elif kind != f'mmman.{_HOOK}':
-            _warn(f'default_hooks.checkpoint.type={kind} is not the hook of mmengine: a kill may lose checkpoints')
+            _warn(f'default_hooks.checkpoint.type={kind} is not the hook of mmengine: a killed run may lose checkpoints')
 
 
 def _full_name(kind: str | type | None) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from mmengine.runner import Runner
 
 from mmman.errors import CheckpointError
-from mmman.runtime.compare import NOTHING, Difference, differences, kind, plain
+from mmman.runtime.compare import MISSING, Difference, differences, kind, plain
 from mmman.runtime.resume_record import by_number, scaler_state, states_by_wrapper, wrappers
 
 REMEDY = 'resume with the config that it was trained with, or start a new run from its weights: load_from without resume'
@@ -35,7 +35,7 @@ def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Ite
                     f"cannot resume: the optimizer's {change.path.partition('.')[2]} is {change.theirs} in the checkpoint, "
                     f'{change.ours} in this config; {REMEDY}'
                 )
-            if not values <= {'True', 'False', NOTHING}:  # otherwise an option of another torch version
+            if not values <= {'True', 'False', MISSING}:  # otherwise an option of another torch version
                 changes.append(
                     change._replace(path=f'{change.path.partition(".")[2]} of group {change.path.partition(".")[0]}')
                 )
@@ -49,26 +49,26 @@ def changed_options(checkpoint: Mapping, runner: Runner, record: Mapping) -> Ite
     texts = [[repr(config) for config in side.values()] for side in (theirs, ours)]
     if texts[0] != texts[1] and sorted(texts[0]) == sorted(texts[1]):
         raise CheckpointError(
-            f'cannot resume: the schedulers of param_scheduler have another order in the checkpoint; {REMEDY}'
+            f'cannot resume: the schedulers of param_scheduler are in a different order in the checkpoint; {REMEDY}'
         )
     for name, scheduler in by_number(runner.param_schedulers).items():
         yield from _note(f'param_scheduler {name}', [*differences(theirs[name], ours[name], plain)])
-        passed = checkpoint['meta']['epoch' if scheduler.by_epoch else 'iter']
+        expected_steps = checkpoint['meta']['epoch' if scheduler.by_epoch else 'iter']
         steps = by_number(checkpoint['param_schedulers'])[name]['_global_step']
-        if 'monitor' not in ours[name] and steps != passed:  # a scheduler with a monitor steps only after an evaluation
-            yield f'param_scheduler {name} has made {steps} steps where the run was at {passed}'
+        if 'monitor' not in ours[name] and steps != expected_steps:  # a scheduler with a monitor steps only after an evaluation
+            yield f'param_scheduler {name} has made {steps} steps, but the run was at {expected_steps}'
     counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
     if record.get('accumulative counts', counts) != counts:
-        yield f'accumulative_counts was {record["accumulative counts"]}, and is {counts} from here on'
+        yield f'accumulative_counts changes from {record["accumulative counts"]} to {counts}'
 
 
 def _note(what: str, changes: list[Difference]) -> Iterator[str]:
     if changes:
-        said = '; '.join(f'{path} {theirs} there, {ours} here' for path, theirs, ours in changes[:3])
+        details = '; '.join(f'{path} is {theirs} in the checkpoint, {ours} in the config' for path, theirs, ours in changes[:3])
         more = f' and {len(changes) - 3} more' if changes[3:] else ''
         yield (
-            f'The {what} goes on as in the checkpoint, not as this config says: {said}{more}. To train with the new values, '
-            'start a new run from its weights: load_from without resume'
+            f'The {what} continues with the values of the checkpoint: {details}{more}. To train with the values of the '
+            'config, start a new run from its weights: load_from without resume'
         )
 
 
@@ -85,36 +85,38 @@ def changed_position(meta: Mapping, record: Mapping, runner: Runner) -> Iterator
     if record.get('by epoch', loop.by_epoch) != loop.by_epoch:
         units = ['epochs' if by_epoch else 'iterations' for by_epoch in (record['by epoch'], loop.by_epoch)]
         raise CheckpointError(f'cannot resume: the checkpoint counts {units[0]}, train_cfg {units[1]}; {REMEDY}')
-    behind, end, option = (epoch, loop.max_epochs, 'max_epochs') if loop.by_epoch else (iteration, loop.max_iters, 'max_iters')
-    if behind > end:
+    done, end, option = (epoch, loop.max_epochs, 'max_epochs') if loop.by_epoch else (iteration, loop.max_iters, 'max_iters')
+    if done > end:
         raise CheckpointError(
-            f'cannot resume: the checkpoint has {behind} {option.removeprefix("max_")} behind it, and train_cfg.{option} is '
-            f'{end}: raise it, or resume from an earlier one'
+            f'cannot resume: the checkpoint was saved after {done} {option.removeprefix("max_")}, but train_cfg.{option} is '
+            f'{end}: raise it, or resume from an earlier checkpoint'
         )
     if not record:
-        yield 'The checkpoint was not saved by a loop of mmman: the resumed run will not be exactly the uninterrupted one'
+        yield 'The checkpoint was not saved by a loop of mmman: the resumed run will not be exact'
         return
-    batch, ours = record['batch'], loop.data_facts()
-    facts = [
+    batch, ours = record['batch'], loop.data_signature()
+    signatures = [
         {**record['data'], 'sampler seed': kind(record.get('sampler seed'))},
         {**ours, 'sampler seed': kind(loop.sampler_seed)},
     ]
-    if facts[0] == facts[1]:  # otherwise the changed values explain a different number of batches
-        facts = [{'batches': record.get('batches', loop.batches)}, {'batches': loop.batches}]
-    changes = '; '.join(f'{name} {theirs} there, {ours} here' for name, theirs, ours in differences(*facts, plain))
+    if signatures[0] == signatures[1]:  # otherwise the changed values explain a different number of batches
+        signatures = [{'batches': record.get('batches', loop.batches)}, {'batches': loop.batches}]
+    changes = '; '.join(
+        f'{name} is {theirs} in the checkpoint, {ours} in this run' for name, theirs, ours in differences(*signatures, plain)
+    )
     if changes and batch:
         raise CheckpointError(
-            f'cannot resume after batch {batch} of other data: {changes}. Resume with the same data '
+            f'cannot resume at batch {batch} of an epoch with other data: {changes}. Resume with the same data '
             'and processes, or from the end of an epoch, or start a new run from its weights: load_from without resume'
         )
-    is_place = loop.is_possible if changes or not record.get('regular', True) else loop.is_regular
-    if not is_place(epoch, iteration, batch):
+    is_valid_position = loop.is_possible if changes or not record.get('regular', True) else loop.is_regular
+    if not is_valid_position(epoch, iteration, batch):
         raise CheckpointError(
-            f'cannot resume: no run with this data is in epoch {epoch} at batch {batch} after {iteration} iterations: an epoch '
-            f'has {loop.batches} batches; {REMEDY}'
+            f'cannot resume: batch {batch} of epoch {epoch} after {iteration} iterations is impossible with this data: an '
+            f'epoch has {loop.batches} batches; {REMEDY}'
         )
     if changes:
-        yield f'The run goes on with other data than it began: {changes}'
+        yield f'The run continues with other data: {changes}'
 
 
 def _config(state: Mapping) -> dict:

@@ -11,8 +11,8 @@ from torch import nn
 
 from mmman.engine.ema_hook import check_local_heads
 from mmman.errors import CheckpointError
-from mmman.runtime.compare import FLAG, NOTHING, TABLE, Kind, at, differences, is_whole, kind, kinds, words
-from mmman.runtime.optimizer_state import IMPLEMENTATION, StateOfAStep
+from mmman.runtime.compare import BOOL, MAPPING, MISSING, Kind, as_values, differences, get_at_path, is_integer, kind, kinds
+from mmman.runtime.optimizer_state import IMPLEMENTATION, ExpectedState
 from mmman.runtime.resume_changes import REMEDY, SCHEDULER_STATE, changed_options, changed_position
 from mmman.runtime.resume_record import (
     GRADIENTS,
@@ -55,12 +55,12 @@ def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
     for key, what in (('state_dict', 'weights'), ('message_hub', 'log'), ('optimizer', 'optimizer state')):
         if key not in checkpoint:
             raise CheckpointError(
-                f'cannot resume: the checkpoint has no {what}, as a published one or a best_*.pth: '
+                f'cannot resume: the checkpoint has no {what}, e.g. because it is a published one or a best_*.pth: '
                 'resume from an epoch_*.pth or iter_*.pth, or start a new run from its weights: load_from without resume'
             )
     check_values(checkpoint, runner)
     check_local_heads(checkpoint['state_dict'], unwrap(runner.model).state_dict())
-    record = at(checkpoint, f'meta.{RECORD}') or {}
+    record = get_at_path(checkpoint, f'meta.{RECORD}') or {}
     for part in _parts(checkpoint, runner, record):
         found = [*differences(part.theirs, part.ours)]
         if found:
@@ -73,8 +73,8 @@ def check_fits(checkpoint: Mapping, runner: Runner) -> list[str]:
     notes = [*changed_options(checkpoint, runner, record), *changed_position(checkpoint['meta'], record, runner)]
     if record and 'classes' not in record:
         notes.append(
-            'The checkpoint is of an earlier version, and does not say of which classes its optimizer and schedulers are: '
-            'make sure that this config has the same'
+            'The checkpoint was saved by an earlier version, which did not record the classes of its optimizer and schedulers: '
+            'make sure that this config uses the same ones'
         )
     return notes
 
@@ -85,21 +85,21 @@ def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Par
     schedulers = {name: scheduler.state_dict() for name, scheduler in by_number(runner.param_schedulers).items()}
     yield Part('parameter schedulers', Kind(len(theirs)), Kind(len(schedulers)))
     if 'classes' in record:
-        yield Part('the class of the {}', words(record['classes']), words(classes(runner)))
+        yield Part('the class of the {}', as_values(record['classes']), as_values(classes(runner)))
     model, average = unwrap(runner.model), averaged_model(runner)
-    yield Part('the checkpoint is of another model, {}', checkpoint['state_dict'], model.state_dict())
+    yield Part('the checkpoint is from a different model, {}', checkpoint['state_dict'], model.state_dict())
     ours = None if average is None else average.state_dict()
     yield Part('averaged weights (EMAHook) {}', checkpoint.get('ema_state_dict'), ours)
-    hub = dict.fromkeys(('log_scalars', 'runtime_info', 'resumed_keys'), TABLE)
+    hub = dict.fromkeys(('log_scalars', 'runtime_info', 'resumed_keys'), MAPPING)
     yield Part('message_hub {}', kinds(checkpoint['message_hub']), hub)
     yield Part(
         'param_scheduler {}', *({name: _scheduler(state) for name, state in side.items()} for side in (theirs, schedulers))
     )
     states = states_by_wrapper(checkpoint['optimizer'], runner)
-    yield Part('optimizer {}', kinds(states), dict.fromkeys(wrappers(runner), TABLE))
+    yield Part('optimizer {}', kinds(states), dict.fromkeys(wrappers(runner), MAPPING))
     if 'parameters with state' in record:
         yield Part(
-            'optimizer {}', dict.fromkeys(record['parameters with state'], TABLE), dict.fromkeys(wrappers(runner), TABLE)
+            'optimizer {}', dict.fromkeys(record['parameters with state'], MAPPING), dict.fromkeys(wrappers(runner), MAPPING)
         )
     for name, wrapper in wrappers(runner).items():
         yield from _optimizer_parts(name, wrapper, states[name], checkpoint['meta'], record, dict(model.named_parameters()))
@@ -109,9 +109,9 @@ def _parts(checkpoint: Mapping, runner: Runner, record: Mapping) -> Iterator[Par
         'accumulated gradients {}', gradients, {name: parameters.get(name) for name in record.get('gradients', gradients)}
     )
     if 'accumulative counts' in record:
-        look = words if gradients else kinds
+        compared = as_values if gradients else kinds
         counts = {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()}
-        yield Part('accumulative_counts {}', look(record['accumulative counts']), look(counts))
+        yield Part('accumulative_counts {}', compared(record['accumulative counts']), compared(counts))
 
 
 def _optimizer_parts(
@@ -140,7 +140,7 @@ def _optimizer_parts(
     names = {id(parameter): name for name, parameter in parameters.items()}
     labels = [names.get(id(parameter), str(index)) for index, parameter in enumerate(own)]
     theirs = {
-        labels[index] if is_whole(index, maximum=count - 1) else index: _as_stepped(values)
+        labels[index] if is_integer(index, maximum=count - 1) else index: _normalised_state(values)
         for index, values in state['state'].items()
         if values != {}
     }
@@ -160,25 +160,25 @@ def _expected_state(wrapper: OptimWrapper, groups: list[Mapping], indices: Itera
     """Return the expected state of each parameter after a step, by the parameter's index; None if unknown."""
     options = [group for group in groups for _ in group['params']]
     own = [parameter for group in wrapper.optimizer.param_groups for parameter in group['params']]
-    state = StateOfAStep(wrapper.optimizer)
-    return {index: _as_stepped(state.of(own[index], options[index])) for index in indices if index < len(own)}
+    state = ExpectedState(wrapper.optimizer)
+    return {index: _normalised_state(state.of(own[index], options[index])) for index in indices if index < len(own)}
 
 
 def _scheduler(state: object) -> object:
     if not isinstance(state, Mapping):
         return kind(state)
     moving = {name: Kind('a state') for name in SCHEDULER_STATE if name in state}
-    return {**kinds(state), **moving, 'param_name': words(state.get('param_name'))}
+    return {**kinds(state), **moving, 'param_name': as_values(state.get('param_name'))}
 
 
 def _group(group: Mapping) -> dict:
     """Return the options of a group that a step needs. Options that only some torch versions have are off if missing."""
     options = {name: kind(value) for name, value in group.items() if name not in IMPLEMENTATION}
-    needed = {name: value for name, value in options.items() if value not in (NOTHING, FLAG)}
+    needed = {name: value for name, value in options.items() if value not in (MISSING, BOOL)}
     return {**needed, 'params': Kind(f'{len(group["params"])} parameters')}
 
 
-def _as_stepped(values: object) -> object:
+def _normalised_state(values: object) -> object:
     """Normalise a parameter's state: some torch versions store step counts as Python numbers, and None for unused entries."""
     if not isinstance(values, Mapping):
         return values

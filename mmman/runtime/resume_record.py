@@ -35,7 +35,7 @@ class ResumeRecordHook(Hook):
             'regular': loop.is_regular(meta['epoch'], meta['iter'], batch),
             'batches': loop.batches,
             'sampler seed': loop.sampler_seed,
-            'data': loop.data_facts(),
+            'data': loop.data_signature(),
             'classes': classes(runner),
             'accumulative counts': {name: wrapper._accumulative_counts for name, wrapper in wrappers(runner).items()},
             'gradients': sorted(gradients),
@@ -53,8 +53,8 @@ def _accumulating(runner: Runner) -> dict[str, Any]:
         return {}
     if is_model_wrapper(runner.model):
         print_log(
-            'This checkpoint is saved while gradients accumulate, and every process has its own: a run resumed from it '
-            "will not be exact. Choose the checkpoint hook's interval as a multiple of accumulative_counts",
+            'This checkpoint is saved while gradients accumulate, separately on every process: a run resumed from it will not '
+            "be exact. Set the checkpoint hook's interval to a multiple of accumulative_counts",
             logger='current',
             level=logging.WARNING,
         )

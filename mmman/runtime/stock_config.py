@@ -51,15 +51,15 @@ class StockConfig:
             return cls(name, path, read_text(f'_base_ = {base!r}\n'), is_new_style=False)
         except RuntimeError as error:
             if 'lazy_import' not in str(error):
-                raise unreadable(name, error) from error
+                raise unreadable_config(name, error) from error
         except Exception as error:  # a config is a program and can raise any error
-            raise unreadable(name, error) from error
+            raise unreadable_config(name, error) from error
         try:
             return cls(name, path, Config.fromfile(path), is_new_style=True)
         except Exception as error:
-            raise unreadable(name, error) from error
+            raise unreadable_config(name, error) from error
 
-    def inherited(self, folder: Path | None) -> str:
+    def inheritance_lines(self, folder: Path | None) -> str:
         """Return the lines by which a child inherits from this config.
 
         Args:
@@ -75,16 +75,16 @@ class StockConfig:
             return f'_base_ = {str(base)!r}'
         if folder is None:
             raise ConfigError(
-                f'{self.name} is a pure Python config, inherited by a relative import: say where the child is to be (-o)'
+                f'{self.name} is a pure Python config, which is inherited by a relative import: set the path of the child (-o)'
             )
         *up, name = os.path.relpath(self.path.with_suffix(''), folder).split(os.sep)
         levels = up.count(os.pardir)
         modules = [*up[levels:], name]
-        odd = [module for module in modules if not module.isidentifier() or keyword.iskeyword(module)]
-        if odd:
+        invalid = [module for module in modules if not module.isidentifier() or keyword.iskeyword(module)]
+        if invalid:
             raise ConfigError(
-                f'{self.name} is a pure Python config, which is inherited by a relative import, and {odd[0]!r} on the way to '
-                'it is no Python name: write the child to another folder, such as that of the config itself, or rename it'
+                f'{self.name} is a pure Python config, which is inherited by a relative import, and {invalid[0]!r} in the '
+                'path is not a Python name: write the child to another folder, e.g. that of the config itself, or rename it'
             )
         return (
             'from mmengine.config import read_base\n\n'
@@ -106,7 +106,7 @@ def read_text(text: str, folder: Path | None = None) -> Config:
         Path(name).unlink()
 
 
-def unreadable(name: str, error: Exception) -> ConfigError:
+def unreadable_config(name: str, error: Exception) -> ConfigError:
     """Return the error for a config that can't be read."""
     return ConfigError(f'{name} cannot be read as a config: {" ".join(f"{type(error).__name__}: {error}".split())}')
 
@@ -116,7 +116,7 @@ def _file(name: str) -> Path:
     if not path.is_file():
         raise ConfigError(f'no config at {name}; give the path of a file, or library::path for one of a library')
     if path.suffix not in SUFFIXES:
-        raise ConfigError(f'{name} is no config: mmengine reads {", ".join(SUFFIXES)}')
+        raise ConfigError(f'{name} is not a config: mmengine reads {", ".join(SUFFIXES)}')
     return path
 
 
@@ -125,7 +125,9 @@ def _library_file(name: str) -> Path:
     spec = importlib.util.find_spec(library) if library.isidentifier() else None
     folder = Path(spec.origin).parent / '.mim' / 'configs' if spec and spec.origin else None
     if folder is None or not folder.is_dir():
-        raise ConfigError(f'{name}: no installed library {library!r} with configs; e.g. mmdet, mmseg and mmpretrain have some')
+        raise ConfigError(
+            f'{name}: there is no installed library {library!r} with configs; e.g. mmdet, mmseg and mmpretrain have configs'
+        )
     path = next((path for path in (folder / inside, folder / f'{inside}.py') if path.is_file()), None)
     if path is None:
         known = [found.relative_to(folder).as_posix() for found in folder.rglob('*.py')]

@@ -26,7 +26,7 @@ class WeightsHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict | Tensor) -> None:
         """Compare names and shapes. :class:`mmman.runtime.resume.ExactResumeHook` compares a checkpoint to resume in full."""
         if not isinstance(checkpoint, dict):
-            raise CheckpointError(f'{runner._load_from} has no weights of a model, but one tensor; give another checkpoint')
+            raise CheckpointError(f'{runner._load_from} holds a tensor, not the weights of a model; give another checkpoint')
         if runner._resume:
             return
         if 'state_dict' not in checkpoint:  # plain weights, like torchvision's; mmengine's EMAHook needs the key
@@ -43,5 +43,5 @@ class WeightsHook(Hook):
             names = [', '.join([*weights][:2]) or 'none' for weights in (theirs, ours)]
             raise CheckpointError(
                 f'{runner._load_from} has no weights of this model: its tensors are {names[0]}, ..., '
-                f"the model's {names[1]}, ...; give a checkpoint of this config's model"
+                f"those of the model are {names[1]}, ...; give a checkpoint of this config's model"
             )

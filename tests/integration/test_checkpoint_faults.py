@@ -9,7 +9,7 @@ import pytest
 from mmengine.evaluator import BaseMetric, Evaluator
 
 from mmman.runtime.atomic_files import AtomicBackend
-from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint
+from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_checkpoint
 from tests.integration.test_resume import EPOCHS, assert_same_training, checkpoint_in, load, loader_of, start, whole
 
 
@@ -75,7 +75,7 @@ def test_a_kill_while_a_checkpoint_is_written(moment, reference, tmp_path, monke
         }[name]
     )
     latest = latest_checkpoint(tmp_path)
-    check_whole(latest)
+    check_training_checkpoint(latest)
     start(tmp_path, resume=latest, stop=7)
     assert sorted(path.name for path in tmp_path.glob('iter_*')) == ['iter_7.pth']
     start(tmp_path, resume=latest_checkpoint(tmp_path))

@@ -651,5 +651,7 @@ def test_another_number_of_classes_is_refused(base: str, own_head: str) -> None:
     cfg.merge_from_dict({f'model.{own_head}.num_classes': 20})
     model = build_for_training(cfg)
 
-    with pytest.raises(ConfigError, match='num_classes=80, but the model has 20: set num_classes=20'):
+    with pytest.raises(
+        ConfigError, match=r'num_classes=80, but the model has 20: set num_classes=20 in model\.backbone\.local_head'
+    ):
         step(model, cfg.optim_wrapper, image_batch(96, 160))

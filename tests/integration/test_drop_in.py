@@ -45,7 +45,7 @@ STOCK = {
 def child_of(stock, num_blocks, folder):
     """The localised child of a stock config, as a user keeps it, without weights to download; CPUs have no float16."""
     path = folder / 'child.py'
-    path.write_text(localize(stock, num_blocks, trial=False).text)
+    path.write_text(localize(stock, num_blocks, dry_run=False).text)
     cfg = Config.fromfile(path)
     cfg.model.pop('pretrained', None)
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))

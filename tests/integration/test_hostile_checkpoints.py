@@ -261,7 +261,7 @@ def test_the_train_tool_ends_with_one_line(honest, tmp_path):
     command = [sys.executable, 'tools/train.py', config, '--resume', file, '--work-dir', tmp_path / 'work']
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     assert done.returncode == 1 and not canary.exists()
-    assert done.stderr.startswith(f'--resume: {file} names os.system, which is no weight and no log')
+    assert done.stderr.startswith(f'--resume: {file} contains os.system, which is not needed for weights or logs')
     assert done.stderr.count('\n') == 1
 
 

@@ -201,11 +201,11 @@ MISSPELLED = {
     'optim_wrapper.loss_scales': 'did you mean loss_scale?',
     'optim_wrapper.num_blocks': 'it is an option of model.backbone',
     'custom_hooks.0.momentun': 'did you mean momentum?',
-    'num_blocks': 'num_blocks has no effect there: set model.backbone.num_blocks',
-    'transfer': 'transfer has no effect there: set model.backbone.transfer',
-    'images_per_chunk': 'images_per_chunk has no effect there: set optim_wrapper.images_per_chunk',
-    'model.num_blocks': 'model.num_blocks has no effect there: set model.backbone.num_blocks',
-    'model.local_head': 'model.local_head has no effect there: set model.backbone.local_head',
+    'num_blocks': 'num_blocks has no effect: set model.backbone.num_blocks',
+    'transfer': 'transfer has no effect: set model.backbone.transfer',
+    'images_per_chunk': 'images_per_chunk has no effect: set optim_wrapper.images_per_chunk',
+    'model.num_blocks': 'model.num_blocks has no effect: set model.backbone.num_blocks',
+    'model.local_head': 'model.local_head has no effect: set model.backbone.local_head',
 }
 
 
@@ -227,7 +227,7 @@ CONTRADICTIONS = [
     ({'model.backbone.local_head': {'type': 'mmman.DetHead'}}, 'did you mean mmman.DetLocalHead?'),
     ({'model.backbone.type': 'mmman.LocalBackbon'}, 'did you mean mmman.LocalBackbone?'),
     ({'optim_wrapper.type': 'mmman.LocalLearningWrapper'}, 'did you mean mmman.LocalLearningOptimWrapper?'),
-    ({'custom_hooks': [{'type': 'mmman.EMABiasHook'}, {'type': 'mmman.EMABiasHook'}]}, '2 of mmman.EMABiasHook'),
+    ({'custom_hooks': [{'type': 'mmman.EMABiasHook'}, {'type': 'mmman.EMABiasHook'}]}, '2 mmman.EMABiasHook'),
     ({'custom_hooks': [{'type': 'mmman.EMAHook'}]}, "custom_hooks[0].type='mmman.EMAHook'"),
     ({'pipeline': {'staleness': 1}}, 'pipeline has no effect'),
     ({'pipeline': {'staleness': -1}, 'runner_type': 'mmman.PipelineRunner'}, 'pipeline.staleness=-1'),
@@ -261,10 +261,10 @@ WRAPPERS = [
         ({'max_norm': math.nan}, 'clip_grad.max_norm=nan'),
         ({'max_norm': 1, 'norm_type': 'two'}, "clip_grad.norm_type='two'"),
         ({'max_nrom': 1}, 'did you mean max_norm?'),
-        ({'type': 'value'}, 'needs clip_value'),
+        ({'type': 'value'}, 'requires the option clip_value'),
         ({'type': 'value', 'clip_value': -1}, 'clip_grad.clip_value=-1'),
         ({'type': 'nothing', 'max_norm': 1}, "clip_grad.type='nothing'"),
-        ({}, 'needs max_norm'),
+        ({}, 'requires the option max_norm'),
     ]),
 ]  # fmt: skip
 

@@ -247,10 +247,16 @@ ADAM = {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'AdamW'
         ({'param_scheduler': []}, 'parameter schedulers: 2 in the checkpoint, 0 in this run'),
         (
             {'loaders': lambda: loader_of(batch=4)},
-            r'after batch 2 of other data: batch size 3 there, 4 here. Resume',
+            r'at batch 2 of an epoch with other data: batch size is 3 in the checkpoint, 4 in this run. Resume',
         ),
-        ({'loaders': lambda: loader_of(images=8)}, 'after batch 2 of other data: dataset length 11 there, 8 here'),
-        ({'loaders': lambda: loader_of(drop_last=True)}, 'after batch 2 of other data: batches 4 there, 3 here'),
+        (
+            {'loaders': lambda: loader_of(images=8)},
+            'dataset length is 11 in the checkpoint, 8 in this run',
+        ),
+        (
+            {'loaders': lambda: loader_of(drop_last=True)},
+            'batches is 4 in the checkpoint, 3 in this run',
+        ),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(options, message, tmp_path):
@@ -270,7 +276,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         start(tmp_path, resume=path, model=model)
     stripped = {name: value for name, value in load(path).items() if name != 'optimizer'}
     torch.save(stripped, path)
-    with pytest.raises(CheckpointError, match=r'has no optimizer state, as a published one or a best_\*.pth'):
+    with pytest.raises(CheckpointError, match=r'has no optimizer state, e.g. because it is a published one or a best_\*.pth'):
         start(tmp_path, resume=path)
 
 

@@ -155,16 +155,16 @@ def spoil(part: str, name: str, value: float) -> Callable[[dict], None]:
 WEIGHT, NAN = 'backbone.stem.weight', float('nan')
 CHANGED_CHECKPOINTS = {
     # optimizer
-    'emptied state': (put('optimizer/state', {}), r'state backbone\.\S+: nothing in the checkpoint, a table in this run \('),
-    'emptied state, older': (older(put('optimizer/state', {})), r'state backbone\.\S+: nothing in the checkpoint, a table'),
-    'no exp_avg': (drop_state('exp_avg'), r'state backbone\.\S+\.exp_avg: nothing in the checkpoint, float64 \('),
-    'no exp_avg, older': (older(drop_state('exp_avg')), r'\.exp_avg: nothing in the checkpoint, float64 \('),
+    'emptied state': (put('optimizer/state', {}), r'state backbone\.\S+: missing in the checkpoint, a dict in this run \('),
+    'emptied state, older': (older(put('optimizer/state', {})), r'state backbone\.\S+: missing in the checkpoint, a dict'),
+    'no exp_avg': (drop_state('exp_avg'), r'state backbone\.\S+\.exp_avg: missing in the checkpoint, float64 \('),
+    'no exp_avg, older': (older(drop_state('exp_avg')), r'\.exp_avg: missing in the checkpoint, float64 \('),
     'SGD state': (older(drop_state('exp_avg', 'exp_avg_sq', 'step')), r'state backbone\.\S+'),
     'one parameter without state': (
         lambda c: c['optimizer']['state'].pop(3),
-        'nothing in the checkpoint, a table in this run;',
+        'missing in the checkpoint, a dict in this run;',
     ),
-    'state of no parameter': (lambda c: c['optimizer']['state'].update({999: {}, 998: {'step': 1}}), 'state 998: a table'),
+    'state of no parameter': (lambda c: c['optimizer']['state'].update({999: {}, 998: {'step': 1}}), 'state 998: a dict'),
     'state of another shape': (lambda c: c['optimizer']['state'][3].update(exp_avg=torch.zeros(1, 2)), r'float32 \(1, 2\) in'),
     'state that is no tensor': (
         lambda c: c['optimizer']['state'][3].update(exp_avg=0.5),
@@ -176,25 +176,25 @@ CHANGED_CHECKPOINTS = {
     ),
     'count of steps': (
         lambda c: c['optimizer']['state'][0].update(step=torch.tensor(7.0)),
-        'no more than the steps of the run',
+        'at most the number of steps of the run',
     ),
     'numbers of parameters': (
         lambda c: c['optimizer']['param_groups'][0]['params'].reverse(),
         'others in the checkpoint, in order',
     ),
     'other groups': (lambda c: c['optimizer']['param_groups'].append({'params': []}), 'groups .*: a list of 2 .* a list of 1'),
-    'learning rate NaN': (put(f'{GROUP}/lr', NAN), 'lr: no finite number in the checkpoint'),
-    'learning rate negative': (put(f'{GROUP}/lr', -0.1), 'param_groups.0.lr of the checkpoint is -0.1, not a number from 0'),
-    'no learning rate': (put(f'{GROUP}/lr', REMOVED), 'lr: nothing in the checkpoint, a number'),
-    'another algorithm': (put(f'{GROUP}/amsgrad', True), 'max_exp_avg_sq: nothing in the checkpoint'),
+    'learning rate NaN': (put(f'{GROUP}/lr', NAN), 'lr: a non-finite number in the checkpoint'),
+    'learning rate negative': (put(f'{GROUP}/lr', -0.1), 'param_groups.0.lr of the checkpoint is -0.1, not a number >= 0'),
+    'no learning rate': (put(f'{GROUP}/lr', REMOVED), 'lr: missing in the checkpoint, a number'),
+    'another algorithm': (put(f'{GROUP}/amsgrad', True), 'max_exp_avg_sq: missing in the checkpoint'),
     'maximize': (put(f'{GROUP}/maximize', True), "the optimizer's maximize is True in the checkpoint, False in this config"),
-    'steps beyond the iterations': (put('optimizer/steps', 7), 'optimizer.steps of the checkpoint is 7, not no more than'),
-    'negative steps': (put('optimizer/steps', -1), 'optimizer.steps of the checkpoint is -1, not a whole number from 0'),
-    'no steps': (put('optimizer/steps', REMOVED), 'optimizer, steps: nothing in the checkpoint, a number in this run'),
+    'steps beyond the iterations': (put('optimizer/steps', 7), 'optimizer.steps of the checkpoint is 7, not at most'),
+    'negative steps': (put('optimizer/steps', -1), 'optimizer.steps of the checkpoint is -1, not an integer >= 0'),
+    'no steps': (put('optimizer/steps', REMOVED), 'optimizer, steps: missing in the checkpoint, a number in this run'),
     # loss scaler
     'no scaler': (
         older(put('optimizer/loss_scaler', REMOVED)),
-        'loss scaler .*: nothing in the checkpoint, a table in this run',
+        'loss scaler .*: missing in the checkpoint, a dict in this run',
     ),
     **{
         f'scale {scale}': (
@@ -205,7 +205,7 @@ CHANGED_CHECKPOINTS = {
     },
     'growth': (put('optimizer/loss_scaler/growth_factor', 0.5), 'growth_factor of .* is 0.5, not a number above 1'),
     # schedulers
-    'swapped schedulers': (swap_schedulers, 'param_scheduler 0.end_factor: a number in the checkpoint, nothing'),
+    'swapped schedulers': (swap_schedulers, 'param_scheduler 0.end_factor: a number in the checkpoint, missing'),
     'one scheduler less': (lambda c: c['param_schedulers'].pop(), 'parameter schedulers: 1 in the checkpoint, 2 in this run'),
     'scheduler of momentum': (
         put('param_schedulers/1/param_name', 'momentum'),
@@ -213,37 +213,37 @@ CHANGED_CHECKPOINTS = {
     ),
     'scheduler with a method': (
         put('param_schedulers/1/step', 5),
-        'param_scheduler 1.step: a number in the checkpoint, nothing',
+        'param_scheduler 1.step: a number in the checkpoint, missing',
     ),
     'scheduler step': (
         put('param_schedulers/1/last_step', -2),
-        'param_schedulers.1.last_step of the checkpoint is -2, not a whole',
+        'param_schedulers.1.last_step of the checkpoint is -2, not an integer',
     ),
     # place
     'batch beyond the epoch': (
         put(f'{RECORD}/batch', 5),
-        'no run with this data is in epoch 1 at batch 5 after 6 iterations: an epoch has 4',
+        'batch 5 of epoch 1 after 6 iterations is impossible with this data: an epoch has 4',
     ),
     'batch beyond the epoch, older': (
         older(put(f'{RECORD}/batch', 5)),
-        'no run with this data is in epoch 1 at batch 5 after 6 iterations',
+        'batch 5 of epoch 1 after 6 iterations is impossible',
     ),
-    'negative batch': (put(f'{RECORD}/batch', -1), 'batch of the checkpoint is -1, not a whole number from 0'),
-    'epoch and iteration differ': (put('meta/epoch', 2), 'no run with this data is in epoch 2 at batch 2 after 6 iterations'),
-    'iteration too high': (put('meta/iter', 7), 'no run with this data is in epoch 1 at batch 2 after 7 iterations'),
-    'negative iteration': (put('meta/iter', -6), 'meta.iter of the checkpoint is -6, not a whole number from 0'),
-    'epoch is no number': (put('meta/epoch', '1'), "meta.epoch of the checkpoint is '1', not a whole number"),
-    'epoch beyond the end': (older(put('meta/epoch', 4)), 'has 4 epochs behind it, and train_cfg.max_epochs is 3: raise it'),
+    'negative batch': (put(f'{RECORD}/batch', -1), 'batch of the checkpoint is -1, not an integer >= 0'),
+    'epoch and iteration differ': (put('meta/epoch', 2), 'batch 2 of epoch 2 after 6 iterations is impossible'),
+    'iteration too high': (put('meta/iter', 7), 'batch 2 of epoch 1 after 7 iterations is impossible'),
+    'negative iteration': (put('meta/iter', -6), 'meta.iter of the checkpoint is -6, not an integer >= 0'),
+    'epoch is no number': (put('meta/epoch', '1'), "meta.epoch of the checkpoint is '1', not an integer"),
+    'epoch beyond the end': (older(put('meta/epoch', 4)), 'was saved after 4 epochs, but train_cfg.max_epochs is 3: raise it'),
     'seed': (put('meta/seed', -1), 'meta.seed of the checkpoint is -1, not'),
-    'no sampler seed': (put(f'{RECORD}/sampler seed', None), 'sampler seed nothing there, a number here'),
+    'no sampler seed': (put(f'{RECORD}/sampler seed', None), 'sampler seed is missing in the checkpoint, a number in this run'),
     # weights
     'another dtype': (lambda c: c['state_dict'].update({WEIGHT: c['state_dict'][WEIGHT].float()}), f'model, {WEIGHT}: float32'),
-    'weight that is no tensor': (put(f'state_dict/{WEIGHT}', 'x'), f'another model, {WEIGHT}: a text in the checkpoint'),
+    'weight that is no tensor': (put(f'state_dict/{WEIGHT}', 'x'), f'a different model, {WEIGHT}: a string in the checkpoint'),
     'weight with NaN': (spoil('state_dict', WEIGHT, NAN), f'state_dict.{WEIGHT} of the checkpoint is not finite'),
     'weight with infinity': (spoil('state_dict', WEIGHT, float('inf')), f'state_dict.{WEIGHT} of the checkpoint is not finite'),
     'no average': (
         put('ema_state_dict', REMOVED),
-        r'averaged weights \(EMAHook\): nothing in the checkpoint, a table in this run',
+        r'averaged weights \(EMAHook\): missing in the checkpoint, a dict in this run',
     ),
     'average of another shape': (
         lambda c: c['ema_state_dict'].update(steps=torch.zeros(2)),
@@ -253,7 +253,7 @@ CHANGED_CHECKPOINTS = {
     # gradients
     'no gradients': (
         put('mmman_gradients', REMOVED),
-        r'accumulated gradients backbone\.\S+: nothing in the checkpoint, float64',
+        r'accumulated gradients backbone\.\S+: missing in the checkpoint, float64',
     ),
     'gradient of another shape': (
         lambda c: c['mmman_gradients'].update({WEIGHT: torch.zeros(2)}),
@@ -262,10 +262,10 @@ CHANGED_CHECKPOINTS = {
     'gradient of nothing': (lambda c: c['mmman_gradients'].update(x=torch.zeros(2)), 'gradients x: float32'),
     'gradient of nothing, older': (older(lambda c: c['mmman_gradients'].update(x=torch.zeros(2))), 'gradients x: float32'),
     # message hub
-    'hub without a part': (put('message_hub/log_scalars', REMOVED), 'message_hub log_scalars: nothing in the checkpoint'),
+    'hub without a part': (put('message_hub/log_scalars', REMOVED), 'message_hub log_scalars: missing in the checkpoint'),
     'log that is none': (
         lambda c: c['message_hub']['log_scalars'].update(x=1),
-        'log_scalars of the checkpoint is a table, not a table of log',
+        'log_scalars of the checkpoint is a dict, not a dict of log',
     ),
     'files that are no names': (
         put(f'{HUB}/superseded_ckpts', [1]),
@@ -273,10 +273,10 @@ CHANGED_CHECKPOINTS = {
     ),
     'numbers of files': (
         put(f'{HUB}/keep_ckpt_ids', ['../x']),
-        'keep_ckpt_ids of the checkpoint is a list of 1, not a list of whole',
+        'keep_ckpt_ids of the checkpoint is a list of 1, not a list of integers',
     ),
     'best score': (put(f'{HUB}/best_score', 'good'), "best_score of the checkpoint is 'good', not a number"),
-    'best file': (put(f'{HUB}/best_ckpt', 5), 'best_ckpt of the checkpoint is 5, not a text'),
+    'best file': (put(f'{HUB}/best_ckpt', 5), 'best_ckpt of the checkpoint is 5, not a string'),
     'resumed keys': (
         put('message_hub/resumed_keys/keep_ckpt_ids', False),
         'resumed_keys.keep_ckpt_ids of the checkpoint is False',
@@ -307,10 +307,10 @@ CHANGED_CONFIGS = {
         'the class of the param_scheduler 0: MultiStepLR in the checkpoint, StepLR in this run',
     ),
     'schedulers swapped': ({'schedulers': SCHEDULERS[::-1]}, 'the class of the param_scheduler 0: MultiStepLR .* LinearLR in'),
-    'no average': ({'ema': False}, 'the class of the averaged weights: ExponentialMovingAverage in the checkpoint, nothing in'),
+    'no average': ({'ema': False}, 'the class of the averaged weights: ExponentialMovingAverage in the checkpoint, missing in'),
     'no scaler': (
         {'wrapper': {'loss_scale': None}},
-        r'loss scaler \(dtype\?\): a table in the checkpoint, nothing in this run',
+        r'loss scaler \(dtype\?\): a dict in the checkpoint, missing in this run',
     ),
     'accumulation': ({'wrapper': {'accumulative_counts': 3}}, 'accumulative_counts: 4 in the checkpoint, 3 in this run'),
     'groups': (
@@ -337,10 +337,15 @@ def test_numbers_that_the_config_changes_stay_the_checkpoints_and_the_log_says_s
     wrapper = {'optimizer': {'type': 'AdamW', 'lr': 0.2, 'weight_decay': 0.5, 'betas': (0.8, 0.999)}}
     schedulers = [{**SCHEDULERS[0], 'milestones': [1, 3]}, SCHEDULERS[1]]
     optimizer, *rest = check_fits(fresh.checkpoint, fresh.run_of(wrapper=wrapper, schedulers=schedulers))
-    assert 'optimizer goes on as in the checkpoint' in optimizer and 'load_from without resume' in optimizer
-    for change in ('betas.0 of group 0 0.9 there, 0.8 here', 'lr of group 0 0.1 there, 0.2 here'):
+    assert 'optimizer continues with the values of the checkpoint' in optimizer and 'load_from without resume' in optimizer
+    for change in (
+        'betas.0 of group 0 is 0.9 in the checkpoint, 0.8 in the config',
+        'lr of group 0 is 0.1 in the checkpoint, 0.2 in the config',
+    ):
         assert change in optimizer
-    assert any('param_scheduler 0 goes on as in the checkpoint' in note and 'milestones.3' in note for note in rest)
+    assert any(
+        'param_scheduler 0 continues with the values of the checkpoint' in note and 'milestones.3' in note for note in rest
+    )
 
 
 @pytest.mark.parametrize(
@@ -348,9 +353,9 @@ def test_numbers_that_the_config_changes_stay_the_checkpoints_and_the_log_says_s
     [
         (
             ('regular', 'batches', 'classes', 'accumulative counts', 'gradients', 'parameters with state'),
-            'of an earlier version, and does not say',
+            'by an earlier version, which did not record',
         ),
-        ((), 'was not saved by a loop of mmman: the resumed run will not be exactly'),
+        ((), 'was not saved by a loop of mmman: the resumed run will not be exact'),
     ],
 )
 def test_a_checkpoint_that_says_less_about_itself_fits_with_a_note(names, note, fresh):
@@ -369,7 +374,7 @@ def test_an_older_checkpoint_of_another_optimizer_is_refused_by_what_it_holds(fr
         check_fits(
             checkpoint, fresh.run_of(optimizer='Adam', wrapper={'optimizer': {'type': 'Adam', 'lr': 0.1, 'weight_decay': 0.01}})
         )
-    with pytest.raises(CheckpointError, match='groups .*betas: a list of 2 in the checkpoint, nothing in'):
+    with pytest.raises(CheckpointError, match='groups .*betas: a list of 2 in the checkpoint, missing in'):
         check_fits(checkpoint, fresh.run_of(wrapper={'optimizer': {'type': 'SGD', 'lr': 0.1, 'momentum': 0.9}}))
 
 
@@ -383,7 +388,7 @@ def test_schedulers_of_one_class_in_another_order_are_refused(fresh):
     checkpoint['meta']['mmman_resume']['classes']['param_scheduler 0'] = 'LinearLR'
     assert check_fits(checkpoint, run) == []
     checkpoint['param_schedulers'] = states[::-1]
-    with pytest.raises(CheckpointError, match='the schedulers of param_scheduler have another order in the checkpoint'):
+    with pytest.raises(CheckpointError, match='the schedulers of param_scheduler are in a different order in the checkpoint'):
         check_fits(checkpoint, run)
 
 
@@ -424,7 +429,7 @@ def paths(value: Any, above: tuple = ()) -> Iterator[tuple]:
 
 
 def shape(path: tuple) -> tuple:
-    """One place stands for all that are alike: the tensors of a model, the parameters of an optimizer, the logs."""
+    """One place replaces all that are alike: the tensors of a model, the parameters of an optimizer, the logs."""
     if path[0] in ('state_dict', 'ema_state_dict') or path[1:2] in (('log_scalars',), ('resumed_keys',)):
         return (*path[:2], len(path)) if path[0] == 'message_hub' else (path[0], path[-1] in ('steps',) or str(path[-1])[-5:])
     return tuple('n' if isinstance(key, int) and path[0] == 'optimizer' else key for key in path)
@@ -437,6 +442,6 @@ def test_resuming_for_real_goes_through_the_checks(tmp_path):
     checkpoint['optimizer']['state'] = {}
     torch.save(checkpoint, path)
     before = Path(path).read_bytes()
-    with pytest.raises(CheckpointError, match='momentum_buffer|state .*: nothing in the checkpoint'):
+    with pytest.raises(CheckpointError, match='momentum_buffer|state .*: missing in the checkpoint'):
         start(tmp_path, resume=path)
     assert Path(path).read_bytes() == before

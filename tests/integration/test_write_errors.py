@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS
 from torch import multiprocessing
 
 from mmman.errors import CheckpointWriteError
-from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint
+from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_checkpoint
 from tests.conftest import ROOT
 from tests.integration.test_resume import NoisyImages, assert_same_training, checkpoint_in, load, start, whole
 
@@ -92,7 +92,7 @@ def test_a_real_disk_that_is_full_or_read_only(small_disk, reference, tmp_path):
     run, folder = tmp_path / 'run', small_disk / 'run'
     with pytest.raises(CheckpointWriteError, match=f'cannot write {folder}/iter_2.pth: No space left on device{REMEDY}'):
         start(run, seed=5, **options)
-    check_whole(checkpoint_in(folder))
+    check_training_checkpoint(checkpoint_in(folder))
     assert sorted(path.name for path in folder.glob('iter_*')) == ['iter_1.pth']
     assert mounted('-o', 'remount,ro', str(small_disk))
     with pytest.raises(CheckpointWriteError, match=f'cannot write {folder}: Read-only file system{REMEDY}'):

@@ -200,7 +200,7 @@ def test_refused():
         one_step(detector('RetinaNet'), images(), images_per_chunk=0)
     model = detector('RetinaNet')
     model.__class__ = type('Distiller', (type(model),), {'loss': lambda self: None})
-    with pytest.raises(ConfigError, match='images_per_chunk is for models.*SingleStageDetector.*not for Distiller'):
+    with pytest.raises(ConfigError, match='images_per_chunk requires a model.*SingleStageDetector.*not Distiller'):
         one_step(model, images(), images_per_chunk=1)
     model = detector('RetinaNet')
     model.neck.lateral_convs[0].bn = torch.nn.BatchNorm2d(4)

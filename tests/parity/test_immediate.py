@@ -7,7 +7,7 @@ import torch
 from mmengine.optim import build_optim_wrapper
 
 from mmman.analysis import LiveBytes
-from mmman.local.block_parameters import parameters_by_block
+from mmman.engine.block_parameters import parameters_by_block
 from tests.toy import block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -13,7 +14,15 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.errors import ConfigError
 from mmman.memory.chunks import Losses, run_in_chunks
-from mmman.memory.detection.losses import BatchLoss, Sizes, batch_loss, check_chunks, dense_head_losses, map_sizes
+from mmman.memory.detection.losses import (
+    BatchLoss,
+    Sizes,
+    batch_loss,
+    check_adapter,
+    check_norms,
+    dense_head_losses,
+    map_sizes,
+)
 
 if TYPE_CHECKING:
     from mmman.local.local_head import LocalHead
@@ -59,11 +68,11 @@ class DenseLocalHead(Protocol):
     def children(self) -> Iterable[nn.Module]: ...
 
 
-MakeLoss = Callable[['DenseLocalHead | None', nn.Module, Sizes, list, Tensor], BatchLoss]
+MakeLoss = Callable[['DenseLocalHead | None', nn.Module, list, Sizes, Tensor], BatchLoss]
 """Makes the loss of a batch from a local head or None, its dense head, and the arguments of :class:`BatchLoss`."""
 
 
-def make_batch_loss(owner: DenseLocalHead | None, head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
+def make_batch_loss(owner: DenseLocalHead | None, head: nn.Module, data_samples: list, sizes: Sizes, like: Tensor) -> BatchLoss:
     """Make the loss of a batch, with its targets."""
     return batch_loss(head, sizes, data_samples if owner is None else owner.filter_gt(data_samples), like)
 
@@ -117,7 +126,7 @@ class DenseLoss:
             feature_maps = self._neck(features)
             features.clear()
             return dense_head_losses(
-                model.bbox_head, feature_maps, lambda *own: self._make(None, model.bbox_head, data_samples, *own)
+                model.bbox_head, feature_maps, partial(self._make_loss, None, model.bbox_head, data_samples)
             )
         modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
         return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.chunk_size, dry_run)
@@ -135,21 +144,18 @@ class DenseLoss:
             return {} if dry_run else head.loss(y, inputs, data_samples)
         chunk_size = len(data_samples)
         if self.chunk_size is not None:
-            check_chunks(self.model.bbox_head, [])
-            check_chunks(dense, [])
+            check_adapter(self.model.bbox_head)
+            check_adapter(dense)
             chunk_size = max(1, int(self.chunk_size * _positions(self.model.bbox_head) / _positions(dense)))
         if chunk_size >= len(data_samples):
             if dry_run:
                 return {}
             feature_maps = head.feature_maps(y, inputs)
-            return dense_head_losses(dense, feature_maps, lambda *own: self._make(head, dense, data_samples, *own))
+            return dense_head_losses(dense, feature_maps, partial(self._make_loss, head, dense, data_samples))
         modules = [part for part in head.children() if part is not head.transfer]
         return self._run(
             head, lambda leaves: head.feature_maps(leaves[0], inputs), [y], modules, dense, data_samples, chunk_size, dry_run
         )
-
-    def _make(self, owner: DenseLocalHead | None, head: nn.Module, data_samples: list, sizes: Sizes, like: Tensor) -> BatchLoss:
-        return self._make_loss(owner, head, sizes, data_samples, like)
 
     def _run(
         self,
@@ -162,7 +168,8 @@ class DenseLoss:
         chunk_size: int,
         dry_run: bool,
     ) -> Losses:
-        check_chunks(head, modules)
+        check_adapter(head)
+        check_norms(head, modules)
         sizes, is_read = self._probe(make_feature_maps, features, head)
         if dry_run:
             return {}
@@ -177,7 +184,7 @@ class DenseLoss:
             fraction = len(leaves[0]) / len(data_samples)
             return loss, {n: v if 'loss' in n else v * fraction for n, v in log.items() if n != 'loss'}
 
-        losses = self._make(owner, head, data_samples, sizes, features[-1])
+        losses = self._make_loss(owner, head, data_samples, sizes, features[-1])
         return run_in_chunks(compute, features, modules, chunk_size, self._scale_loss(features[-1].new_ones(())))
 
     def _probe(

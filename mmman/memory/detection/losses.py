@@ -7,6 +7,7 @@ predictions, so they are known before the head runs: targets are computed once f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class SummedAnchorLoss(AnchorLoss):
         self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         head = self.head
-        if head.reg_decoded_bbox or not _is_stock(head, 'loss_by_feat_single', 'AnchorHead'):
+        if head.reg_decoded_bbox or not _is_stock(type(head), 'loss_by_feat_single', 'AnchorHead'):
             return super().level_losses(level, scores, boxes, images, targets)
         labels, label_weights, box_targets, box_weights = targets
         scores = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels)
@@ -204,23 +205,27 @@ _ADAPTERS: dict[str, type[BatchLoss]] = {'AnchorHead': SummedAnchorLoss, 'ATSSHe
 
 
 def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
-    """Make the losses of a dense head that :func:`check_chunks` accepts. Takes the arguments of :class:`BatchLoss`."""
-    return _adapter_class(head)(head, sizes, data_samples, like)
+    """Make the losses of a dense head that :func:`check_adapter` accepts. Takes the arguments of :class:`BatchLoss`."""
+    return _adapter_class(type(head))(head, sizes, data_samples, like)
 
 
-def check_chunks(head: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Raise :class:`ConfigError` if the losses of a dense head can't be computed for a few images at a time.
-
-    Args:
-        head: The dense head.
-        modules: All modules that would run on a few images at a time.
-    """
-    if _adapter_class(head) is None:
+def check_adapter(head: nn.Module) -> None:
+    """Raise :class:`ConfigError` if the losses of a dense head can't be computed for a few images at a time."""
+    if _adapter_class(type(head)) is None:
         raise ConfigError(
             f'{type(head).__name__} cannot run on a few images at a time: the normaliser of its losses is not known for the '
             f'whole batch in advance. Supported are heads that compute their loss as {", ".join(sorted(_ADAPTERS))} do; '
             'set optim_wrapper.images_per_chunk=None'
         )
+
+
+def check_norms(head: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Raise :class:`ConfigError` if a layer mixes the images of a batch.
+
+    Args:
+        head: The dense head.
+        modules: All modules that would run on a few images at a time.
+    """
     norms = (part for module in modules for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
     if any(norm.training for norm in norms):
         raise ConfigError(
@@ -242,8 +247,9 @@ def map_sizes(feature_maps: Sequence[Tensor]) -> Sizes:
     return [(*level.shape[-2:],) for level in feature_maps]
 
 
-def _adapter_class(head: nn.Module) -> type[BatchLoss] | None:
-    owner = next((cls for cls in type(head).__mro__ if 'loss_by_feat' in vars(cls)), type(head))
+@cache
+def _adapter_class(head_class: type[nn.Module]) -> type[BatchLoss] | None:
+    owner = next((cls for cls in head_class.__mro__ if 'loss_by_feat' in vars(cls)), head_class)
     if not owner.__module__.startswith('mmdet.models.dense_heads.') or owner.__name__ not in _ADAPTERS:
         return None
     import mmdet
@@ -255,12 +261,13 @@ def _adapter_class(head: nn.Module) -> type[BatchLoss] | None:
         )
     # SummedAnchorLoss calls the head's own loss_by_feat_single if the head has one; the other adapters don't.
     methods = ('loss',) if owner.__name__ == 'AnchorHead' else ('loss', 'loss_by_feat_single')
-    if not all(_is_stock(head, name, owner.__name__) for name in methods):
+    if not all(_is_stock(head_class, name, owner.__name__) for name in methods):
         return None
     return _ADAPTERS[owner.__name__]
 
 
-def _is_stock(head: nn.Module, name: str, owner: str) -> bool:
+@cache
+def _is_stock(head_class: type[nn.Module], name: str, owner: str) -> bool:
     """Whether a head inherits a method from the mmdet class ``owner``, or from a base class of ``owner``."""
-    stock = next(cls for cls in type(head).__mro__ if cls.__name__ == owner)
-    return getattr(type(head), name, None) is getattr(stock, name, None)
+    stock = next(cls for cls in head_class.__mro__ if cls.__name__ == owner)
+    return getattr(head_class, name, None) is getattr(stock, name, None)

@@ -13,8 +13,8 @@ from mmengine.utils import apply_to
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mmman.engine.block_parameters import block_index
 from mmman.errors import ConfigError
-from mmman.local.block_parameters import block_index
 
 SHARED = 'data_preprocessor.'
 """Prefix of tensors that every stage holds: the few values with which heads undo the normalisation of images."""

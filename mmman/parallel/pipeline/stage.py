@@ -13,7 +13,7 @@ from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from mmman.local.block_parameters import parameters_by_block
+from mmman.engine.block_parameters import parameters_by_block
 from mmman.local.blocks import localized_backbone
 from mmman.parallel.ddp import BlockReducer
 from mmman.parallel.pipeline.comm import Batch, StageComm

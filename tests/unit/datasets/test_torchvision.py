@@ -115,18 +115,20 @@ def test_image_folder(tmp_path):
 
 @pytest.mark.parametrize('name', ['VOCDetection', 'SVNH', 'ImageNet'])
 def test_unknown_dataset(name):
-    with pytest.raises(ValueError, match=f"dataset='{name}' is none of .*: CIFAR10, .*, STL10, "):
+    with pytest.raises(
+        ValueError, match=f"dataset='{name}' is not a classification dataset of torchvision: choose CIFAR10, .*, STL10, "
+    ):
         TorchvisionDataset(name, 'nowhere')
 
 
 def test_unknown_split_or_option():
     with pytest.raises(ValueError, match="Valid values are .*'extra'"):
         TorchvisionDataset('SVHN', 'nowhere', 'val')
-    with pytest.raises(ValueError, match="MNIST has no split 'val'; its splits are 'train' and 'test'"):
+    with pytest.raises(ValueError, match="MNIST has no split 'val': set 'train' or 'test'"):
         TorchvisionDataset('MNIST', 'nowhere', 'val')
-    with pytest.raises(ValueError, match='EuroSAT has no split .* none: leave split out'):
+    with pytest.raises(ValueError, match='EuroSAT has no split .*: remove split'):
         TorchvisionDataset('EuroSAT', 'nowhere', 'train')
-    with pytest.raises(ValueError, match='SVHN takes no folds; it takes download, root, split'):
+    with pytest.raises(ValueError, match='SVHN has no option folds; the options are download, root, split'):
         TorchvisionDataset('SVHN', 'nowhere', 'train', folds=1)
     with pytest.raises(ValueError, match='torchvision cannot download FER2013'):
         TorchvisionDataset('FER2013', 'nowhere', 'train', download=True)
@@ -136,14 +138,16 @@ def test_unknown_split_or_option():
     ('name', 'split', 'remedy'),
     [
         ('SVHN', 'test', 'download http.*test_32x32.mat to {root}/test_32x32.mat, or set download=True'),
-        ('STL10', 'train', 'download http.*stl10_binary.tar.gz and unpack it in {root}, which makes {root}/stl10_binary, or'),
-        ('FER2013', 'train', 'the documentation of torchvision.datasets.FER2013 says what belongs there. torchvision says'),
+        ('STL10', 'train', 'download http.*stl10_binary.tar.gz and unpack it in {root} to get {root}/stl10_binary, or'),
+        ('FER2013', 'train', 'see the documentation of torchvision.datasets.FER2013 for the files. torchvision: '),
         ('ImageFolder', None, 'the documentation of torchvision.datasets.ImageFolder'),
     ],
 )
 def test_missing_data_is_said_and_not_downloaded(name, split, remedy, tmp_path):
     root = tmp_path / 'data'
-    with pytest.raises(FileNotFoundError, match=f'no {name} in data_root.*' + remedy.format(root=root)):
+    with pytest.raises(
+        FileNotFoundError, match=f'does not contain the original files of {name}: .*' + remedy.format(root=root)
+    ):
         TorchvisionDataset(name, root, split)
     assert not root.exists()
 

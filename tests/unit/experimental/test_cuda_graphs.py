@@ -159,7 +159,7 @@ def test_an_operator_that_waits_is_named(capturer):
 def test_random_numbers_cannot_be_drawn_twice(capturer, monkeypatch):
     steps = Steps(**GRAPHS)
     steps(64, 64)
-    monkeypatch.setattr('mmman.memory.recompute._is_recorded', lambda: capturer.is_capturing)
+    monkeypatch.setattr('mmman.memory.recompute._is_capturing', lambda: capturer.is_capturing)
     unit = steps.backbone.layer1[0]
     assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
     unit.forward.draws = True

@@ -121,14 +121,14 @@ def test_larger_batches_train_as_before(monkeypatch):
         for kind in ('dgl', 'contrast', 'infopro imagenet'):
             model = classifier(HEADS[kind])
             into.update({f'{kind} {name}': grad for name, grad in gradients(model, batch(2, 64)).items()})
-        monkeypatch.setattr('mmman.local.session.use_running_stats_for_batch_of_one', lambda head, size: torch.enable_grad())
+        monkeypatch.setattr('mmman.local.session.use_running_stats_for_batch_of_one', lambda head: torch.enable_grad())
     for name, grad in plain.items():
         assert (grad is None) == (ours[name] is None) and (grad is None or torch.equal(grad, ours[name])), name
 
 
 def test_one_layer_may_get_one_value_and_then_several():
     layer = nn.BatchNorm2d(2)
-    with use_running_stats_for_batch_of_one(layer, 1):
+    with use_running_stats_for_batch_of_one(layer):
         single = layer(torch.ones(1, 2, 1, 1))
         assert layer.training and layer.num_batches_tracked == 0
         layer(torch.randn(1, 2, 3, 3))
@@ -141,7 +141,7 @@ def test_one_layer_may_get_one_value_and_then_several():
 
 def test_modes_return_where_the_layer_or_what_follows_fails():
     head = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(3, 1))
-    with pytest.raises(RuntimeError), use_running_stats_for_batch_of_one(head, 1):
+    with pytest.raises(RuntimeError), use_running_stats_for_batch_of_one(head):
         head(torch.ones(1, 2))
     assert head[0].training and not head[0]._forward_pre_hooks
 
@@ -150,7 +150,7 @@ def test_a_layer_without_running_statistics_is_refused():
     layer = nn.BatchNorm1d(2, track_running_stats=False)
     with (
         pytest.raises(ConfigError, match='keeps no running statistics .*drop_last=True'),
-        use_running_stats_for_batch_of_one(layer, 1),
+        use_running_stats_for_batch_of_one(layer),
     ):
         layer(torch.ones(1, 2))
     assert layer.training
@@ -175,7 +175,7 @@ def test_images_of_several_labels():
     contrast = classifier({**HEADS['contrast'], 'head': head})
     samples = batch(2, 64)
     samples['data_samples'] = data
-    with pytest.raises(ConfigError, match='needs one label an image: .*several labels, set contrast=False'):
+    with pytest.raises(ConfigError, match='requires one label per image: .*several labels, set contrast=False'):
         gradients(contrast, samples)
 
 

@@ -263,7 +263,7 @@ def test_a_head_that_nothing_initialised_is_refused():
             model.init_weights()
         sync(model)
         with pytest.raises(
-            ConfigError, match=r'^nothing has initialised the local heads on layer1_1, layer2_1: call model\.init_w'
+            ConfigError, match=r'^the local heads after layer1_1, layer2_1 are not initialised: call model\.init_w'
         ):
             step(model)
     model.backbone.local.init_weights()
@@ -282,5 +282,5 @@ def test_a_loaded_head_counts_as_initialised():
     model = Model(LeavesChildrenOut())
     model.load_state_dict({name: value for name, value in state.items() if 'layer2_1.own' not in name}, strict=False)
     sync(model)
-    with pytest.raises(ConfigError, match='the local heads on layer2_1: call'):
+    with pytest.raises(ConfigError, match='the local heads after layer2_1 are not initialised: call'):
         step(model)

@@ -4,8 +4,7 @@ import pytest
 
 from mmman import DGLLocalHead
 from mmman.errors import ConfigError
-from mmman.local.option_checks import check_local_options, resolve_type
-from tests.toy import ToyLocalHead
+from mmman.local.option_checks import check_local_options
 
 
 @pytest.mark.parametrize('transfer', [None, {}, {'ema': False, 'bias': False, 'scale': False}, {'bias': 'depthwise'}])
@@ -40,8 +39,3 @@ def test_the_message_names_the_option(transfer, local_head, message):
 def test_the_place_is_the_callers():
     with pytest.raises(ConfigError, match='^mine.local_head requires a type'):
         check_local_options(None, {}, 'mine')
-
-
-def test_types_are_names_or_classes():
-    assert resolve_type('mmman.ToyLocalHead') is ToyLocalHead is resolve_type(ToyLocalHead)
-    assert resolve_type('mmman.Nothing') is None is resolve_type(None)

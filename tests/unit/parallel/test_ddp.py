@@ -10,8 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.futures import Future
 
 from mmman import LocalDistributedDataParallel
+from mmman.engine.block_parameters import parameters_by_block
 from mmman.errors import ConfigError
-from mmman.local.block_parameters import parameters_by_block
 from mmman.parallel import BlockReducer
 from tests.toy import toy_batches
 from tests.unit.local.test_session import gradients, step, toy, wrapper

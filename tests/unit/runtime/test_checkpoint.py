@@ -54,7 +54,7 @@ def test_every_local_name_and_url_goes_through_one_reader(tmp_path, monkeypatch)
         torch.save({'state_dict': {'a': torch.ones(2)}}, file)
         assert CheckpointLoader.load_checkpoint(name, 'cpu', 'silent')['state_dict']['a'].tolist() == [1, 1]
         file.write_bytes(file.read_bytes()[:-100])
-        with pytest.raises(CheckpointError, match=f'{model} is cut short.*it was downloaded from .*: delete it to download it'):
+        with pytest.raises(CheckpointError, match=f'{model} is truncated.*it was downloaded from .*: delete it to download it'):
             CheckpointLoader.load_checkpoint(name, 'cpu', 'silent')
     for name in ('https://host/', 'https://host/..', 'torchvision://no_such_model', 'mmcls://none', str(tmp_path / 'gone.pth')):
         with pytest.raises(CheckpointError) as error:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmman.errors import CheckpointError
-from mmman.runtime.checkpoint_files import check_whole, latest_checkpoint, previous_checkpoint
+from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_checkpoint, previous_checkpoint
 
 
 def save(path, **content):
@@ -46,15 +46,15 @@ def test_of_epochs_and_iterations_those_of_the_last_one_written_count(tmp_path):
 
 
 def test_whole_checkpoints_pass(tmp_path):
-    check_whole(save(tmp_path / 'a.pth'))
+    check_training_checkpoint(save(tmp_path / 'a.pth'))
 
 
 @pytest.mark.parametrize('share', [0, 0.3, 0.9, 0.999])
 def test_a_file_that_is_cut_short_is_refused(share, tmp_path):
     path = save(tmp_path / 'a.pth')
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(CheckpointError, match=r'a\.pth is (empty|cut short, damaged, or no checkpoint)'):
-        check_whole(path)
+    with pytest.raises(CheckpointError, match=r'a\.pth is (empty|truncated, damaged or not a checkpoint)'):
+        check_training_checkpoint(path)
 
 
 def test_a_flipped_bit_of_a_tensor_is_refused(tmp_path):
@@ -62,17 +62,17 @@ def test_a_flipped_bit_of_a_tensor_is_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[content.index(torch.tensor([500.0]).numpy().tobytes())] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match='is damaged: its record a/data/0 has another checksum'):
-        check_whole(path)
+    with pytest.raises(CheckpointError, match='is damaged: the checksum of its record a/data/0 is wrong'):
+        check_training_checkpoint(path)
 
 
 def test_what_is_no_training_checkpoint_is_refused(tmp_path):
     torch.save({'state_dict': {'a': torch.zeros(1)}}, tmp_path / 'a.pth')
     with pytest.raises(CheckpointError, match="not from a training run of mmengine: it has no meta with 'epoch' and 'iter'"):
-        check_whole(tmp_path / 'a.pth')
+        check_training_checkpoint(tmp_path / 'a.pth')
     torch.save({'meta': print}, tmp_path / 'b.pth')
-    with pytest.raises(CheckpointError, match='b.pth names builtins.print, which is no weight and no log'):
-        check_whole(tmp_path / 'b.pth')
+    with pytest.raises(CheckpointError, match='b.pth contains builtins.print, which is not needed for weights or logs'):
+        check_training_checkpoint(tmp_path / 'b.pth')
 
 
 def noted(folder, note, out_dir=None):
@@ -150,4 +150,4 @@ def test_a_note_is_followed_to_where_the_config_keeps_checkpoints(tmp_path):
 )
 def test_a_position_that_is_no_number_is_refused(meta, message, tmp_path):
     with pytest.raises(CheckpointError, match=f'a.pth is not from a training run of mmengine: {message}; '):
-        check_whole(save(tmp_path / 'a.pth', meta={'epoch': 1, 'iter': 2, **meta}))
+        check_training_checkpoint(save(tmp_path / 'a.pth', meta={'epoch': 1, 'iter': 2, **meta}))

@@ -22,7 +22,7 @@ def test_files_are_the_run_s_that_wrote_them(folder):
     assert runs == {'a.pth': 'first', 'b.pth': 'second', 'c.pth': None}
     AtomicBackend(run='second').put(b'one', folder / 'a.pth')
     assert Ledger(folder).run_of(folder / 'a.pth') == 'second'
-    assert [*Ledger(folder).begun('second', UNFINISHED)] == []
+    assert [*Ledger(folder).unfinished_files('second', UNFINISHED)] == []
 
 
 def test_a_copy_that_keeps_times_keeps_its_owners_and_others_do_not(folder, tmp_path):
@@ -53,8 +53,8 @@ def test_begun_files_are_the_run_s_until_they_are_complete(folder):
         (folder / f'{name}{UNFINISHED}').touch()
     (folder / f'f.pth{UNFINISHED}').touch()
     os.unlink(folder / f'e.pth{UNFINISHED}')
-    assert [*ledger.begun('first', UNFINISHED)] == [folder / f'd.pth{UNFINISHED}']
-    assert [*ledger.begun('second', UNFINISHED)] == []
+    assert [*ledger.unfinished_files('first', UNFINISHED)] == [folder / f'd.pth{UNFINISHED}']
+    assert [*ledger.unfinished_files('second', UNFINISHED)] == []
 
 
 @pytest.mark.parametrize(

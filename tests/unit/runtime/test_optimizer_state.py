@@ -5,7 +5,7 @@ import torch
 from torch import nn, optim
 
 from mmman.runtime.compare import kind
-from mmman.runtime.optimizer_state import StateOfAStep
+from mmman.runtime.optimizer_state import ExpectedState
 
 SHAPES = [(), (4,), (3, 4), (4, 3, 2, 2)]
 
@@ -29,7 +29,7 @@ def test_what_is_expected_is_what_a_step_leaves(kind_of_optimizer, options):
     parameters = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in SHAPES]
     optimizer = getattr(optim, kind_of_optimizer)(parameters, lr=0.1, **options)
     (group,) = optimizer.param_groups
-    expected = [StateOfAStep(optimizer).of(parameter, group) for parameter in parameters]
+    expected = [ExpectedState(optimizer).of(parameter, group) for parameter in parameters]
     assert not any(optimizer.state.values()) or kind_of_optimizer == 'Adagrad'
     assert all(torch.equal(parameter, torch.ones_like(parameter)) for parameter in parameters)
     group |= {'capturable': False} if 'capturable' in group else {}
@@ -42,4 +42,4 @@ def test_what_is_expected_is_what_a_step_leaves(kind_of_optimizer, options):
 def test_an_optimizer_that_needs_more_than_a_gradient_is_not_guessed():
     parameter = nn.Parameter(torch.ones(3))
     optimizer = optim.LBFGS([parameter])
-    assert StateOfAStep(optimizer).of(parameter, optimizer.param_groups[0]) is None
+    assert ExpectedState(optimizer).of(parameter, optimizer.param_groups[0]) is None

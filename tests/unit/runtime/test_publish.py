@@ -75,7 +75,7 @@ def test_only_weights_and_plain_meta_are_published(tmp_path):
         'mmman_version': mmman.__version__,
     }
     assert re.fullmatch(
-        r'2 tensors, 0\.0 MB; the trained weights; names as in the model; left out: 2 tensors of local heads', summary
+        r'2 tensors, 0\.0 MB; the trained weights; names as in the model; dropped: 2 tensors of local heads', summary
     )
 
 
@@ -100,13 +100,13 @@ def test_the_backbone_alone(tmp_path):
     file, summary = publish(saved(tmp_path / 'a.pth'), tmp_path / 'b.pth', backbone_only=True)
     assert [*torch.load(file)['state_dict']] == ['backbone.conv1.weight']
     assert "init_cfg=dict(type='Pretrained', checkpoint=..., prefix='backbone.')" in summary
-    assert summary.endswith('left out: 2 tensors of local heads, 1 tensors of neck and heads')
+    assert summary.endswith('dropped: 2 tensors of local heads, 1 tensors of neck and heads')
 
 
 def test_an_existing_file_is_kept_unless_forced(tmp_path):
     source = saved(tmp_path / 'a.pth')
     file, _ = publish(source, tmp_path / 'b.pth')
-    with pytest.raises(CheckpointError, match=f'{file.name} exists; give another OUT, or --force'):
+    with pytest.raises(CheckpointError, match=f'{file.name} exists; give another OUT, or use --force'):
         publish(source, tmp_path / 'b.pth')
     assert publish(source, tmp_path / 'b.pth', force=True)[0] == file
 
@@ -114,14 +114,14 @@ def test_an_existing_file_is_kept_unless_forced(tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'options', 'message'),
     [
-        ({'state_dict': None}, {}, 'has no weights: there is no state_dict, but meta, message_hub, optimizer; copy or'),
+        ({'state_dict': None}, {}, 'has no weights: it has no state_dict, only meta, message_hub, optimizer; copy or'),
         (
             {'state_dict': {'head.fc.bias': torch.zeros(1)}},
             {'backbone_only': True},
             r'no tensor below .backbone\..*only head.\*',
         ),
         ({}, {'ema': True}, '--ema: the checkpoint has no averaged weights; leave --ema out'),
-        ({}, {'library': 'timm'}, '--format timm: ResNet cannot be written .* depth, width and stem'),
+        ({}, {'library': 'timm'}, '--format timm: ResNet cannot be converted .* depth, width and stem'),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, changes, options, message):
@@ -134,10 +134,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match='no checkpoint at'):
         publish(tmp_path / 'none.pth', tmp_path / 'b.pth')
     (tmp_path / 'text.pth').write_text('not a checkpoint')
-    with pytest.raises(CheckpointError, match='no checkpoint: it does not begin as a file of torch.save'):
+    with pytest.raises(CheckpointError, match='not a checkpoint: it does not begin like a file of torch.save'):
         publish(tmp_path / 'text.pth', tmp_path / 'b.pth')
     torch.save([1, 2], tmp_path / 'list.pth')
-    with pytest.raises(CheckpointError, match='holds a list, no dict of weights'):
+    with pytest.raises(CheckpointError, match='holds a list, not a dict of weights'):
         publish(tmp_path / 'list.pth', tmp_path / 'b.pth')
 
 
@@ -160,7 +160,7 @@ def test_averaged_and_trained_weights_of_an_ema_hook(tmp_path):
     trained = runner.model.state_dict()
     for ema, theirs, words in (
         (True, average, "EMAHook's averaged weights"),
-        (False, trained, 'the trained weights (there are averaged ones too: --ema takes them)'),
+        (False, trained, 'the trained weights (it also has averaged weights: use --ema to publish them)'),
     ):
         file, summary = publish(tmp_path / 'iter_3.pth', tmp_path / 'b.pth', ema=ema)
         ours = torch.load(file)['state_dict']
@@ -291,16 +291,16 @@ def test_strict_loading_and_equal_features(library, kind):
 @pytest.mark.parametrize(
     ('state', 'config', 'message'),
     [
-        (resnet(), {'type': 'ResNetV1d'}, 'ResNetV1d cannot be written .*; use --format mm'),
+        (resnet(), {'type': 'ResNetV1d'}, 'ResNetV1d cannot be converted .*; use --format mm'),
         (resnet(), {'type': 'SEResNet'}, 'SEResNet cannot'),
         (resnet(), {'type': 'ResNet', 'style': 'caffe'}, "style='caffe'"),
         (resnet() | {'stem.0.weight': torch.zeros(1)}, {}, 'a plain ResNet has no stem.0.weight'),
         (resnet() | {'layer1.0.conv2.conv_offset.bias': torch.zeros(1)}, {}, 'has no layer1.0.conv2.conv_offset.bias'),
-        (resnet(width=16), {}, 'depth, width and stem are those of none of resnet18, resnet34'),
+        (resnet(width=16), {}, 'depth, width and stem match none of resnet18, resnet34'),
         (resnet((3, 4, 6)), {}, 'none of resnet18'),
         (resnet() | {'conv1.weight': torch.zeros(64, 3, 3, 3)}, {}, 'none of resnet18'),
-        (vit() | {'dist_token': torch.zeros(1)}, {}, 'has no dist_token there'),
-        (vit() | {'layers.0.attn.gamma1.weight': torch.zeros(1)}, {}, 'has no layers.0.attn.gamma1.weight there'),
+        (vit() | {'dist_token': torch.zeros(1)}, {}, 'has no dist_token'),
+        (vit() | {'layers.0.attn.gamma1.weight': torch.zeros(1)}, {}, 'has no layers.0.attn.gamma1.weight'),
         ({name: value for name, value in vit().items() if name != 'cls_token'}, {}, 'this one has no cls_token'),
         ({name: value for name, value in vit().items() if 'qkv.bias' not in name}, {}, 'qkv_bias=False'),
     ],

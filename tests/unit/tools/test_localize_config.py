@@ -54,19 +54,19 @@ def test_mixed_precision_and_hooks_are_kept(tmp_path):
     choice = localize(stock_file(tmp_path, stock), 3)  # the trial itself is in full precision, which a CPU needs
     assert "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', dtype='float16')" in choice.text
     assert 'kept: EMAHook' in reasons(choice)
-    assert 'tried: a training step' in reasons(choice)
+    assert 'tested: a training step' in reasons(choice)
     path = tmp_path / 'child.py'
     path.write_text(choice.text)
     assert [hook.type for hook in Config.fromfile(path).custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
-    own = localize(stock_file(tmp_path, "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')\n"), 3, trial=False)
+    own = localize(stock_file(tmp_path, "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')\n"), 3, dry_run=False)
     assert 'dtype' not in own.text  # inherited
 
 
 def test_it_says_what_is_frozen_and_where_it_cuts(tmp_path):
-    choice = localize(stock_file(tmp_path, 'model = dict(backbone=dict(frozen_stages=1))\n'), 2, trial=False)
+    choice = localize(stock_file(tmp_path, 'model = dict(backbone=dict(frozen_stages=1))\n'), 2, dry_run=False)
     assert 'blocks: frozen stem..layer1.1 | layer2.0..layer2.1 | layer3.0..layer4.1' in reasons(choice)
     assert 'kept: frozen_stages=1' in reasons(choice)
-    named = localize(stock_file(tmp_path, ''), 2, ['layer2.0'], trial=False)
+    named = localize(stock_file(tmp_path, ''), 2, ['layer2.0'], dry_run=False)
     assert "partition=['layer2.0']" in named.text
 
 
@@ -74,9 +74,9 @@ def test_it_says_what_is_frozen_and_where_it_cuts(tmp_path):
     ('base', 'num_blocks', 'head', 'reason'),
     [
         ('reppoints/reppoints-moment_r50_fpn_1x_coco.py', 4, 'RetinaHead', "RetinaNet's, because RepPointsHead cannot be one"),
-        ('vfnet/vfnet_r50_fpn_1x_coco.py', 4, 'RetinaHead', 'not chosen: VFNetHead .* of the strides'),
-        ('ld/ld_r18-gflv1-r101_fpn_1x_coco.py', 2, 'GFLHead', 'GFLHead stands for LDHead'),
-        ('condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py', 2, 'FCOSHead', 'FCOSHead stands for CondInstBboxHead'),
+        ('vfnet/vfnet_r50_fpn_1x_coco.py', 4, 'RetinaHead', 'not chosen: VFNetHead .* of strides'),
+        ('ld/ld_r18-gflv1-r101_fpn_1x_coco.py', 2, 'GFLHead', 'GFLHead replaces LDHead'),
+        ('condinst/condinst_r50_fpn_ms-poly-90k_coco_instance.py', 2, 'FCOSHead', 'FCOSHead replaces CondInstBboxHead'),
     ],
 )
 def test_a_dense_head_that_cannot_serve_is_replaced(base, num_blocks, head, reason, tmp_path):
@@ -84,14 +84,14 @@ def test_a_dense_head_that_cannot_serve_is_replaced(base, num_blocks, head, reas
     assert {type(local.bbox_head).__name__ for local in choice.backbone.local.values()} == {head}
     assert re.search(reason, reasons(choice))
     assert 'no gradient reaches' not in reasons(choice)
-    assert 'tried: ' in reasons(choice)
+    assert 'tested: ' in reasons(choice)
 
 
 def test_detectors_that_predict_masks_alone(tmp_path):
     small = SMALL_DETECTOR.replace('bbox_head', 'mask_head')
     choice = localize(stock_file(tmp_path, small, "_base_ = 'mmdet::solo/solo_r50_fpn_1x_coco.py'\n"), 3)
     assert 'num_classes=_base_.model.mask_head.num_classes' in choice.text
-    assert 'tried: a training step' in reasons(choice)
+    assert 'tested: a training step' in reasons(choice)
 
 
 @MODELS.register_module()
@@ -140,9 +140,9 @@ def test_what_does_not_train_is_not_written(tmp_path):
         ('model = None\n', 'has no model.backbone'),
         (
             "model = dict(_delete_=True, type='SoftTeacher', detector=dict(backbone=dict(type='ResNet')))\n",
-            'give the config of the detector alone',
+            'give the config of the detector without the wrapper',
         ),
-        ("model = dict(backbone=dict(type='mmman.LocalBackbone'))\n", 'is localised already'),
+        ("model = dict(backbone=dict(type='mmman.LocalBackbone'))\n", 'is already localised'),
         ("model = dict(head=dict(_delete_=True, type='ContrastiveHead'))\n", 'ContrastiveHead cannot be a local'),
         ('optim_wrapper = dict(_delete_=True)\n', 'no optim_wrapper with an optimizer'),
         ("optim_wrapper = dict(type='ApexOptimWrapper')\n", 'ApexOptimWrapper cannot be replaced'),
@@ -184,7 +184,7 @@ def test_a_child_of_a_file_moves_with_it(tmp_path, capsys, monkeypatch):
     (folder / 'the children').mkdir(parents=True)
     (folder / 'stock a+b.py').write_text(RESNET)
     monkeypatch.chdir(folder / 'the children')
-    args = ['../stock a+b.py', '-k', 4, '--no-trial', '-o', 'man pp.py']
+    args = ['../stock a+b.py', '-k', 4, '--no-dry-run', '-o', 'man pp.py']
     assert 'blocks: stem..layer1.1 | layer2.0' in tool(capsys, monkeypatch, *args)
     monkeypatch.chdir(tmp_path)
     folder = folder.rename(tmp_path / 'moved')
@@ -234,7 +234,7 @@ def test_pure_python_configs(tmp_path, capsys, monkeypatch):
     for folder in ('mine', 'odd-name'):
         (tmp_path / folder / 'stock.py').write_text(PURE_PYTHON_CHILD)
     out = tmp_path / 'children' / 'manpp.py'
-    assert 'tried: a training step' in tool(capsys, monkeypatch, tmp_path / 'mine' / 'stock.py', '-k', 3, '-o', out)
+    assert 'tested: a training step' in tool(capsys, monkeypatch, tmp_path / 'mine' / 'stock.py', '-k', 3, '-o', out)
     cfg = Config.fromfile(out)
     assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
     init_default_scope('mmpretrain')
@@ -242,8 +242,8 @@ def test_pure_python_configs(tmp_path, capsys, monkeypatch):
     assert {head.num_classes for head in model.backbone.local.values()} == {7}
 
     stock = tmp_path / 'odd-name' / 'stock.py'
-    assert "'odd-name' on the way to it is no Python name" in tool(capsys, monkeypatch, stock, '-o', tmp_path / 'child.py')
+    assert "'odd-name' in the path is not a Python name" in tool(capsys, monkeypatch, stock, '-o', tmp_path / 'child.py')
     assert 'where the child is to be (-o)' in tool(capsys, monkeypatch, stock)
     beside = tmp_path / 'odd-name' / 'child.py'
-    assert 'is written' in tool(capsys, monkeypatch, stock, '--no-trial', '-o', beside)
+    assert 'is written' in tool(capsys, monkeypatch, stock, '--no-dry-run', '-o', beside)
     assert [*(tmp_path / 'odd-name').glob('localized_*')] == []

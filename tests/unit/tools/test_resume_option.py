@@ -60,13 +60,13 @@ def test_a_truncated_checkpoint_is_refused_and_the_one_before_is_named(tmp_path)
     with pytest.raises(SystemExit) as error:
         chosen('auto', tmp_path)
     assert str(error.value) == (
-        f'--resume: {latest} is cut short, damaged, or no checkpoint: File is not a zip file; '
+        f'--resume: {latest} is truncated, damaged or not a checkpoint: File is not a zip file; '
         'copy or download it again, or give another checkpoint; '
-        f'--resume previous goes on from {older}'
+        f'use --resume previous to continue from {older}'
     )
     assert chosen('previous', tmp_path) == (True, str(older))
     cut(older)
-    with pytest.raises(SystemExit, match=r'iter_4.pth is cut short.*another checkpoint; or start anew, without --resume'):
+    with pytest.raises(SystemExit, match=r'iter_4.pth is truncated.*another checkpoint; or start a new run, without --resume'):
         chosen('previous', tmp_path)
 
 
@@ -99,8 +99,8 @@ def test_custom_classes_are_kept_with_a_warning(monkeypatch):
     use_exact_resume(cfg)
     assert cfg.to_dict() == options
     assert messages == [
-        'train_cfg.type=MyLoop is not a loop of mmengine: a resumed run will not be exact',
-        'default_hooks.checkpoint.type=MyHook is not the hook of mmengine: a kill may lose checkpoints',
+        'train_cfg.type=MyLoop is not an mmengine loop: a resumed run will not be exact',
+        'default_hooks.checkpoint.type=MyHook is not the hook of mmengine: a killed run may lose checkpoints',
     ]
     loop = type('EpochBasedTrainLoop', (EpochBasedTrainLoop,), {'__module__': 'library.loops'})
     cfg = Config({'train_cfg': {'type': loop}, 'default_hooks': {'checkpoint': None}})

@@ -32,7 +32,7 @@ def features():
 
 
 def test_features_that_the_neck_does_not_read_are_freed_and_probed_once(monkeypatch):
-    monkeypatch.setattr(dense_loss, 'check_chunks', lambda *args: None)
+    monkeypatch.setattr(dense_loss, 'check_adapter', lambda head: None)
     model = SingleStageDetector()
     dense = DenseLoss(model, 2, lambda loss: loss, make_loss=lambda *args: None)
     for _ in range(2):
@@ -67,5 +67,5 @@ def test_a_model_that_computes_its_loss_in_another_way_is_refused(method):
 def test_a_local_head_learns_its_own_objects(monkeypatch):
     monkeypatch.setattr(dense_loss, 'batch_loss', lambda head, sizes, samples, like: samples)
     owner = SimpleNamespace(filter_gt=lambda samples: samples[:1])
-    assert make_batch_loss(None, None, [], ['a', 'b'], None) == ['a', 'b']
-    assert make_batch_loss(owner, None, [], ['a', 'b'], None) == ['a']
+    assert make_batch_loss(None, None, ['a', 'b'], [], None) == ['a', 'b']
+    assert make_batch_loss(owner, None, ['a', 'b'], [], None) == ['a']

@@ -5,7 +5,8 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmman.errors import ConfigError
-from mmman.memory.detection.losses import batch_loss, check_chunks, dense_head_losses, map_sizes
+from mmman.memory.detection import losses
+from mmman.memory.detection.losses import batch_loss, check_adapter, check_norms, dense_head_losses, map_sizes
 
 pytest.importorskip('mmdet')
 from mmdet.structures import DetDataSample
@@ -85,20 +86,21 @@ def test_targets_of_a_whole_batch_are_made_after_the_head_has_run():
 def test_a_head_that_computes_its_loss_in_another_way_is_refused(kind, method):
     """The adapters would leave it out."""
     head = head_of(kind)
-    check_chunks(head, [head])
+    check_adapter(head)
     head.__class__ = type('Mine', (type(head),), {method: lambda self, *args: {}})
     with pytest.raises(ConfigError, match='^Mine cannot run on a few images at a time.*images_per_chunk=None'):
-        check_chunks(head, [head])
+        check_adapter(head)
 
 
 def test_training_batchnorm_mixes_images():
     head, norm = head_of('RetinaHead'), torch.nn.BatchNorm2d(4)
-    check_chunks(head, [norm.eval(), torch.nn.GroupNorm(1, 4)])
+    check_norms(head, [norm.eval(), torch.nn.GroupNorm(1, 4)])
     with pytest.raises(ConfigError, match='BatchNorm in training mode, which mixes the images.*images_per_chunk=None'):
-        check_chunks(head, [norm.train()])
+        check_norms(head, [norm.train()])
 
 
 def test_another_version_of_mmdet_is_refused(monkeypatch):
+    losses._adapter_class.cache_clear()
     monkeypatch.setattr('mmdet.__version__', '3.4.0')
     with pytest.raises(ConfigError, match=r'requires mmdet 3.3, but mmdet 3.4.0 is installed'):
-        check_chunks(head_of('RetinaHead'), [])
+        check_adapter(head_of('RetinaHead'))

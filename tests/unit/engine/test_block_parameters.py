@@ -2,7 +2,7 @@
 
 from mmengine.registry import MODELS
 
-from mmman.local.block_parameters import block_index
+from mmman.engine.block_parameters import block_index
 from tests.toy import toy_config
 
 
