@@ -64,7 +64,7 @@ def converting_full_disk_errors(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _write_error(path: str | os.PathLike, error: OSError) -> CheckpointWriteError:
-    remedy = _REMEDIES.get(error.errno, 'make the folder writable')
+    remedy = _REMEDIES.get(error.errno, 'check the disk')
     return CheckpointWriteError(
         f'cannot write {os.fspath(path)}: {error.strerror or error}. Earlier checkpoints are unchanged: {remedy} and continue '
         'with --resume, or continue in another work folder: --work-dir FOLDER --resume CHECKPOINT'

@@ -281,7 +281,7 @@ def test_the_test_tool_ends_with_one_line(tmp_path, monkeypatch):
             'file.pth has no weights of this model: its tensors are other.weight',
         ),
         ({'model': {'stem.weight': torch.ones(1)}}, 'file.pth has no weights of this model: its tensors are none'),
-        (torch.ones(1), 'file.pth has no weights of a model, but one tensor'),
+        (torch.ones(1), 'file.pth holds a tensor, not the weights of a model'),
     ):
         torch.save(content, file)
         with pytest.raises(SystemExit, match=line) as error:

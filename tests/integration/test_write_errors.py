@@ -19,7 +19,7 @@ from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_che
 from tests.conftest import ROOT
 from tests.integration.test_resume import NoisyImages, assert_same_training, checkpoint_in, load, start, whole
 
-REMEDY = r'\. Earlier checkpoints are as they were: .* --resume, or train on in another work folder: --work-dir FOLDER --resume'
+REMEDY = r'\. Earlier checkpoints are unchanged: .* --resume, or continue in another work folder: --work-dir FOLDER --resume'
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +45,7 @@ FAULTS = {
     'quota': (errno.EDQUOT, 'fsync', 'iter_6.pth.unfinished', 'quota exceeded', 'free space within the quota'),
     'no right': (errno.EACCES, 'replace', 'iter_6.pth.unfinished', 'Permission denied', 'make the folder writable'),
     'read-only': (errno.EROFS, 'unlink', 'iter_6.pth.unfinished', 'Read-only file system', 'mount the disk writable'),
-    'broken disk': (errno.EIO, 'fsync', '.mmman_checkpoints.json.unfinished', 'Input/output error', 'make the folder usable'),
+    'broken disk': (errno.EIO, 'fsync', '.mmman_checkpoints.json.unfinished', 'Input/output error', 'check the disk'),
     'note of the latest': (errno.ENOSPC, 'replace', 'last_checkpoint.unfinished', 'No space left', 'free space on that disk'),
 }
 
@@ -105,7 +105,7 @@ def test_a_real_disk_that_is_full_or_read_only(small_disk, reference, tmp_path):
 def test_a_folder_that_is_a_file_is_noticed_before_the_first_iteration(tmp_path):
     (tmp_path / 'out').touch()
     checkpoint = {'type': 'mmman.CheckpointHook', 'by_epoch': False, 'interval': 1, 'out_dir': str(tmp_path / 'out')}
-    with pytest.raises(CheckpointWriteError, match=f'cannot write {tmp_path}/out/run: .* remove the file that is in the place'):
+    with pytest.raises(CheckpointWriteError, match=f'cannot write {tmp_path}/out/run: .* remove the file that has the name'):
         start(tmp_path / 'run', seed=0, stop=1, default_hooks={'logger': None, 'checkpoint': checkpoint})
 
 

@@ -243,7 +243,7 @@ def test_pure_python_configs(tmp_path, capsys, monkeypatch):
 
     stock = tmp_path / 'odd-name' / 'stock.py'
     assert "'odd-name' in the path is not a Python name" in tool(capsys, monkeypatch, stock, '-o', tmp_path / 'child.py')
-    assert 'where the child is to be (-o)' in tool(capsys, monkeypatch, stock)
+    assert 'set the path of the child (-o)' in tool(capsys, monkeypatch, stock)
     beside = tmp_path / 'odd-name' / 'child.py'
     assert 'is written' in tool(capsys, monkeypatch, stock, '--no-dry-run', '-o', beside)
     assert [*(tmp_path / 'odd-name').glob('localized_*')] == []
