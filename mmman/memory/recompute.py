@@ -59,7 +59,8 @@ def units_to_recompute(
                 raise ConfigError(f'unit {unit.name} already uses with_cp=True: set with_cp=False, since recompute replaces it')
             if 'forward' in vars(module):
                 raise ConfigError(
-                    f'the forward of unit {unit.name} has been replaced (activation_checkpointing?): remove that setting, or leave the unit out of recompute'
+                    f'the forward of unit {unit.name} has been replaced (activation_checkpointing?): remove that setting, or '
+                    'leave the unit out of recompute'
                 )
     return dict.fromkeys(full, False) | dict.fromkeys(selective, True)
 

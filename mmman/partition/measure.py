@@ -114,8 +114,8 @@ def _measure_on(backbone: nn.Module, chain: Chain, channels: int, size: tuple[in
         found = next((f'it runs {ran}, not {unit}' for ran, unit in runs if ran != unit), None)
         found = found or f'it has {count} outputs, not {len(chain.out_units)}'
         raise UnsupportedBackboneError(
-            f'the forward pass of {type(backbone).__name__} does not run the units of its chain in order ({found}): correct the '
-            'chain that is registered for it (mmman.register_chain)'
+            f'the forward pass of {type(backbone).__name__} does not run the units of its chain in order ({found}): correct '
+            'the chain that is registered for it (mmman.register_chain)'
         )
 
     features, side, stride = [], float(size[1]), 1.0
