@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 from rich.console import Console
-from training_rows import detection
+from training_rows import detection, segmentation
 from training_rows.environment import commit
 from training_rows.progress import measure_costs, train
 from training_rows.report import report
@@ -39,7 +39,7 @@ from training_rows.task import RowSource, Task
 
 import mmman  # noqa: F401  registers its parts
 
-TASKS = {module.TASK.name: module.TASK for module in (detection,)}
+TASKS = {module.TASK.name: module.TASK for module in (detection, segmentation)}
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
