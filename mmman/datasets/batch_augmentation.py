@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS as ALL_MODELS
@@ -23,6 +25,8 @@ class BatchCropFlip(BaseDataPreprocessor):
         padding: Width of the border of zeros, pixels.
         flip_prob: Probability of a horizontal flip.
         **options: Options that a model adds to its data preprocessor, passed on to ``preprocessor``. Its own take precedence.
+
+    All other attributes, such as ``mean`` and ``std``, are read from the wrapped preprocessor.
     """
 
     def __init__(self, preprocessor: dict, padding: int = 4, flip_prob: float = 0.5, **options) -> None:
@@ -30,15 +34,26 @@ class BatchCropFlip(BaseDataPreprocessor):
         self.preprocessor = ALL_MODELS.build({**options, **preprocessor})
         self.padding, self.flip_prob = padding, flip_prob
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('preprocessor'), name)
+
     def forward(self, data: dict, training: bool = False) -> dict:
         """Augment a batch if ``training``, and preprocess it.
 
         Args:
             data: A batch whose ``inputs`` are (B, C, H, W), uint8.
             training: Whether to augment.
+
+        Raises:
+            ValueError: ``inputs`` are a list of images.
         """
         data = self.cast_data(data)
         if training:
+            if not isinstance(data['inputs'], Tensor):
+                raise ValueError("BatchCropFlip needs images in one tensor: set collate_fn=dict(type='default_collate')")
             images = data['inputs']
             count, device = len(images), images.device
             top, left = torch.randint(2 * self.padding + 1, (2, count), device=device)

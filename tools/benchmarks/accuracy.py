@@ -29,7 +29,9 @@ from pathlib import Path
 import torch
 from mmengine.config import DictAction
 from rich.console import Console
-from training_rows import detection, segmentation
+
+import mmman  # noqa: F401  registers its parts
+from training_rows import classification, detection, paper, segmentation
 from training_rows.environment import commit
 from training_rows.progress import measure_costs, train
 from training_rows.report import report
@@ -37,9 +39,7 @@ from training_rows.rows import RowRequest, build_row, check_equal_budgets, store
 from training_rows.runs import Run
 from training_rows.task import RowSource, Task
 
-import mmman  # noqa: F401  registers its parts
-
-TASKS = {module.TASK.name: module.TASK for module in (detection, segmentation)}
+TASKS = {module.TASK.name: module.TASK for module in (detection, segmentation, classification, paper)}
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:

@@ -9,17 +9,22 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, init_default_scope
 
 from training_rows.budget import SHARED, Budget, differences, scale_scheduler, shared_settings, take_images
 from training_rows.task import Recipe, RowSource, Task
+
+LOOPS = {'iterations': ('IterBasedTrainLoop', 'max_iters'), 'epochs': ('EpochBasedTrainLoop', 'max_epochs')}
+"""The train loop of a unit, and its option for the length."""
+
+CHECKPOINTS = 15  # of a training whose iterations are counted
 
 
 @dataclass(frozen=True)
@@ -40,10 +45,9 @@ class Row:
     """A config with a task and a budget applied to it.
 
     Attributes:
-        paper: The paper's numbers for this row and its budget there, if any.
+        paper: ``value`` and ``budget`` of the paper for this row, or empty.
         iterations: Number of iterations of a training.
         validations: The iterations after which the model is validated.
-        interval: Iterations between lines of the log.
         folder: Folder of its trainings.
     """
 
@@ -53,7 +57,6 @@ class Row:
     budget: Budget
     iterations: int
     validations: list[int]
-    interval: int
     folder: Path
 
     @property
@@ -66,93 +69,88 @@ def build_row(request: RowRequest, task: Task, args: argparse.Namespace) -> Row:
     """Read the config of a row, and apply the task and the command line to it."""
     cfg = Config.fromfile(request.source.config)
     cfg.merge_from_dict(dict(request.source.overrides))
-    paper = cfg.pop('paper', {})
+    paper = _paper(cfg, task)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if task.recipe:
         task.fit_model(cfg)
         task.set_data(cfg, args.data_root.resolve())
-        budget, iterations = _apply_recipe(cfg, task.recipe, args)
-        val_interval = math.ceil(budget.length / task.recipe.validations)
-    else:
-        budget, iterations, val_interval = _scale_own_recipe(cfg, request, args)
-    paper = {**paper, 'budget': _own_budget(request.source.config)} if paper else {}
-    steps = iterations // budget.length
-    validations = sorted({*range(val_interval, budget.length, val_interval), budget.length})
-    interval = max(1, min(50, iterations // 20))
-    _set_loops_and_logs(cfg, budget, val_interval, interval)
+        _set_recipe(cfg, task.recipe, args)
     merge(cfg, args.cfg_options, '--cfg-options')
+    budget = _set_budget(cfg, args)
+    batches = _batches(cfg, budget)
+    if not task.recipe:
+        _scale_to_epochs(cfg, request.name, batches, args)
+        budget = replace(budget, length=cfg.train_cfg.max_epochs)
+    steps = batches if budget.unit == 'epochs' else 1
+    _set_loops_and_logs(cfg, budget, steps)
+    shared = shared_settings(cfg)
     merge(cfg, request.ablation, f'--ablation {request.name}')
+    if found := differences(shared, shared_settings(cfg)):
+        raise SystemExit(f'--ablation {request.name} changes the budget: {found[0]}; --cfg-options changes it for all rows')
+    between = cfg.train_cfg.val_interval
+    validations = [steps * i for i in sorted({*range(between, budget.length, between), budget.length})]
     folder = args.work_dir / f'{task.name}_{budget.folder}' / request.name
-    return Row(request.name, cfg, paper, budget, iterations, [steps * i for i in validations], interval, folder)
+    return Row(request.name, cfg, paper, budget, steps * budget.length, validations, folder)
 
 
 def merge(cfg: Config, overrides: Mapping[str, Any], option: str) -> None:
     """Override settings of a config; end the program if it has no such section."""
     for key in overrides:
-        if key.partition('.')[0] not in cfg:
-            close = difflib.get_close_matches(key.partition('.')[0], [*cfg.keys()], 1)
-            raise SystemExit(f'{option}: {key} is in no section of the config{f"; is it {close[0]}?" if close else ""}')
+        section = key.partition('.')[0]
+        if section not in cfg:
+            close = difflib.get_close_matches(section, [*cfg.keys()], 1)
+            raise SystemExit(f'{option}: the config has no {section}' + (f'; did you mean {close[0]}?' if close else ''))
     try:
         cfg.merge_from_dict(dict(overrides))
     except (KeyError, IndexError, TypeError) as error:
         raise SystemExit(f'{option}: {error}') from None
 
 
-def _apply_recipe(cfg: Config, recipe: Recipe, args: argparse.Namespace) -> tuple[Budget, int]:
-    """Train a row by the task's recipe. Returns the budget and the number of iterations."""
+def _set_recipe(cfg: Config, recipe: Recipe, args: argparse.Namespace) -> None:
+    """Train a row by the task's recipe, at the length, batch size and learning rate of the command line if it gives them."""
     wrong = {'iterations': 'epochs', 'epochs': 'iterations'}[recipe.unit]
     if getattr(args, wrong):
         raise SystemExit(f'--{wrong}: this task counts {recipe.unit}; give --{recipe.unit}')
-    lr = args.lr or recipe.optimizer['lr']
     length = getattr(args, recipe.unit) or recipe.length
-    budget = _set_budget(cfg, recipe.unit, length, args.batch_size or recipe.batch_size, lr, args)
-    cfg.optim_wrapper.optimizer = Config({**recipe.optimizer, 'lr': lr})._cfg_dict
-    cfg.optim_wrapper.clip_grad = recipe.clip_grad
-    cfg.auto_scale_lr = None
-    cfg.param_scheduler = recipe.schedule(length)
-    by_epoch = recipe.unit == 'epochs'
-    cfg.train_cfg = (
-        {'type': 'EpochBasedTrainLoop', 'max_epochs': length}
-        if by_epoch
-        else {
-            'type': 'IterBasedTrainLoop',
-            'max_iters': length,
-        }
-    )
+    loop, limit = LOOPS[recipe.unit]
+    cfg.train_cfg = {'type': loop, limit: length, 'val_interval': math.ceil(length / recipe.validations)}
     cfg.val_cfg = {'type': 'ValLoop'}
-    return budget, length * (_batches(cfg, budget) if by_epoch else 1)
+    cfg.param_scheduler = recipe.schedule(length)
+    cfg.optim_wrapper.optimizer = ConfigDict(recipe.optimizer)
+    cfg.optim_wrapper.clip_grad = recipe.clip_grad
+    cfg.train_dataloader.batch_size = recipe.batch_size
+    cfg.auto_scale_lr = None
 
 
-def _scale_own_recipe(cfg: Config, request: RowRequest, args: argparse.Namespace) -> tuple[Budget, int, int]:
-    """Train a row as its config says, scaled to the budget. Returns the budget, and numbers of iterations and epochs."""
-    own = cfg.train_cfg.get('max_epochs')
-    if not own or args.iterations:
-        raise SystemExit(f'{request.name}: a row of the paper is trained by epochs; set train_cfg.max_epochs, give --epochs')
-    epochs = args.epochs or own
-    # a run is one process; the batch of a row for several processes is that of all of them
-    batch_size = args.batch_size or (cfg.get('auto_scale_lr') or {}).get('base_batch_size', cfg.train_dataloader.batch_size)
-    optimizer = cfg.optim_wrapper.optimizer
-    optimizer.lr = args.lr or optimizer.lr
-    budget = _set_budget(cfg, 'epochs', epochs, batch_size, optimizer.lr, args)
-    batches = _batches(cfg, budget)
-    if epochs != own:
-        schedulers = cfg.get('param_scheduler') or []
-        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-        cfg.param_scheduler = [scale_scheduler(one, own, epochs, batches) for one in schedulers]
-    cfg.train_cfg.max_epochs = epochs
-    return budget, epochs * batches, max(1, cfg.train_cfg.get('val_interval', 1) * epochs // own)
-
-
-def _set_budget(cfg: Config, unit: str, length: int, batch_size: int, lr: float, args: argparse.Namespace) -> Budget:
-    """Set the images and the batch size of a config."""
+def _set_budget(cfg: Config, args: argparse.Namespace) -> Budget:
+    """Set the images, the batch size and the learning rate of the command line. The length is that of the config."""
     loaders = cfg.train_dataloader, cfg.val_dataloader
     totals = [_images(pformat(loader.dataset.to_dict())) for loader in loaders]
     counts = [wanted or total for wanted, total in zip((args.train_images, args.val_images), totals, strict=True)]
     for loader, total, count in zip(loaders, totals, counts, strict=True):
         take_images(loader.dataset, total, count)
-    cfg.train_dataloader.batch_size = batch_size
+        if cfg.default_scope == 'mmpretrain':  # as its own tools do
+            loader.setdefault('collate_fn', {'type': 'default_collate'})
+    train, optimizer = cfg.train_dataloader, cfg.optim_wrapper.optimizer
+    # A run is one process; the batch of a row for several processes is that of all of them
+    train.batch_size = args.batch_size or (cfg.get('auto_scale_lr') or {}).get('base_batch_size', train.batch_size)
+    optimizer.lr = args.lr or optimizer.lr
+    unit = 'epochs' if cfg.train_cfg.get('max_epochs') else 'iterations'
     options = tuple(f'{key}={value}' for key, value in sorted(args.cfg_options.items()))
-    return Budget(length, unit, *counts, batch_size, lr, options)
+    return Budget(cfg.train_cfg.get(LOOPS[unit][1]), unit, *counts, train.batch_size, optimizer.lr, options)
+
+
+def _scale_to_epochs(cfg: Config, name: str, batches: int, args: argparse.Namespace) -> None:
+    """Scale the row's own schedule to ``--epochs`` of ``batches`` iterations each."""
+    own = cfg.train_cfg.get('max_epochs')
+    if not own or args.iterations:
+        raise SystemExit(f'{name}: a row of the paper is trained by epochs; set train_cfg.max_epochs, give --epochs')
+    epochs = args.epochs or own
+    if epochs != own:
+        schedulers = cfg.get('param_scheduler') or []
+        schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+        cfg.param_scheduler = [scale_scheduler(one, own, epochs, batches) for one in schedulers]
+    cfg.train_cfg.update(max_epochs=epochs, val_interval=max(1, cfg.train_cfg.get('val_interval', 1) * epochs // own))
 
 
 @cache
@@ -170,21 +168,27 @@ def _batches(cfg: Config, budget: Budget) -> int:
     return batches
 
 
-def _own_budget(path: Path) -> str:
-    """The budget that a config of the paper's rows has by itself, for a table."""
-    cfg = Config.fromfile(path)
+def _paper(cfg: Config, task: Task) -> dict:
+    """Take the paper's numbers out of a config: accuracy, percent, and its budget. Empty if they are of another task."""
+    error = cfg.pop('paper', {}).get('error')
+    if error is None or task.metrics[0].key != 'accuracy/top1':
+        return {}
     batch_size = (cfg.get('auto_scale_lr') or {}).get('base_batch_size', cfg.train_dataloader.batch_size)
-    return f'{cfg.train_cfg.get("max_epochs")} epochs, batch {batch_size}'
+    return {'value': f'{100 - error:.2f}', 'budget': f'{cfg.train_cfg.max_epochs} epochs, batch {batch_size}'}
 
 
-def _set_loops_and_logs(cfg: Config, budget: Budget, val_interval: int, interval: int) -> None:
-    """Validate and log at the same iterations in all rows, and keep the checkpoints that an exact resume needs."""
-    cfg.train_cfg.val_interval = val_interval
-    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
+def _set_loops_and_logs(cfg: Config, budget: Budget, steps: int) -> None:
+    """Log at the same iterations in all rows, and keep the checkpoints that an exact resume needs.
+
+    Args:
+        steps: Iterations of one ``budget.unit``.
+    """
     by_epoch = budget.unit == 'epochs'
-    between = 1 if by_epoch else max(1, budget.length // 15)
+    cfg.test_dataloader = cfg.test_evaluator = cfg.test_cfg = None
     # Two checkpoints: a validation that was interrupted is run again from the one before
-    checkpoint = {'type': 'CheckpointHook', 'by_epoch': by_epoch, 'interval': between, 'max_keep_ckpts': 2}
+    every = 1 if by_epoch else max(1, budget.length // CHECKPOINTS)
+    checkpoint = {'type': 'CheckpointHook', 'by_epoch': by_epoch, 'interval': every, 'max_keep_ckpts': 2}
+    interval = max(1, min(50, steps * budget.length // 20))
     logger = {'type': 'LoggerHook', 'interval': interval, 'log_metric_by_epoch': False}
     hooks = {key: value for key, value in (cfg.get('default_hooks') or {}).items() if key != 'visualization'}
     cfg.default_hooks = {**hooks, 'checkpoint': checkpoint, 'logger': logger}
@@ -210,6 +214,7 @@ def store_config(row: Row) -> None:
         raise SystemExit(f'{table.parent} has trainings of another budget: {"; ".join(found[:3])}; choose another --work-dir')
     row.folder.mkdir(parents=True, exist_ok=True)
     table.write_text(json.dumps(settings, indent=1))
+    (row.folder / 'paper.json').write_text(json.dumps(row.paper))
     path, text = row.folder / 'config.py', _text(row.cfg)
     if not path.exists():
         path.write_text(text)
