@@ -1,21 +1,27 @@
-"""Two rows of the paper at a toy budget: interrupted, resumed, finished, and then left alone."""
+"""The accuracy benchmark: every named row is built and stepped, and a killed run ends like an uninterrupted one."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
 
+from mmman.analysis.dummy_model import build_dummy_model
 from tests.conftest import ROOT
-from tools.benchmarks import paper_rows
+from tools.benchmarks import accuracy
+from training_rows.rows import build_row, check_equal_budgets, store_config
+from training_rows.runs import Run, resume_from
 
-pytest.importorskip('mmpretrain')
-
-IMAGES, EPOCHS = 32, 2
-ROWS = ('cifar10_resnet32_e2e', 'cifar10_resnet32_k8_dgl')
+LIBRARY = {'detection': 'mmdet', 'segmentation': 'mmseg', 'classification': 'mmpretrain'}
+FOLDER = {'detection': 'bccd', 'segmentation': 'camvid'}
+IMAGES = 32
 
 
 @pytest.fixture
@@ -36,51 +42,120 @@ def npz(test_data, tmp_path):
 
 
 @pytest.fixture
-def finish(monkeypatch):
-    """Runs a command that comes to its end in this process, which has imported everything already."""
+def data_of(test_data, request):
+    """The folder of a task's data."""
 
-    def run(command):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, 'argv', command[1:])
-        monkeypatch.setattr(signal, 'signal', lambda *args: None)
-        with pytest.raises(SystemExit) as ending:
-            paper_rows.main()
-        assert not ending.value.code
+    def find(task):
+        pytest.importorskip(LIBRARY[task])
+        if task == 'classification':
+            return request.getfixturevalue('npz')
+        if not (test_data / FOLDER[task]).is_dir():
+            pytest.skip(f'no data at {test_data / FOLDER[task]}')
+        return test_data / FOLDER[task]
 
-    return run
+    return find
 
 
-def test_rows_survive_an_interruption(npz, tmp_path, monkeypatch, finish):
-    work_dir, table, figure = tmp_path / 'work', tmp_path / 'rows.md', tmp_path / 'rows.png'
-    command = [sys.executable, 'tools/benchmarks/paper_rows.py', *(f'configs/paper/table1/{row}.py' for row in ROWS)]
-    command += ['--epochs', EPOCHS, '--train-images', 24, '--batch-size', 8, '--lr', 0.1, '--npz', npz, '--jobs', 2]
-    command = [*map(str, [*command, '--work-dir', work_dir, '--table', table, '--plot', figure])]
-    folders = [work_dir / row / f'{EPOCHS}epochs_24train_{IMAGES}test_batch8_lr0.1' / 'seed0' for row in ROWS]
+def rows_of(task, *arguments):
+    args = accuracy.parse_args([task, *map(str, arguments)])
+    return [build_row(request, accuracy.TASKS[task], args) for request in args.requests]
 
-    def interruptible():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a background job ignores
 
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=interruptible) as first:
-        while first.poll() is None and not (folders[0] / 'last_checkpoint').exists():
-            time.sleep(0.02)
-        first.send_signal(signal.SIGINT)
-        assert 'the same command goes on' in first.communicate()[1]
-    assert first.returncode != 0 and not table.exists()
+@pytest.mark.whole_models
+@pytest.mark.parametrize('task', LIBRARY)
+def test_every_row_is_built_and_stepped(task, data_of, tmp_path):
+    names = [*accuracy.TASKS[task].rows]
+    budget = ('--batch-size', 2, '--train-images', 2, '--val-images', 2)
+    rows = rows_of(task, '--data-root', data_of(task), '--rows', *names, '--work-dir', tmp_path, *budget)
+    check_equal_budgets(rows)
+    for row in rows:
+        store_config(row)
+        cfg = Config.fromfile(row.folder / 'config.py')
+        init_default_scope(cfg.default_scope)
+        batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
+        model, optim_wrapper = build_dummy_model(cfg, *batch['inputs'][0].shape[-2:])
+        losses = model.train_step(batch, optim_wrapper)
+        assert all(torch.isfinite(torch.as_tensor(value)).all() for value in losses.values())
 
-    finish(command)
-    assert 'resumed epoch: 1' in (folders[0] / 'log.txt').read_text()
-    for row, folder in zip(ROWS, folders, strict=True):
+
+def finish(command, monkeypatch):
+    """Run a command to its end in this process, which has imported everything already."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'argv', ['accuracy.py', *command])
+    monkeypatch.setattr(signal, 'signal', lambda *args: None)
+    with pytest.raises(SystemExit) as ending:
+        accuracy.main()
+    assert not ending.value.code
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(npz, tmp_path, monkeypatch):
+    pytest.importorskip('mmpretrain')
+    monkeypatch.setattr(accuracy, 'measure_costs', lambda *args: None)
+    command = ['classification', '--data-root', npz, '--rows', 'manpp', '--epochs', 2, '--batch-size', 8, '--train-images', 24]
+    command = [*map(str, command)]
+    weights = []
+    for is_killed in (True, False):
+        work_dir = ['--work-dir', str(tmp_path / f'killed_{is_killed}')]
+        (row,) = rows_of(*command, *work_dir)
+        if is_killed:
+            store_config(row)
+            run = Run(row, 0, accuracy.TASKS['classification'].metrics)
+            run.launch(None, 1, 0)
+            while run.process.poll() is None and not (run.folder / 'epoch_1.pth').exists():
+                time.sleep(0.02)
+            os.killpg(run.process.pid, signal.SIGKILL)
+            run.process.wait()
+            run.read()
+            assert resume_from(run) in (None, run.folder / 'epoch_1.pth') and not run.finish()
+        finish([*command, *work_dir], monkeypatch)
+        folder = row.folder / 'seed0'
         result = json.loads((folder / 'result.json').read_text())
-        assert result['row'] == row and result['budget']['train_images'] == 24
-        assert [point['epoch'] for point in result['curve']] == [1, 2]
-        assert result['error'] == result['curve'][-1]['error']
-        assert f'| {row} |' in table.read_text()
-    assert "not the paper's budget" in table.read_text()
-    assert figure.stat().st_size > 0
-    unpacked = work_dir / 'images' / npz.name
-    assert len([*unpacked.glob('train/*/*.jpg')]) == len([*unpacked.glob('val/*/*.jpg')]) == IMAGES
+        assert [point['iteration'] for point in result['curve'] if 'accuracy/top1' in point] == [3, 6]
+        assert len(result['attempts']) == 1 + is_killed
+        assert (row.folder.parent / 'curves.png').stat().st_size > 0
+        assert '| manpp |' in (row.folder.parent / 'table.md').read_text()
+        weights.append(torch.load(folder / 'epoch_2.pth', map_location='cpu', weights_only=False)['state_dict'])
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
-    table.unlink()
-    monkeypatch.setattr(paper_rows.Run, 'launch', lambda *args: pytest.fail('a finished run is trained again'))
-    finish(command)
-    assert table.read_text().count('(n=1)') == len(ROWS)
+    monkeypatch.setattr(Run, 'launch', lambda *args: pytest.fail('a finished run is trained again'))
+    finish([*command, *work_dir], monkeypatch)
+    (other,) = rows_of(*command, *work_dir, '--cfg-options', 'optim_wrapper.optimizer.momentum=0.5')
+    with pytest.raises(SystemExit, match=r'trainings of another budget: optim_wrapper\.optimizer\.momentum is 0\.5, not 0\.9'):
+        store_config(other)
+
+
+def test_an_ablation_cannot_change_the_budget(npz, tmp_path):
+    pytest.importorskip('mmpretrain')
+    arguments = ('classification', '--data-root', npz, '--work-dir', tmp_path, '--ablation', 'long', 'manpp')
+    with pytest.raises(SystemExit, match=r'--ablation long changes the budget: train_cfg\.max_epochs is 30, not 15'):
+        rows_of(*arguments, 'train_cfg.max_epochs=30')
+    (row,) = rows_of(*arguments, 'custom_hooks.0.momentum=0.9')
+    assert row.cfg.custom_hooks[0].momentum == 0.9 and row.name == 'long'
+
+
+def test_iterations_and_epochs_are_not_confused(npz, tmp_path):
+    pytest.importorskip('mmpretrain')
+    with pytest.raises(SystemExit, match='--iterations: this task counts epochs'):
+        rows_of('classification', '--data-root', npz, '--rows', 'dgl', '--iterations', 5)
+
+
+def test_a_row_of_the_paper_is_scaled(npz, tmp_path):
+    pytest.importorskip('mmpretrain')
+    config = ROOT / 'configs/paper/table1/cifar10_resnet32_k16_dgl.py'
+    data = [
+        option
+        for loader, split in (('train_dataloader', 'train'), ('val_dataloader', 'test'))
+        for option in (
+            f'{loader}.dataset.type=mmman.PackedImageDataset',
+            f'{loader}.dataset.ann_file={split}.npz',
+            f'{loader}.dataset.data_root={npz}',
+        )
+    ]
+    budget = ('--epochs', 10, '--train-images', 24, '--batch-size', 8, '--lr', 0.05)
+    (row,) = rows_of('paper', '--rows', config, '--work-dir', tmp_path, *budget, '--cfg-options', *data)
+    assert row.cfg.param_scheduler[0].T_max == 10 and row.cfg.optim_wrapper.optimizer.lr == 0.05
+    assert row.iterations == 30 and row.paper == {'value': '85.92', 'budget': '400 epochs, batch 1024'}
+    assert str(row.budget).startswith(
+        '10 epochs, batch 8, lr 0.05, 24 train and 32 validation images, train_dataloader.dataset'
+    )
