@@ -82,7 +82,7 @@ def build_row(request: RowRequest, task: Task, args: argparse.Namespace) -> Row:
         _scale_to_epochs(cfg, request.name, batches, args)
         budget = replace(budget, length=cfg.train_cfg.max_epochs)
     steps = batches if budget.unit == 'epochs' else 1
-    _set_loops_and_logs(cfg, budget, steps)
+    _set_logs_and_checkpoints(cfg, budget, steps)
     shared = shared_settings(cfg)
     merge(cfg, request.ablation, f'--ablation {request.name}')
     if found := differences(shared, shared_settings(cfg)):
@@ -177,7 +177,7 @@ def _paper(cfg: Config, task: Task) -> dict:
     return {'value': f'{100 - error:.2f}', 'budget': f'{cfg.train_cfg.max_epochs} epochs, batch {batch_size}'}
 
 
-def _set_loops_and_logs(cfg: Config, budget: Budget, steps: int) -> None:
+def _set_logs_and_checkpoints(cfg: Config, budget: Budget, steps: int) -> None:
     """Log at the same iterations in all rows, and keep the checkpoints that an exact resume needs.
 
     Args:
@@ -208,12 +208,15 @@ def check_equal_budgets(rows: list[Row]) -> None:
 
 def store_config(row: Row) -> None:
     """Write the config that all seeds of a row share, once; refuse to mix trainings of two configs or budgets in a table."""
-    table = row.folder.parent / 'budget.json'
-    settings = json.loads(json.dumps(shared_settings(row.cfg), default=str))
-    if table.exists() and (found := differences(json.loads(table.read_text()), settings)):
-        raise SystemExit(f'{table.parent} has trainings of another budget: {"; ".join(found[:3])}; choose another --work-dir')
+    settings = shared_settings(row.cfg)
+    for other in sorted(row.folder.parent.glob('*/config.py')):
+        found = differences(shared_settings(Config.fromfile(other)), settings)
+        if found and other.parent != row.folder:
+            raise SystemExit(
+                f'{row.folder.parent} has trainings of another budget: {"; ".join(found[:3])} ({other.parent.name}); '
+                'choose another --work-dir'
+            )
     row.folder.mkdir(parents=True, exist_ok=True)
-    table.write_text(json.dumps(settings, indent=1))
     (row.folder / 'paper.json').write_text(json.dumps(row.paper))
     path, text = row.folder / 'config.py', _text(row.cfg)
     if not path.exists():
