@@ -21,7 +21,13 @@ from training_rows.runs import Run, resume_from
 
 LIBRARY = {'detection': 'mmdet', 'segmentation': 'mmseg', 'classification': 'mmpretrain'}
 FOLDER = {'detection': 'bccd', 'segmentation': 'camvid'}
-SMALL = {'segmentation': ['train_dataloader.dataset.pipeline.1.crop_size=(64,64)', 'model.data_preprocessor.size=(64,64)']}
+SMALL = {
+    'segmentation': [
+        '--cfg-options',
+        'train_dataloader.dataset.pipeline.1.crop_size=(64,64)',
+        'model.data_preprocessor.size=(64,64)',
+    ]
+}
 IMAGES = 32
 
 
@@ -66,7 +72,7 @@ def rows_of(task, *arguments):
 @pytest.mark.parametrize('task', LIBRARY)
 def test_every_row_is_built_and_stepped(task, data_of, tmp_path):
     names = [*accuracy.TASKS[task].rows]
-    budget = ('--batch-size', 2, '--train-images', 2, '--val-images', 2, '--cfg-options', *SMALL.get(task, ['resume=False']))
+    budget = ('--batch-size', 2, '--train-images', 2, '--val-images', 2, *SMALL.get(task, []))
     rows = rows_of(task, '--data-root', data_of(task), '--rows', *names, '--work-dir', tmp_path, *budget)
     check_equal_budgets(rows)
     for row in rows:
