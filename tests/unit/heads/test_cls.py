@@ -9,6 +9,7 @@ from torch import nn
 from mmman import MomentumTransfer
 from mmman.analysis import LiveBytes
 from mmman.errors import ConfigError
+from mmman.heads.auglocal import _sampled_units
 from mmman.heads.infopro import supervised_contrast
 from mmman.heads.predsim import similarity_matrix
 from mmman.heads.reconstruction import ReconstructionDecoder, reconstruction_loss, restore_pixels
@@ -30,9 +31,10 @@ HEAD = {
 }
 
 
-def boundary(feature=MAP, block=1, num_blocks=4, following=()):
+def boundary(feature=MAP, block=1, num_blocks=4, following=(), unit='u', stage=0, position=0):
     modules, features = zip(*following, strict=True) if following else ((), ())
-    return Boundary(block, num_blocks, 'u', Unit.single('v', 0), feature, feature, False, (4,), modules, features)
+    source = Unit.single('v', stage)
+    return Boundary(block, num_blocks, unit, source, feature, feature, False, (4,), modules, features, position=position)
 
 
 def local_head(kind, head=HEAD, where=None, **options):
@@ -74,6 +76,21 @@ def test_dgl_shapes():
     for size in (16, 8, 4):
         head.loss(torch.randn(4, 8, size, size), IMAGES, samples())
     assert seen == [(8, 8), (8, 8), (4, 4)]  # larger maps are pooled
+
+
+@pytest.mark.parametrize(('channels', 'side'), [(16, 32), (32, 16), (64, 8), (512, 28), (64, 3)])
+def test_the_original_dgl_head(channels, side):
+    """C channels on a quarter of the side, then 2x2 of them and layers of 4C: DGL's mlp-sr, of its VGG too."""
+    head = local_head('DGLLocalHead', where=boundary(Feature(channels, 4)), original=True)
+    assert [conv[0].weight.shape[:2] for conv in head.convs] == [(channels, channels)] * 3
+    assert [fc[0].weight.shape for fc in head.fcs] == [(4 * channels, 4 * channels)] * 3
+    assert head.head.fc.weight.shape == (3, 4 * channels)
+    seen = []
+    head.convs.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    head.loss(torch.randn(4, channels, side, side), IMAGES, samples())
+    assert seen == [(-(-side // 4), -(-side // 4))]
+    with pytest.raises(ConfigError, match='original=True fixes the sizes .* remove pool_size, conv_channels and fc_channels'):
+        local_head('DGLLocalHead', original=True, conv_channels=64)
 
 
 def test_the_loss_is_the_models_own():
@@ -175,17 +192,54 @@ def test_decoder_widths_and_size(stepwise, stride, widths):
     assert decoder(torch.randn(2, 16, 4, 6), size).shape == (2, 3, *size)
 
 
-@pytest.mark.parametrize(
-    ('value', 'expected'), [(2.0, [2, 2, 2, 2]), ((5.0, 2.0), [5, 4, 3, 2]), ([0.5, 0.0], [0.5, 1 / 3, 1 / 6, 0])]
-)
-def test_lambda_is_linear_in_the_blocks_index(value, expected):
-    heads = [local_head('InfoProLocalHead', where=boundary(block=j, num_blocks=5), lambda_rec=value) for j in (1, 2, 3, 4)]
-    assert [head.lambda_rec for head in heads] == pytest.approx(expected)
-    only = local_head('InfoProLocalHead', where=boundary(num_blocks=2), lambda_task=value)
-    assert only.lambda_task == expected[0]
+@pytest.mark.parametrize(('channels', 'stride', 'widths', 'kernels'), [
+    (512, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on ImageNet
+    (1024, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on Cityscapes
+    (1024, 16, [192, 64, 32, 12, 3], [1, 1, 3, 3, 3]),  # MAN++ on ImageNet
+    (256, 4, [64, 12, 3], [1, 3, 3]), (2048, 32, [192, 64, 64, 32, 12, 3], [1, 1, 1, 3, 3, 3]),
+])  # fmt: skip
+def test_decoders_of_the_authors(channels, stride, widths, kernels):
+    decoder = ReconstructionDecoder(channels, stride, stepwise=True)
+    convs = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.out_channels, conv.kernel_size[0]) for conv in convs] == [*zip(widths, kernels, strict=True)]
 
 
-@pytest.mark.parametrize('classifier', ['1c2f', 'imagenet'])
+@pytest.mark.parametrize('stepwise', [False, True])
+def test_decoders_align_corners(stepwise):
+    """A pixel at a corner of the image sees the feature at that corner alone."""
+    decoder = ReconstructionDecoder(4, 4, stepwise)
+    decoder.reduce, decoder.convs = nn.Identity(), nn.ModuleList([nn.Identity() for _ in decoder.convs])
+    y = torch.rand(1, 4, 3, 5)
+    assert torch.equal(decoder(y, (12, 20))[..., ::11, ::19], y[..., ::2, ::4])
+
+
+@pytest.mark.parametrize(('channels', 'width', 'stride'), [(16, 32, 2), (32, 64, 2), (64, 64, 1), (128, 64, 1)])
+@pytest.mark.parametrize('classifier', ['1c2f', '2c2f'])
+def test_the_small_classifier_of_infopro(classifier, channels, width, stride):
+    head = local_head('InfoProLocalHead', where=boundary(Feature(channels, 4)), classifier=classifier)
+    first, *more = [module for module in head.convs if isinstance(module, nn.Conv2d)]
+    assert (first.out_channels, first.kernel_size, first.stride) == (width, (3, 3), (stride, stride))
+    assert [(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride) for conv in more] == [
+        (width, width, (3, 3), (1, 1))
+    ] * (classifier == '2c2f')
+    assert head.fc[0].weight.shape == (128, width)
+
+
+@pytest.mark.parametrize(('num_blocks', 'unit', 'stage', 'expected'), [
+    (16, 'stem', 0, 5), (16, 'u', 0, 5 * 13 / 14), (16, 'u', 1, 5 * 12 / 14), (16, 'u', 2, 5 * 11 / 14),
+    (8, 'u', 2, 2.5), (32, 'u', 2, 4.5), (55, 'u', 2, 5 * 50 / 53),
+    (4, 'u', 0, 2.5), (4, 'u', 1, 0), (4, 'u', 3, 0),  # never beyond the last value
+    (3, 'u', 2, 0), (2, 'u', 3, 5),
+])  # fmt: skip
+def test_lambda_is_linear_in_the_stage(num_blocks, unit, stage, expected):
+    where = boundary(num_blocks=num_blocks, unit=unit, stage=stage)
+    head = local_head('InfoProLocalHead', where=where, lambda_rec=(5.0, 0.0), lambda_task=[0.5, 0.0])
+    assert (head.lambda_rec, head.lambda_task) == pytest.approx((expected, expected / 10))
+    head = local_head('InfoProLocalHead', where=where, lambda_rec=2.0)
+    assert head.lambda_rec == 2
+
+
+@pytest.mark.parametrize('classifier', ['1c2f', '2c2f', 'imagenet'])
 @pytest.mark.parametrize('contrast', [False, True])
 def test_infopro_is_the_weighted_sum_of_its_losses(classifier, contrast):
     head = local_head('InfoProLocalHead', classifier=classifier, contrast=contrast, lambda_rec=3.0, lambda_task=0.5)
@@ -197,7 +251,7 @@ def test_infopro_is_the_weighted_sum_of_its_losses(classifier, contrast):
     rec = F.binary_cross_entropy(head.decoder(Y, (32, 32)).sigmoid(), IMAGES)
     assert torch.allclose(losses['loss_rec'], 3 * rec, rtol=1e-4)
     features = head.embed(Y, inputs)
-    assert features.shape == (4, 128 if classifier == '1c2f' else 2048)
+    assert features.shape == (4, 2048 if classifier == 'imagenet' else 128)
     labels = torch.tensor([0, 1, 2, 0])
     task = (
         supervised_contrast(head.contrast(features), labels, 0.07)
@@ -243,8 +297,8 @@ def test_contrast_needs_hard_labels():
 
 
 def test_infopro_options_are_checked():
-    with pytest.raises(ConfigError, match="'1c2f' or 'imagenet'"):
-        local_head('InfoProLocalHead', classifier='2c2f')
+    with pytest.raises(ConfigError, match="'1c2f', '2c2f' or 'imagenet'"):
+        local_head('InfoProLocalHead', classifier='3c2f')
     bare = Model()
     bare.data_preprocessor = nn.Identity()
     with pytest.raises(ConfigError, match='Identity does not expose how it normalises'):
@@ -281,9 +335,16 @@ def test_predsim_on_a_map_of_one_pixel():
     assert torch.allclose(head.loss(pixel, IMAGES, samples())['loss_sim'], (ours - same).square().mean())
 
 
-def test_the_linear_classifier_of_predsim_has_bounded_input():
-    assert local_head('PredSimLocalHead', where=boundary(Feature(512, 4))).head.fc.in_features == 2048
-    assert local_head('PredSimLocalHead', where=boundary(Feature(4096, 4))).head.fc.in_features == 4096
+@pytest.mark.parametrize(('channels', 'limit', 'pooled'), [
+    (16, 2048, (8, 16)), (32, 2048, (8, 8)), (64, 2048, (4, 8)), (16, 4096, (16, 16)), (512, 2048, (2, 2)),
+    (100, 2048, (4, 4)), (4096, 2048, (1, 1)),
+])  # fmt: skip
+def test_predsim_pools_by_halving_height_and_width_in_turn(channels, limit, pooled):
+    head = local_head('PredSimLocalHead', where=boundary(Feature(channels, 4)), max_features=limit)
+    assert head.pool_size == pooled
+    assert head.head.fc.in_features == channels * pooled[0] * pooled[1]
+    y = torch.rand(2, channels, 32, 32)
+    assert torch.allclose(head.embed(y, IMAGES), F.avg_pool2d(y, (32 // pooled[0], 32 // pooled[1])).flatten(1))
 
 
 # ---- AugLocal
@@ -300,22 +361,58 @@ FOLLOWING = [
 
 
 @pytest.mark.parametrize(
-    ('depth', 'chosen'), [(1, [4]), (2, [1, 4]), (3, [0, 2, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
+    ('depth', 'chosen'), [(1, [4]), (2, [1, 4]), (3, [1, 2, 4]), (4, [0, 1, 3, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
 )
 def test_auglocal_spreads_its_units_evenly_up_to_the_last(depth, chosen):
     head = local_head('AugLocalHead', where=boundary(following=FOLLOWING), depth=depth)
-    assert [unit.weight.shape for unit in head.units] == [FOLLOWING[i][0].weight.shape for i in chosen]
-    assert not any(torch.equal(unit.weight, FOLLOWING[i][0].weight) for unit, i in zip(head.units, chosen, strict=True))
+    assert [unit.out_channels for unit in head.units] == [FOLLOWING[i][1].channels for i in chosen]
+    assert not any(
+        unit.weight is own.weight or torch.equal(unit.weight, own.weight) for unit in head.units for own, _ in FOLLOWING
+    )
     assert head.embed(Y, IMAGES).shape == (4, 32)
 
 
-def test_auglocal_adapts_neighbours_that_do_not_fit():
-    head = local_head('AugLocalHead', where=boundary(following=FOLLOWING), depth=2)
-    assert head.adapters[0].project is None
-    between = head.adapters[1].project[0]  # from unit 1 to unit 4
-    assert (between.in_channels, between.out_channels, between.stride) == (16, 32, (2, 2))
-    jump = local_head('AugLocalHead', where=boundary(following=FOLLOWING), depth=1).adapters[0].project[0]
-    assert (jump.in_channels, jump.out_channels, jump.stride) == (8, 32, (4, 4))
+# The layers that AugLocal's code samples for ResNet-32 after its layers 0, 1, ..., by depth.
+@pytest.mark.parametrize(('depth', 'layers'), [
+    (1, [(15,)] * 14), (2, [(8, 15), (8, 15), (8, 15), (9, 15), (10, 15), (10, 15), (10, 15), (11, 15), (12, 15), (12, 15)]),
+    (3, [(5, 10, 15), (6, 10, 15), (6, 11, 15), (7, 11, 15), (8, 11, 15)]),
+])  # fmt: skip
+def test_auglocal_samples_the_layers_of_the_authors(depth, layers):
+    for position, expected in enumerate(layers):
+        chosen = _sampled_units(position, 15 - position, depth)
+        assert tuple(position + 1 + i for i in chosen) == expected
+
+
+@pytest.mark.parametrize(('depth', 'pyramid', 'depths'), [
+    (5, 0.5, [5, 5, 5, 4, 4, 4, 4, 4, 3, 3, 3]), (5, 0, [5] * 11), (2, 0.5, [2] * 11), (1, 1, [1] * 11),
+    (3, 1, [3, 3, 3, 2, 2, 2, 2, 2, 1, 1, 1]),
+])  # fmt: skip
+def test_auglocal_is_a_pyramid(depth, pyramid, depths):
+    following = [(conv(8, 8, 1), MAP)] * 9
+    heads = [
+        local_head('AugLocalHead', where=boundary(block=j, num_blocks=12, following=following), depth=depth, pyramid=pyramid)
+        for j in range(1, 12)
+    ]
+    assert [len(head.units) for head in heads] == depths
+
+
+def test_auglocals_units_change_the_shape_themselves():
+    head = local_head('AugLocalHead', where=boundary(following=[*FOLLOWING[:2], *FOLLOWING[2:3] * 2, *FOLLOWING[3:]]), depth=2)
+    assert [(unit.in_channels, unit.out_channels, unit.stride) for unit in head.units] == [(8, 16, (2, 2)), (16, 32, (2, 2))]
+    assert all(adapter.project is None for adapter in head.adapters)
+
+
+def test_auglocal_adapts_what_no_unit_changes_and_drops_no_position():
+    head = local_head('AugLocalHead', where=boundary(following=FOLLOWING), depth=1)
+    (unit,), (adapter,) = head.units, head.adapters
+    assert (unit.in_channels, unit.out_channels, unit.stride) == (16, 32, (2, 2))
+    project = adapter.project[0]
+    assert (adapter.stride, project.in_channels, project.out_channels, project.stride) == (2, 8, 16, (1, 1))
+    y = Y[..., :7, :7].clone().requires_grad_()
+    adapted = head.eval().adapters[0](y, IMAGES.shape[-2:])
+    assert adapted.shape[-2:] == (4, 4)
+    adapted.square().sum().backward()
+    assert y.grad.ne(0).all()
 
 
 def test_auglocal_where_nothing_follows():
