@@ -1,5 +1,5 @@
-# RetinaNet as the authors' code trains it. mmdet's 90k schedule has its batch (16), its iterations, and its learning rate (0.01,
-# divided by 10 after 60k and 80k).
+# RetinaNet as the authors' code trains it. Its batch of 16, 90k iterations, and learning rate of 0.01, divided by 10 after 60k
+# and 80k, are mmdet's 90k schedule.
 _base_ = 'mmdet::retinanet/retinanet_r50_fpn_90k_coco.py'
 
 custom_imports = dict(imports=['mmman.heads.release_retina'])

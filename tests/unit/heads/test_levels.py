@@ -65,7 +65,7 @@ def test_projection_of_the_release():
     projection = LevelProjection(64, 64, 32, [32, 64, 128], relu=True)
     projection.init_weights()
     for module in (projection.lateral, *projection.down):
-        assert module.weight.std() == pytest.approx(0.01, rel=0.05) and not module.bias.any()
+        assert module.weight.std().item() == pytest.approx(0.01, rel=0.05) and not module.bias.any()
     x = torch.randn(2, 64, 8, 8)
     expected = [projection.lateral(x).relu()]
     for convolution in projection.down:

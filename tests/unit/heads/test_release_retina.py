@@ -58,5 +58,5 @@ def test_losses_are_divided_by_the_positives_of_the_batch(samples, empty, count)
     stock = RetinaHead(**OPTIONS)
     stock.load_state_dict(ours.state_dict())
     maps = (torch.randn(len(samples), 8, 8, 8),)
-    losses = [total_loss(head.loss(maps, samples)) for head in (stock, ours)]
+    losses = [total_loss(head.loss(maps, samples)).item() for head in (stock, ours)]
     assert losses[1] / losses[0] == pytest.approx((count + empty) / max(count, 1), rel=1e-5)

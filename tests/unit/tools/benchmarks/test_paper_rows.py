@@ -72,6 +72,12 @@ def test_warmup_of_less_than_an_epoch():
     assert rates[-1] < 1e-4
 
 
+def test_the_shortest_warmup_ends_at_the_whole_rate():
+    warmup = {'type': 'LinearLR', 'start_factor': 0.1, 'begin': 0, 'end': 10, 'convert_to_iter_based': True}
+    scaled = paper_rows.scale_scheduler(warmup, 400, 2, iterations=10)
+    assert learning_rates(2, 10, scaled)[:3] == pytest.approx([0.1, 1.0, 1.0])
+
+
 @pytest.mark.parametrize(
     'scheduler, message',
     [
