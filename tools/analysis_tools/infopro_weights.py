@@ -68,12 +68,18 @@ def make_table(paths: Iterable[Path]) -> Table:
     return table
 
 
+def default_rows() -> list[Path]:
+    """The paper's rows with InfoPro's local heads: those named so, and Table VII's on ImageNet."""
+    paper = CONFIGS / 'paper'
+    return sorted({*paper.glob('*/*infopro*.py'), *paper.glob('table7/imagenet_*.py')})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', type=Path, nargs='*', help='default: all of configs/paper')
+    parser.add_argument('configs', type=Path, nargs='*', help="default: the paper's rows with InfoPro's local heads")
     args = parser.parse_args()
     MMLogger.get_instance('mmengine').setLevel(logging.ERROR)
-    paths = args.configs or sorted((CONFIGS / 'paper').rglob('*.py'))
+    paths = args.configs or default_rows()
     table = make_table(track(paths, 'Reading configs', console=Console(stderr=True), transient=True))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -25,3 +25,16 @@ def test_every_local_head_is_in_the_table(monkeypatch, capsys):
         ['', '3 to 5', '3.333', '0.3333'],
         ['', '6 to 7', '2.5', '0.25'],
     ]
+
+
+def test_the_default_rows_are_those_with_infopros_head():
+    """A row that has the head by its base, not by its name, would be left out."""
+
+    def mentions(path):
+        text = path.read_text()
+        bases = [line.split("'")[1] for line in text.splitlines() if line.startswith("_base_ = '.")]
+        return 'InfoPro' in text or 'SegLocalHead' in text or any(mentions(path.parent / base) for base in bases)
+
+    assert infopro_weights.default_rows() == sorted(
+        path for path in (ROOT / 'configs' / 'paper').rglob('*.py') if mentions(path)
+    )
