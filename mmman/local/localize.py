@@ -147,6 +147,7 @@ def _build_heads(
             image_channels=measured.image_channels,
             following_units=tuple(modules[cut + 1 + applies_unit :]),
             following_features=tuple(features[cut + 1 + applies_unit :]),
+            position=cut + applies_unit,
         )
         head = MODELS.build(
             local_head,

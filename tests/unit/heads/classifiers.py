@@ -20,9 +20,10 @@ HEAD = {
 }
 
 
-def boundary(feature=MAP, block=1, num_blocks=4, following=()):
+def boundary(feature=MAP, block=1, num_blocks=4, following=(), unit='u', stage=0, position=0):
     modules, features = zip(*following, strict=True) if following else ((), ())
-    return Boundary(block, num_blocks, 'u', Unit.single('v', 0), feature, feature, False, (4,), modules, features)
+    source = Unit.single('v', stage)
+    return Boundary(block, num_blocks, unit, source, feature, feature, False, (4,), modules, features, position=position)
 
 
 def local_head(kind, head=HEAD, where=None, **options):

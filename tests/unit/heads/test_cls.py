@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from mmman.errors import ConfigError
+from mmman.partition import Feature
 
 pytest.importorskip('mmpretrain')
 from mmpretrain.structures import DataSample
 
-from tests.unit.heads.classifiers import HEAD, IMAGES, Model, Y, local_head, samples
+from tests.unit.heads.classifiers import HEAD, IMAGES, Model, Y, boundary, local_head, samples
 
 
 def test_dgl_shapes():
@@ -83,3 +84,18 @@ def test_another_number_of_classes_is_refused():
     local_head('DGLLocalHead').check_model(Model(3))
     with pytest.raises(ConfigError, match='the local head has num_classes=3, but the model has 4: set .*num_classes=4'):
         local_head('DGLLocalHead').check_model(Model(4))
+
+
+@pytest.mark.parametrize(('channels', 'side'), [(16, 32), (32, 16), (64, 8), (512, 28), (64, 3)])
+def test_the_original_dgl_head(channels, side):
+    """C channels on a quarter of the side, then 2x2 of them and layers of 4C: DGL's mlp-sr, of its VGG too."""
+    head = local_head('DGLLocalHead', where=boundary(Feature(channels, 4)), original=True)
+    assert [conv[0].weight.shape[:2] for conv in head.convs] == [(channels, channels)] * 3
+    assert [fc[0].weight.shape for fc in head.fcs] == [(4 * channels, 4 * channels)] * 3
+    assert head.head.fc.weight.shape == (3, 4 * channels)
+    seen = []
+    head.convs.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
+    head.loss(torch.randn(4, channels, side, side), IMAGES, samples())
+    assert seen == [(-(-side // 4), -(-side // 4))]
+    with pytest.raises(ConfigError, match='original=True fixes the sizes .* remove pool_size, conv_channels and fc_channels'):
+        local_head('DGLLocalHead', original=True, conv_channels=64)

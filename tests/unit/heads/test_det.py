@@ -97,6 +97,17 @@ def test_a_head_sees_the_objects_of_its_sizes_and_leaves_the_samples_whole():
     assert ranges[0][0] == 0 and ranges[-1][1] == math.inf
 
 
+def test_all_objects_and_the_projection_of_the_release_are_options():
+    bbox_head = {'type': 'RetinaHead', 'num_classes': 3, 'in_channels': 32, 'feat_channels': 32, **HEADS['RetinaHead']}
+    options = {'bbox_head': bbox_head, 'train_cfg': training('RetinaHead')}
+    assert [head.projection.relu for head in localized(options).local.values()] == [False] * 3
+    samples = detection_samples(256, 3)
+    for head in localized({**options, 'size_filter': False, 'projection': 'release'}).local.values():
+        assert head.filter_gt(samples) is samples
+        assert head.gt_size_range is None
+        assert head.projection.relu
+
+
 SSD = {
     'in_channels': (512, 1024, 512, 256, 256, 256),
     'anchor_generator': {

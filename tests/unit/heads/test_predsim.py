@@ -38,6 +38,13 @@ def test_predsim_on_a_map_of_one_pixel():
     assert torch.allclose(head.loss(pixel, IMAGES, samples())['loss_sim'], (ours - same).square().mean())
 
 
-def test_the_linear_classifier_of_predsim_has_bounded_input():
-    assert local_head('PredSimLocalHead', where=boundary(Feature(512, 4))).head.fc.in_features == 2048
-    assert local_head('PredSimLocalHead', where=boundary(Feature(4096, 4))).head.fc.in_features == 4096
+@pytest.mark.parametrize(('channels', 'limit', 'pooled'), [
+    (16, 2048, (8, 16)), (32, 2048, (8, 8)), (64, 2048, (4, 8)), (16, 4096, (16, 16)), (512, 2048, (2, 2)),
+    (100, 2048, (4, 4)), (4096, 2048, (1, 1)),
+])  # fmt: skip
+def test_predsim_pools_by_halving_height_and_width_in_turn(channels, limit, pooled):
+    head = local_head('PredSimLocalHead', where=boundary(Feature(channels, 4)), max_features=limit)
+    assert head.pool_size == pooled
+    assert head.head.fc.in_features == channels * pooled[0] * pooled[1]
+    y = torch.rand(2, channels, 32, 32)
+    assert torch.allclose(head.embed(y, IMAGES), F.avg_pool2d(y, (32 // pooled[0], 32 // pooled[1])).flatten(1))

@@ -237,3 +237,24 @@ def test_decoder_widths_and_size(stepwise, stride, widths):
     assert [(conv[0] if isinstance(conv, nn.Sequential) else conv).out_channels for conv in decoder.convs] == widths
     size = (4 * stride, 6 * stride - (stride > 4))  # a width that strides don't divide
     assert decoder(torch.randn(2, 16, 4, 6), size).shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize(('channels', 'stride', 'widths', 'kernels'), [
+    (512, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on ImageNet
+    (1024, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on Cityscapes
+    (1024, 16, [192, 64, 32, 12, 3], [1, 1, 3, 3, 3]),  # MAN++ on ImageNet
+    (256, 4, [64, 12, 3], [1, 3, 3]), (2048, 32, [192, 64, 64, 32, 12, 3], [1, 1, 1, 3, 3, 3]),
+])  # fmt: skip
+def test_decoders_of_the_authors(channels, stride, widths, kernels):
+    decoder = ReconstructionDecoder(channels, stride, stepwise=True)
+    convs = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.out_channels, conv.kernel_size[0]) for conv in convs] == [*zip(widths, kernels, strict=True)]
+
+
+@pytest.mark.parametrize('stepwise', [False, True])
+def test_decoders_align_corners(stepwise):
+    """A pixel at a corner of the image sees the feature at that corner alone."""
+    decoder = ReconstructionDecoder(4, 4, stepwise)
+    decoder.reduce, decoder.convs = nn.Identity(), nn.ModuleList([nn.Identity() for _ in decoder.convs])
+    y = torch.rand(1, 4, 3, 5)
+    assert torch.equal(decoder(y, (12, 20))[..., ::11, ::19], y[..., ::2, ::4])

@@ -87,7 +87,8 @@ def spread(total: int, count: int) -> list[int]:
 def scale_scheduler(scheduler: dict, own: int, epochs: int, iterations: int) -> dict:
     """A scheduler of a training of ``own`` epochs, scaled to one of ``epochs`` with ``iterations`` iterations each.
 
-    Points in time are rounded to epochs or, with ``convert_to_iter_based``, to iterations; none but 0 becomes 0.
+    Points in time are rounded to epochs or, with ``convert_to_iter_based``, to iterations; none but 0 becomes 0. A LinearLR
+    lasts at least two of them, because mmengine leaves its first factor in place after one.
     """
     name, by_epoch, scheduler = type_name(scheduler), scheduler.get('by_epoch', True), dict(scheduler)
     if name not in SCALABLE or not by_epoch:
@@ -105,6 +106,8 @@ def scale_scheduler(scheduler: dict, own: int, epochs: int, iterations: int) -> 
     if 'milestones' in scheduler:
         scheduler['milestones'] = [scale(point) for point in scheduler['milestones']]
     scheduler |= {key: scale(scheduler[key]) for key in ('begin', 'end') if key in scheduler}
+    if name == 'LinearLR' and 'end' in scheduler:
+        scheduler['end'] = max(scheduler['end'], scale(begin) + 2)
     if scheduler.get('end', math.inf) <= scale(begin) or scheduler.get('T_max', 1) < 1:
         raise SystemExit(f'--epochs: {epochs} are too few for the {name} that begins at epoch {begin} of {own}')
     return scheduler

@@ -72,6 +72,12 @@ def test_cosine_ends_with_the_budget():
     assert rates[::4] == pytest.approx([(1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in range(10)])
 
 
+def test_the_shortest_warmup_ends_at_the_whole_rate():
+    warmup = {'type': 'LinearLR', 'start_factor': 0.1, 'begin': 0, 'end': 10, 'convert_to_iter_based': True}
+    scaled = scale_scheduler(warmup, 400, 2, iterations=10)
+    assert learning_rates(2, 10, scaled)[:3] == pytest.approx([0.1, 1.0, 1.0])
+
+
 def test_warmup_of_less_than_an_epoch():
     warmup = {'type': 'LinearLR', 'start_factor': 0.1, 'begin': 0, 'end': 5, 'convert_to_iter_based': True}
     cosine = {'type': 'CosineAnnealingLR', 'T_max': 95, 'begin': 5, 'end': 100, 'convert_to_iter_based': True}
