@@ -85,7 +85,7 @@ def test_an_interrupted_file_is_noted_as_the_runs_own(tmp_path, monkeypatch):
         (errno.EROFS, 'mount the disk writable'),
         (errno.EACCES, 'make the folder writable'),
         (errno.ENOTDIR, 'remove the file that has the name of the folder'),
-        (errno.EIO, 'make the folder writable'),
+        (errno.EIO, 'check the disk'),
     ],
 )
 def test_the_error_says_what_to_do(number, remedy):
