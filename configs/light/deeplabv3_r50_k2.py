@@ -1,7 +1,7 @@
 _base_ = '../deeplabv3_r50_manpp_k2.py'
 
-# Light local heads, and cuts and recomputed units by tools/plan_blocks.py --blocks 2 --max-overhead 0.1 --recompute
-# for 16 images of 768x768. Not the paper's heads: accuracy at the paper's budget has not been measured.
+# Light local heads, and cuts and recomputed units as tools/fit_memory.py --blocks 2 --max-overhead 0.1 plans them for
+# 16 images of 768x768. Not the paper's heads: accuracy at the paper's budget has not been measured.
 model = dict(
     backbone=dict(
         partition=['layer3.3'],

@@ -1,8 +1,8 @@
 _base_ = '../paper/table2/resnext101_k4_infopro_manpp.py'
 
-# Light local heads, and cuts by tools/plan_blocks.py --blocks 4 for 64 images of 224x224. With --max-overhead 0.1
-# --recompute it finds some that take less memory and more time. Not the paper's heads: accuracy at the paper's budget has not
-# been measured.
+# Light local heads, and the cuts with the smallest peak for 64 images of 224x224. tools/fit_memory.py
+# --max-overhead 0.1 finds some that take less memory and more time. Not the paper's heads: accuracy at the paper's budget has
+# not been measured.
 model = dict(
     backbone=dict(
         partition=['layer1.1', 'layer2.2', 'layer3.9'],

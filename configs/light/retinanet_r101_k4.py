@@ -1,7 +1,7 @@
 _base_ = '../retinanet_r101_manpp_k4_lean.py'
 
-# Light local heads, and cuts and recomputed units by tools/plan_blocks.py --blocks 4 --max-overhead 0.1 --recompute
-# --fused-focal-loss for 8 images of 416x640. Not the paper's heads: accuracy at the paper's budget has not been measured.
+# Light local heads, and cuts and recomputed units as tools/fit_memory.py --blocks 4 --max-overhead 0.1 plans them for
+# 8 images of 416x640. Not the paper's heads: accuracy at the paper's budget has not been measured.
 model = dict(
     backbone=dict(
         partition=['layer2.0', 'layer3.8', 'layer3.18'],

@@ -38,7 +38,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
         LocalLearningError: The localised model fails and the stock model doesn't, or the local heads fail.
     """
     child, stock = _for_cpu(child), _for_cpu(stock)
-    scope = _scope(child)
+    scope = scope_of(child)
     sides = tuple(dict.fromkeys((*SIDES.get(scope, (128,)), *_own_sides(child.model.backbone.backbone))))
     try:
         return _first_that_runs(sides, lambda side: _step(child, scope, side)), None
@@ -62,20 +62,26 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
 
 
 def _for_cpu(cfg: Config) -> Config:
-    """Copy the config for a CPU and small images: full precision, no batch augments, no teacher weights to download."""
+    """Copy the config for a CPU and small images.
+
+    Full precision, gradients that stay after a block's step, no batch augments, no teacher weights to download.
+    """
     cfg = copy.deepcopy(cfg)
-    for name in ('dtype', 'loss_scale'):
-        cfg.get('optim_wrapper', {}).pop(name, None)
+    wrapper = cfg.get('optim_wrapper', {})
+    for name in ('dtype', 'loss_scale', 'update'):
+        wrapper.pop(name, None)
+    if getattr(kind := wrapper.get('type'), '__name__', kind) == 'AmpOptimWrapper':  # it requires a GPU
+        wrapper.type = 'OptimWrapper'
     if 'teacher_ckpt' in cfg.model:
         cfg.model.teacher_ckpt = None
     for owner in (cfg, cfg.model):
         if (owner.get('data_preprocessor') or {}).get('batch_augments'):
             owner['data_preprocessor']['batch_augments'] = None  # batch augments pad to the training size
-    cfg.default_scope = cfg.get('default_scope') or _scope(cfg)
+    cfg.default_scope = cfg.get('default_scope') or scope_of(cfg)
     return cfg
 
 
-def _scope(cfg: Config) -> str:
+def scope_of(cfg: Config) -> str:
     """The library that defines the class of a config's model, or a base class of it."""
     kind = cfg.model.type
     if isinstance(kind, str):

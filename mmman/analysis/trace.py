@@ -15,7 +15,7 @@ WINDOW = 200
 
 
 class Trace(LiveBytes):
-    """Record every allocation and release, and the FLOPs, since :meth:`begin`. Marks name moments in between.
+    """Record every allocation and release, FLOPs and operators, since :meth:`begin`. Marks name moments in between.
 
     Args:
         held: Objects that are alive from the start. They count only if they are released.
@@ -25,7 +25,7 @@ class Trace(LiveBytes):
         allocated_by: For every storage the operator that allocated it; '' for a storage that existed before and is released.
         sizes: For every storage its bytes.
         events: i + 1 for the allocation of storage i, -(i + 1) for its release, in order.
-        marks: For every mark the number of events and the FLOPs before it.
+        marks: For every mark the number of events, the FLOPs and the number of operators before it.
     """
 
     def __init__(self, *held: object) -> None:
@@ -39,14 +39,14 @@ class Trace(LiveBytes):
         self.allocated_by: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
-        self.flops = 0
-        self.marks: dict[Hashable, tuple[int, int]] = {'start': (0, 0)}
+        self.flops = self.operators = 0
+        self.marks: dict[Hashable, tuple[int, int, int]] = {'start': (0, 0, 0)}
         self.named: dict[Hashable, int] = {}
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
         """Name this moment. If a name is used again, its first moment counts."""
-        self.marks.setdefault(name, (len(self.events), self.flops))
+        self.marks.setdefault(name, (len(self.events), self.flops, self.operators))
 
     def name(self, name: Hashable, tensor: Tensor) -> None:
         """Name the storage of a tensor that was allocated since :meth:`begin`."""
@@ -107,7 +107,7 @@ class Extrapolation:
             start, end: The marks.
             held: Name of a storage that is assumed to stay alive until the end of the run. Default: none.
         """
-        (first, _), (last, _) = (self._traces[1].marks[moment] for moment in (start, end))
+        first, last = (self._traces[1].marks[moment][0] for moment in (start, end))
         alive = self._alive[first : last + 1]
         if held is not None:
             i = self._traces[1].named[held]
@@ -119,6 +119,10 @@ class Extrapolation:
         """FLOPs before a mark."""
         small, large = (trace.marks[moment][1] for trace in self._traces)
         return linear((small, large), self._pixels)
+
+    def operators(self, moment: Hashable) -> int:
+        """Number of operators before a mark."""
+        return self._traces[1].marks[moment][2]
 
     def size(self, name: Hashable) -> int:
         """Bytes of the storage with this name."""

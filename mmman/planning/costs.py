@@ -38,6 +38,7 @@ class UnitCost:
         is_read: Whether neck, head or loss read the backbone output that this unit makes. An unread output is freed before they
             run.
         backward_held: Like ``backward``, but the output stays alive until the end of the backward pass.
+        operators: Number of operators of the forward and backward pass, without views.
     """
 
     kept: int
@@ -50,6 +51,7 @@ class UnitCost:
     holds: int = -1
     is_read: bool = True
     backward_held: int = 0
+    operators: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class HeadCost:
         peak: Peak of the forward and backward pass, above what was alive before.
         gradient: Gradients of the parameters.
         flops: FLOPs of the forward and backward pass.
+        operators: Number of operators of the forward and backward pass, without views.
     """
 
     static: int
     peak: int
     gradient: int
     flops: int = 0
+    operators: int = 0
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,11 @@ class StepCost:
     def overhead_with(self, flops: int) -> float:
         """The overhead for a given number of FLOPs of units and local heads."""
         return (self.task.flops + flops) / self.flops - 1
+
+    def operators(self, plan: MemoryPlan) -> int:
+        """Number of operators of the forward and backward pass, without views: about the number of kernel launches."""
+        units = sum(unit.operators for start, end, mode in self.blocks(plan) for unit in self.units_of(mode)[start : end + 1])
+        return units + sum(head.operators for head in self.heads(plan)) + self.task.operators
 
     def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, RecomputeMode]]:
         """Index of the first unit, index of the last unit, and recompute mode of every block."""

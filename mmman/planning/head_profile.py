@@ -134,7 +134,7 @@ class HeadCosts:
         costs = self.runs.extrapolate(run, head, self._outputs)
         gradients = gradient_bytes(head.parameters())
         peak = costs.peak('start', 'end')
-        return HeadCost(static_bytes(head, self.state), peak, gradients, costs.flops('end'))
+        return HeadCost(static_bytes(head, self.state), peak, gradients, costs.flops('end'), costs.operators('end'))
 
 
 @contextmanager

@@ -65,8 +65,10 @@ class ProbeRuns:
         model, optim_wrapper = build_dummy_model(copy.deepcopy(cfg), height, width)
         chain, chunk = chain_of(model.backbone), getattr(optim_wrapper, 'images_per_chunk', None)
         recompute = cfg.model.backbone.recompute if 'recompute' in cfg.model.backbone else False
-        by_image = chunk is not None or (not isinstance(recompute, bool) and STEM in recompute)
-        sizes = probe_sizes(chain, height, width, batch if by_image else None, cfg.default_scope)
+        is_detector = cfg.default_scope == 'mmdet'  # targets and proposals are computed image by image
+        by_image = is_detector or chunk is not None or (not isinstance(recompute, bool) and STEM in recompute)
+        has_proposals = hasattr(model, 'roi_head')
+        sizes = probe_sizes(chain, height, width, batch if by_image else None, cfg.default_scope, has_proposals)
         batches = [random_probe_batch(model, cfg.default_scope, *size) for size in sizes]
         pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
         dense = None if chunk is None else DenseLoss(model, chunk, lambda loss: loss)
@@ -85,7 +87,9 @@ class ProbeRuns:
         return Extrapolation(*traces, self.pixels)
 
 
-def probe_sizes(chain: Chain, height: int, width: int, images: int | None, scope: str) -> list[tuple[int, int, int]]:
+def probe_sizes(
+    chain: Chain, height: int, width: int, images: int | None, scope: str, has_proposals: bool = False
+) -> list[tuple[int, int, int]]:
     """Choose the number of images, height and width of two probe batches.
 
     The two batches differ in the size of the images. If ``images`` is None and either the units attend to all tokens or the
@@ -97,11 +101,15 @@ def probe_sizes(chain: Chain, height: int, width: int, images: int | None, scope
         images: Number of requested images if some parts run on a few images at a time, else None. The tensors of such parts
             don't grow with the number of images, so that number is kept.
         scope: Default scope of the library. A detector's pyramid needs larger images.
+        has_proposals: Whether the model is a two-stage detector. Its images must be large enough for as many proposals as a
+            head samples, because that number doesn't grow with the images.
     """
     attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.needs_hw_shape)
     if images is None and (height * width <= 256 * 256 or attends_everywhere):
         return [(2, height, width), (4, height, width)]
-    side = 224 if chain.needs_hw_shape else 128 if scope == 'mmdet' or images is None else 64  # whole windows of 7 at stride 32
+    side = 128 if scope == 'mmdet' or images is None else 64
+    if chain.needs_hw_shape or has_proposals:  # whole windows of 7 at stride 32
+        side = 224
     side, images = min(side, height, width), images or 2
     return [(images, side, side), (images, side, 2 * side)]
 

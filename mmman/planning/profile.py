@@ -37,7 +37,7 @@ class Profile:
 
     Attributes:
         step: The costs.
-        whole: The peak of end-to-end training without recomputation and without chunks.
+        at_once: The costs without chunks. Without a recompute mode it is end-to-end training as the stock config does it.
         names: Names of the backbone's units.
         mode_options: The options of ``mmman.LocalBackbone`` for each recompute mode.
         config: The config with ``num_blocks=1``, which trains end to end.
@@ -45,11 +45,16 @@ class Profile:
     """
 
     step: StepCost
-    whole: Peak
+    at_once: StepCost
     names: tuple[str, ...]
     mode_options: Mapping[RecomputeMode, Options]
     config: Config
     shape: tuple[int, int, int, int]
+
+    @property
+    def whole(self) -> Peak:
+        """The peak of end-to-end training without recomputation and without chunks."""
+        return peak_of(self.at_once, MemoryPlan())
 
     def options(self, plan: MemoryPlan) -> dict[str, object]:
         """Express a plan as options of ``mmman.LocalBackbone``."""
@@ -94,24 +99,51 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
     in_chunks = cfg.optim_wrapper.get('images_per_chunk') is not None
     runs = several[-1] or (ProbeRuns.of(cfg, *asked) if in_chunks else small)
     task = _task_cost(runs) if in_chunks else plain[1]
-    state, update = _optimizer_bytes(cfg.optim_wrapper.optimizer)
     options = {k: v for k, v in cfg.model.backbone.items() if k not in ('type', 'backbone', 'num_blocks', 'pretrained')}
-    heads, model = HeadCosts(runs, options, state, mode_options), runs.model
-    step = StepCost(
+    optimizer = cfg.optim_wrapper.optimizer
+    heads = HeadCosts(runs, options, _optimizer_bytes(optimizer)[0], mode_options)
+    at_once = _step_cost(small, optimizer, *plain, heads, tuple(units[1:]))
+    step = replace(at_once, units=units[0], task=task, in_chunks=in_chunks)
+    return Profile(step, at_once, tuple(unit.name for unit in runs.chain.units), mode_options, cfg, (batch, 3, height, width))
+
+
+def profile_end_to_end(cfg: Config, batch: int, height: int, width: int) -> StepCost:
+    """Measure the costs of end-to-end training without chunks and without ``recompute``; the stock ``with_cp`` applies.
+
+    Args:
+        cfg: As in :func:`profile_step`.
+        batch: Images per step.
+        height, width: Size of the images, pixels.
+
+    Returns:
+        Costs for a plan without cuts.
+    """
+    runs = ProbeRuns.of(without_recompute_and_chunks(as_single_block(cfg)), batch, height, width)
+    return _step_cost(runs, cfg.optim_wrapper.optimizer, _unit_costs(runs), _task_cost(runs))
+
+
+def _step_cost(
+    runs: ProbeRuns,
+    optimizer: dict,
+    units: tuple[UnitCost, ...],
+    task: HeadCost,
+    heads: HeadCosts | None = None,
+    recomputed: tuple[tuple[UnitCost, ...], ...] = (),
+) -> StepCost:
+    model = runs.model
+    state, update = _optimizer_bytes(optimizer)
+    return StepCost(
         base=static_bytes(model, state) + linear(tuple(map(held_bytes, runs.batches)), runs.pixels),
-        units=units[0],
+        units=units,
         task=task,
         head=heads,
-        strides=heads.strides,
-        flops=sum(unit.flops for unit in plain[0]) + plain[1].flops,
-        recomputed=tuple(units[1:]),
+        strides=(1,) * len(units) if heads is None else heads.strides,
+        flops=sum(unit.flops for unit in units) + task.flops,
+        recomputed=recomputed,
         first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
         update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
         is_immediate=getattr(runs.optim_wrapper, 'update', None) == 'immediate',
-        in_chunks=in_chunks,
     )
-    whole = peak_of(replace(step, units=plain[0], task=plain[1], in_chunks=False), MemoryPlan())
-    return Profile(step, whole, tuple(unit.name for unit in runs.chain.units), mode_options, cfg, (batch, 3, height, width))
 
 
 def as_single_block(cfg: Config) -> Config:
@@ -124,7 +156,7 @@ def as_single_block(cfg: Config) -> Config:
     if str(backbone.type).rpartition('.')[2] != 'LocalBackbone' or backbone.get('local_head') is None:
         raise ConfigError(
             'planning cuts needs a config whose model.backbone is an mmman.LocalBackbone with a local_head: '
-            'tools/localize_config.py writes one for any stock config'
+            'tools/fit_memory.py writes one for any stock config'
         )
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone = {k: v for k, v in backbone.items() if k not in ('partition', 'loss_weight')} | {'num_blocks': 1}
@@ -188,11 +220,12 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
         kept, start = costs.alive(('forward', i)), 'backward' if i == count - 1 else ('gradient', i)
         gradient = gradient_bytes(unit.parameters(backbone))
         if start not in costs:  # frozen
-            backward, backward_held, flops_backward = 0, 0, 0
+            backward, backward_held, flops_backward, operators_backward = 0, 0, 0, 0
         else:
             end = end if end in costs else 'end'
             backward, backward_held = (max(0, costs.peak(start, end, held) - kept - later) for held in (None, i))
             flops_backward = costs.flops(end) - costs.flops(start)
+            operators_backward = costs.operators(end) - costs.operators(start)
         output = costs.size(i)
         taps = [element for element, tap in enumerate(chain.out_units) if tap == i]
         units.append(
@@ -207,6 +240,7 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
                 holds=holds[i],
                 is_read=any(read[element] for element in taps),
                 flops=costs.flops(('forward', i)) - costs.flops(before) + flops_backward,
+                operators=costs.operators(('forward', i)) - costs.operators(before) + operators_backward,
             )
         )
         later += gradient
@@ -272,7 +306,7 @@ def _task_cost(runs: ProbeRuns) -> HeadCost:
     costs = runs.extrapolate(run)
     in_units = {id(p) for unit in runs.chain.units for p in unit.parameters(backbone)}
     own = [p for p in model.parameters() if id(p) not in in_units]
-    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), costs.flops('end'))
+    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), costs.flops('end'), costs.operators('end'))
 
 
 def _optimizer_bytes(config: dict) -> tuple[float, float]:

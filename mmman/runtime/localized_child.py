@@ -1,9 +1,11 @@
-"""Writes a child config of a dozen lines that trains a stock config's model with MAN++, and tests it with a training step."""
+"""Writes child configs of a dozen lines that train a stock config's model in less memory, and tests them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
@@ -12,111 +14,186 @@ from torch import nn
 from mmman.analysis.dry_step import dry_step
 from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
+from mmman.planning.fit import Changes
 from mmman.runtime.launch import type_name
 from mmman.runtime.stock_config import StockConfig, read_text, unreadable_config
 
-DENSE = "dict(type='mmman.DetLocalHead', bbox_head={model}.bbox_head{train_cfg})"
-TWO_STAGE = "dict(type='mmman.DetLocalHead', num_classes={num_classes})"
-SEGMENTATION = "dict(type='mmman.SegLocalHead', decode_head={model}.decode_head)"
-CLASSIFICATION = "dict(type='mmman.{kind}', head={head})"
+WRAPPER = 'mmman.LocalLearningOptimWrapper'
+LIGHT_WIDTH = 128
+"""Width of the towers of a light dense head."""
 
-CHILD = """\
-{inheritance_lines}
+COMMENTS = {
+    'num_blocks': 'gradient-isolated blocks of the backbone; 1: end-to-end training',
+    'partition': 'the last unit of each block but the last',
+    'recompute': 'computed again in the backward pass, not kept; the same numbers',
+    'selective_recompute': 'computed again, except what is expensive to compute, which is kept; the same numbers',
+    'transfer': 'a light bias in place of a second copy of the next unit',
+    'local_head': 'the loss that trains a block: a light head',
+    'with_cp': "the stock backbone's own activation checkpointing",
+    'frozen_stages': 'asked for by --frozen-stages',
+    'update': 'a block takes its optimizer step, and frees its gradients, before the next block runs',
+    'images_per_chunk': 'neck and dense heads run on so many images at a time; the losses of the whole batch',
+    'dtype': 'mixed precision: not the same numbers as in single precision',
+    'batch_size': 'asked for by --batch; the learning rate is not scaled',
+}
 
-model = dict(
-    backbone=dict(
-        _delete_=True,
-        type='mmman.LocalBackbone',
-        backbone=_base_.model.backbone,
-        num_blocks={num_blocks},
-        partition={partition!r},
-        local_head={local_head},
-    )
-)
-optim_wrapper = dict({optim_wrapper})
-custom_hooks = [*_base_.get('custom_hooks', []), dict(type='mmman.EMABiasHook', momentum=0.995)]
-"""
-NEW_STYLE_CHILD = """\
-{inheritance_lines}
 
-model['backbone'] = dict(
-    type='mmman.LocalBackbone',
-    backbone=model['backbone'],
-    num_blocks={num_blocks},
-    partition={partition!r},
-    local_head={local_head},
-)
-optim_wrapper.update({optim_wrapper})
-custom_hooks = [{hooks}dict(type='mmman.EMABiasHook', momentum=0.995)]
-"""
+@dataclass(frozen=True)
+class Recipe:
+    """The local heads of a child config, as source code.
+
+    Attributes:
+        local_head: The option ``local_head``.
+        transfer: The option ``transfer``.
+        why: Why this local head.
+    """
+
+    local_head: str
+    transfer: str
+    why: str
 
 
 @dataclass
 class ChildConfig:
-    """A child config, the backbone that it builds, and the reasons for its settings."""
+    """A child config, its content, the backbone that it builds, its recipe, and the reasons for its settings."""
 
     text: str
+    cfg: Config
     backbone: nn.Module
+    recipe: Recipe
     reasons: list[str]
 
 
+class _Source(str):
+    """Source code, which is written as it is."""
+
+    __repr__ = str.__str__
+
+
 def localize(
-    stock: str, num_blocks: int, partition: str | list[str] = 'stage', folder: Path | None = None, dry_run: bool = True
+    source: StockConfig, changes: Changes, folder: Path | None = None, dry_run: bool = True, recipe: Recipe | None = None
 ) -> ChildConfig:
-    """Create the child of a stock config.
+    """Create a child of a stock config that trains by local learning.
 
     Args:
-        stock: ``library::path`` of a library's config, or the path of a file.
-        num_blocks: K.
-        partition: See :func:`mmman.partition.plan_blocks`.
+        source: The stock config.
+        changes: What the child changes, with ``num_blocks`` in its options of ``mmman.LocalBackbone``.
         folder: The folder of the child. The path of its base is relative to this folder, and the child is read there. None:
             the base of a file is an absolute path.
         dry_run: Accept a local head only if a training step runs with it (:func:`mmman.analysis.dry_step.dry_step`).
+        recipe: The local heads. Default: the recommended ones that the model supports.
 
     Raises:
-        LocalLearningError: The config can't be read, or its backbone or head doesn't support local learning.
+        LocalLearningError: The config's backbone or head doesn't support local learning.
     """
-    source = StockConfig.read(stock)
-    cfg = source.cfg
-    _check(source)
-    wrapper, why_wrapper = _optim_wrapper(cfg)
-    inheritance_lines = source.inheritance_lines(folder)
+    wrapper, why_wrapper = local_wrapper(source.cfg)
+    changes = replace(changes, optim_wrapper=wrapper | changes.optim_wrapper)
     failures: list[str] = []
-    for local_head, why_head in _local_heads(cfg, 'model' if source.is_new_style else '_base_.model'):
-        text = (NEW_STYLE_CHILD if source.is_new_style else CHILD).format(
-            inheritance_lines=inheritance_lines,
-            num_blocks=num_blocks,
-            partition=partition,
-            local_head=local_head,
-            optim_wrapper=wrapper,
-            hooks='*custom_hooks, ' if 'custom_hooks' in cfg else '',
-        )
-        child = _read(stock, text, folder)
+    for candidate in [recipe] if recipe else _recipes(source.cfg, 'model' if source.is_new_style else '_base_.model'):
+        text = child_text(source, folder, changes, candidate)
+        child = read_child(source.name, text, folder)
         try:
             backbone = _build_backbone(child)
-            dry_run_notes = _run_dry_step(child, cfg) if dry_run else []
+            dry_run_notes = run_dry_step(child, source.cfg) if dry_run else []
         except LocalLearningError as error:
             failures.append(str(error))
             continue
         reasons = [
             f'blocks: {backbone.local.plan}',
-            f'local head: {why_head}',
-            *_head_adaptations(backbone, local_head, cfg),
+            f'local head: {candidate.why}',
+            *_head_adaptations(backbone, candidate.local_head, source.cfg),
             why_wrapper,
         ]
-        reasons += [*_kept_settings(cfg), *dry_run_notes]
-        if 'bbox_head' in cfg.model:
-            reasons += [f'not chosen: {failure}' for failure in failures]
-        return ChildConfig(text, backbone, reasons)
+        reasons += [*_kept_settings(child, source.cfg), *dry_run_notes]
+        if 'bbox_head' in source.cfg.model:
+            reasons += [f'not chosen: {failure}' for failure in dict.fromkeys(failures)]
+        return ChildConfig(text, child, backbone, candidate, reasons)
     if failures:  # candidates are sorted best first: what the last one lacks, all of them lack
         raise LocalLearningError(failures[-1])
     raise LocalLearningError(
-        f'no local head is known for {type_name(cfg.model)}, which has no bbox_head, roi_head, decode_head or head that sets '
-        'num_classes; write the child by hand, with a local_head of your choice'
+        f'no local head is known for {type_name(source.cfg.model)}, which has no bbox_head, roi_head, decode_head or head that '
+        'sets num_classes; write the child by hand, with a local_head of your choice'
     )
 
 
-def _check(source: StockConfig) -> None:
+def child_text(
+    source: StockConfig,
+    folder: Path | None,
+    changes: Changes,
+    recipe: Recipe | None = None,
+    batch: int | None = None,
+    header: Sequence[str] = (),
+) -> str:
+    """Write a child config.
+
+    Args:
+        source: The stock config, from which the child inherits.
+        folder: The folder of the child. See :meth:`StockConfig.inheritance_lines`.
+        changes: What the child changes.
+        recipe: The local heads, required for more than one block. None: the stock config is localised, and keeps its own.
+        batch: Images per step. None: as in the stock config.
+        header: Lines of a comment at the top.
+
+    Returns:
+        The source code of the config.
+    """
+    is_local = changes.num_blocks > 1 and recipe is not None
+    base = 'model.backbone' if source.is_new_style else '_base_.model.backbone'
+    backbone: dict[str, Any] = dict(changes.stock)
+    if type_name(source.cfg.model.backbone) == 'LocalBackbone':
+        options = ', '.join([f'{base}.backbone', *(f'{key}={value!r}' for key, value in changes.stock.items())])
+        backbone = dict(changes.local) | ({'backbone': _Source(f'dict({options})')} if changes.stock else {})
+    elif changes.local:
+        options = ', '.join([base, *(f'{key}={value!r}' for key, value in changes.stock.items())])
+        backbone = {} if source.is_new_style else {'_delete_': True}
+        backbone |= {'type': 'mmman.LocalBackbone', 'backbone': _Source(f'dict({options})' if changes.stock else base)}
+        backbone |= changes.local
+        if is_local:
+            backbone |= {'transfer': _Source(recipe.transfer), 'local_head': _Source(recipe.local_head)}
+    wrapper = dict(changes.optim_wrapper)
+    if 'type' not in wrapper and (is_local or wrapper):
+        wrapper = {'type': WRAPPER, **wrapper}
+    lines = [f'# {line}'.rstrip() for line in header] + [source.inheritance_lines(folder)]
+    if backbone:
+        lines += ['', *_section(source, 'model', {'backbone': backbone})]
+    if wrapper:
+        lines += ['', *_section(source, 'optim_wrapper', wrapper)]
+    if is_local:
+        hooks = "*_base_.get('custom_hooks', []), "
+        if source.is_new_style:
+            hooks = '*custom_hooks, ' if 'custom_hooks' in source.cfg else ''
+        lines += ['', f"custom_hooks = [{hooks}dict(type='mmman.EMABiasHook', momentum=0.995)]"]
+    if batch is not None:
+        lines += ['', *_section(source, 'train_dataloader', {'batch_size': batch})]
+    return '\n'.join(lines) + '\n'
+
+
+def _section(source: StockConfig, name: str, options: Mapping[str, Any]) -> list[str]:
+    """The lines that set options of one top-level dict of the config."""
+    if not source.is_new_style:
+        return [f'{name} = dict(', *_options(options, 1), ')']
+    if name == 'model' and 'type' in options['backbone']:
+        return ["model['backbone'] = dict(", *_options(options['backbone'], 1), ')']
+    if name == 'model':
+        return ["model['backbone'].update(", *_options(options['backbone'], 1), ')']
+    return [f'{name}.update(', *_options(options, 1), ')']
+
+
+def _options(options: Mapping[str, Any], depth: int) -> list[str]:
+    """The lines ``key=value,`` of keyword arguments, with comments."""
+    indent, lines = '    ' * depth, []
+    for key, value in options.items():
+        if key in COMMENTS:
+            lines.append(f'{indent}# {COMMENTS[key]}')
+        if isinstance(value, dict):
+            lines += [f'{indent}{key}=dict(', *_options(value, depth + 1), f'{indent}),']
+        else:
+            lines.append(f'{indent}{key}={value!r},')
+    return lines
+
+
+def check_source(source: StockConfig) -> None:
+    """Raise :class:`ConfigError` if a config has no backbone of its own."""
     model = source.cfg.get('model')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
@@ -124,41 +201,67 @@ def _check(source: StockConfig) -> None:
         if inner:
             advice = f', only model.{inner}.backbone: give the config of the {inner} without the wrapper'
         raise ConfigError(f'{source.name} has no model.backbone{advice}')
-    if type_name(model.backbone) == 'LocalBackbone':
-        raise ConfigError(f'{source.name} is already localised: give a stock config')
 
 
-def _local_heads(cfg: Config, model: str) -> list[tuple[str, str]]:
-    """Return candidate local heads, best first, each with its reason. ``model`` is the name of the model in the child."""
+def _recipes(cfg: Config, model: str) -> list[Recipe]:
+    """Return candidate recipes, best first. ``model`` is the name of the model in the child."""
     stock = cfg.model
     if 'decode_head' in stock:
-        return [(SEGMENTATION.format(model=model), "FCN, with the classes, losses and sampler of the model's decode_head")]
+        head = f"dict(type='mmman.SegLocalHead', decode_head={model}.decode_head)"
+        why = "FCN, with the classes, losses and sampler of the model's decode_head"
+        return [Recipe(head, "dict(bias='depthwise')", why), Recipe(head, 'dict()', f'{why}; tokens take no depthwise bias')]
     if 'bbox_head' in stock:
         train_cfg = f', train_cfg={model}.train_cfg' if stock.get('train_cfg') else ''
-        kind = type_name(stock.bbox_head)
-        dense = (DENSE.format(model=model, train_cfg=train_cfg), f"the model's own {kind}, two convolutions a tower")
-        retina = TWO_STAGE.format(num_classes=f'{model}.bbox_head.num_classes')
-        why = f"RetinaNet's, because {kind} cannot be one"
-        return [dense, *([(retina, why)] if 'num_classes' in stock.bbox_head else [])]
+        kind, own = type_name(stock.bbox_head), f'{model}.bbox_head'
+        if stock.bbox_head.get('feat_channels', 256) > LIGHT_WIDTH:
+            own = f'dict({own}, feat_channels={LIGHT_WIDTH})'
+        dense = _detector_recipe(f'bbox_head={own}{train_cfg}', f"the model's own {kind}, one convolution a tower")
+        retina = _detector_recipe(f'num_classes={model}.bbox_head.num_classes', f"RetinaNet's, because {kind} cannot be one")
+        return [dense, *([retina] if 'num_classes' in stock.bbox_head else [])]
     if 'roi_head' in stock and 'bbox_head' in stock.roi_head:
         index = '[0]' if isinstance(stock.roi_head.bbox_head, (list, tuple)) else ''
         number = f'{model}.roi_head.bbox_head{index}.num_classes'
-        return [(TWO_STAGE.format(num_classes=number), "RetinaNet's, because the detector has no dense head with classes")]
+        return [_detector_recipe(f'num_classes={number}', "RetinaNet's, because the detector has no dense head with classes")]
     for name, number in (('mask_head', 'num_classes'), ('panoptic_head', 'num_things_classes')):
         if number in (stock.get(name) or {}):
-            number = f'{model}.{name}.{number}'
-            return [(TWO_STAGE.format(num_classes=number), f"RetinaNet's, because the {name} predicts masks and no boxes")]
+            why = f"RetinaNet's, because the {name} predicts masks and no boxes"
+            return [_detector_recipe(f'num_classes={model}.{name}.{number}', why)]
     if 'head' in stock and isinstance(stock.head, dict):
         head, why = f'{model}.head', f"the model's own {type_name(stock.head)}"
         if 'num_classes' not in stock.head and stock.backbone.get('num_classes', 0) > 0:
             loss = f', loss={model}.head.loss' if 'loss' in stock.head else ''
             head = f"dict(type='mmpretrain.LinearClsHead', num_classes={model}.backbone.num_classes{loss})"
             why = "a linear classifier with the model's loss, because its own classifier is in the backbone"
+        vit = f"dict(type='mmman.ViTLocalHead', head={head}, layers=0)"
+        dgl = f"dict(type='mmman.DGLLocalHead', head={head})"
         return [
-            (CLASSIFICATION.format(kind='ViTLocalHead', head=head), f'one more layer, class token or mean, {why}'),
-            (CLASSIFICATION.format(kind='DGLLocalHead', head=head), f"DGL's network, {why}"),
+            Recipe(vit, "dict(bias='channel')", f'class token or mean, {why}'),
+            Recipe(dgl, "dict(bias='depthwise')", f"DGL's network, {why}"),
         ]
     return []
+
+
+def _detector_recipe(options: str, why: str) -> Recipe:
+    head = f"dict(type='mmman.DetLocalHead', {options}, stacked_convs=1, downsample=4)"
+    return Recipe(head, "dict(bias='channel')", f'{why}, on a grid four times as coarse')
+
+
+def local_wrapper(cfg: Config) -> tuple[dict[str, Any], str]:
+    """Return the options of the optim wrapper for local learning, and what changes compared with the stock one.
+
+    Raises:
+        ConfigError: The stock optim wrapper can't be replaced.
+    """
+    stock = cfg.get('optim_wrapper') or ConfigDict()
+    if 'optimizer' not in stock and 'constructor' not in stock:
+        raise ConfigError('the config has no optim_wrapper with an optimizer; give the config of a training run')
+    kind = type_name(stock, 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise ConfigError(f'optim_wrapper.type={kind} cannot be replaced by {WRAPPER}')
+    if kind == 'AmpOptimWrapper' and stock.get('dtype') != 'bfloat16':
+        dtype = {} if {'dtype', 'loss_scale'} & stock.keys() else {'dtype': 'float16'}
+        return {'type': WRAPPER, **dtype}, 'optim wrapper: mixed precision, optimizer and clipping are kept'
+    return {'type': WRAPPER, 'update': 'immediate'}, 'optim wrapper: optimizer, clipping and param-wise options are kept'
 
 
 def _head_adaptations(backbone: nn.Module, local_head: str, cfg: Config) -> list[str]:
@@ -174,37 +277,21 @@ def _head_adaptations(backbone: nn.Module, local_head: str, cfg: Config) -> list
     return [*dict.fromkeys(reasons)]
 
 
-def _optim_wrapper(cfg: Config) -> tuple[str, str]:
-    """Return the arguments of the child's optim wrapper, and what changes compared with the stock one."""
-    stock = cfg.get('optim_wrapper') or ConfigDict()
-    if 'optimizer' not in stock and 'constructor' not in stock:
-        raise ConfigError('the config has no optim_wrapper with an optimizer; give the config of a training run')
-    kind = type_name(stock, 'OptimWrapper')
-    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
-        raise ConfigError(f'optim_wrapper.type={kind} cannot be replaced by mmman.LocalLearningOptimWrapper')
-    wrapper = "type='mmman.LocalLearningOptimWrapper'"
-    if kind == 'AmpOptimWrapper' and not {'dtype', 'loss_scale'} & stock.keys():
-        return (
-            f"{wrapper}, dtype='float16'",
-            'optim wrapper: mixed precision is an option of the local one; optimizer and clipping are kept',
-        )
-    return wrapper, 'optim wrapper: optimizer, clipping and param-wise options are kept'
-
-
-def _kept_settings(cfg: Config) -> list[str]:
+def _kept_settings(child: Config, cfg: Config) -> list[str]:
     """Describe the settings of the stock config that remain in effect and that a user should know."""
     kept = []
     hooks = [type_name(hook) for hook in cfg.get('custom_hooks') or []]
     if hooks:
         kept.append(f'kept: {", ".join(hooks)}')
-    frozen = cfg.model.backbone.get('frozen_stages', -1)
+    frozen = child.model.backbone.backbone.get('frozen_stages', -1)
     minimum = 1 if type_name(cfg.model.backbone) in ('ConvNeXt', 'VisionTransformer') else 0
     if isinstance(frozen, int) and frozen >= minimum:
         kept.append(f'kept: frozen_stages={frozen}; frozen units have no local head and are not counted in K')
     return kept
 
 
-def _read(name: str, text: str, folder: Path | None) -> Config:
+def read_child(name: str, text: str, folder: Path | None) -> Config:
+    """Read a child config from its text; ``name`` is that of its base."""
     try:
         return read_text(text, folder)
     except OSError as error:
@@ -226,7 +313,7 @@ def _build_backbone(cfg: Config) -> nn.Module:
             raise ConfigError(f'{name} cannot be built, or run on a small image ({one_line(error)})') from error
 
 
-def _run_dry_step(child: Config, stock: Config) -> list[str]:
+def run_dry_step(child: Config, stock: Config) -> list[str]:
     """Run a training step and return what it showed; raise :class:`LocalLearningError` if it fails."""
     without_gradient, why_not_whole = dry_step(child, stock)
     reasons = [f'tested: {why_not_whole or "a training step on two small random images"}']

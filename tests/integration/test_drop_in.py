@@ -11,9 +11,11 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 
+from mmman.planning.fit import Changes
+from mmman.runtime.localized_child import localize
+from mmman.runtime.stock_config import StockConfig
 from tests.alive import without_gradient
 from tests.conftest import ROOT
-from tools.localize_config import localize
 
 pytest.importorskip('mmpretrain')
 
@@ -45,7 +47,7 @@ STOCK = {
 def child_of(stock, num_blocks, folder):
     """The localised child of a stock config, as a user keeps it, without weights to download; CPUs have no float16."""
     path = folder / 'child.py'
-    path.write_text(localize(stock, num_blocks, dry_run=False).text)
+    path.write_text(localize(StockConfig.read(stock), Changes(local={'num_blocks': num_blocks}), dry_run=False).text)
     cfg = Config.fromfile(path)
     cfg.model.pop('pretrained', None)
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))

@@ -188,7 +188,7 @@ class Images(torch.utils.data.Dataset):
 
 
 def test_an_epoch_whose_last_batch_is_one_image(tmp_path):
-    """A stock config of mmpretrain with the heads that ``tools/localize_config.py`` gives it."""
+    """A stock config of mmpretrain with the heads that ``tools/fit_memory.py`` gives it."""
     from mmengine.config import Config
     from mmengine.hub import get_config
 

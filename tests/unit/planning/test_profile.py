@@ -129,5 +129,5 @@ def test_flops_are_those_of_a_real_step():
 
 def test_a_config_without_local_heads_is_refused():
     cfg = load('retinanet_r18_e2e.py')
-    with pytest.raises(ConfigError, match='localize_config'):
+    with pytest.raises(ConfigError, match='fit_memory'):
         profile_step(cfg, 1, 64, 64)

@@ -1,15 +1,15 @@
-"""The tool that writes the child of a stock config: what it chooses, what it keeps, what it refuses."""
+"""The child of a stock config: which local head it has, what it keeps, what is refused."""
 
 import re
-import sys
 
 import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmman import LocalLearningError
-from mmman.runtime.localized_child import localize
-from tools import localize_config
+from mmman.planning.fit import Changes
+from mmman.runtime.localized_child import ChildConfig, check_source, child_text, localize
+from mmman.runtime.stock_config import StockConfig
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmseg')
@@ -38,35 +38,30 @@ def reasons(choice):
     return '\n'.join(choice.reasons)
 
 
-def tool(capsys, monkeypatch, *args):
-    """What the tool prints, and, if it refuses, its message."""
-    monkeypatch.setattr(sys, 'argv', ['localize_config.py', *map(str, args)])
-    try:
-        localize_config.main()
-    except SystemExit as error:
-        assert '\n' not in str(error)
-        return str(error)
-    return ''.join(capsys.readouterr())
+def child_of(stock: object, num_blocks: int, cuts: list | None = None, folder=None, **options: object) -> ChildConfig:
+    local = {'num_blocks': num_blocks} | ({'partition': cuts} if cuts else {})
+    return localize(StockConfig.read(str(stock)), Changes(options.pop('stock', {}), local), folder, **options)
 
 
 def test_mixed_precision_and_hooks_are_kept(tmp_path):
     stock = "optim_wrapper = dict(type='AmpOptimWrapper')\ncustom_hooks = [dict(type='EMAHook', momentum=1e-4)]\n"
-    choice = localize(stock_file(tmp_path, stock), 3)  # the trial itself is in full precision, which a CPU needs
-    assert "optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', dtype='float16')" in choice.text
+    choice = child_of(stock_file(tmp_path, stock), 3)  # the trial itself is in full precision, which a CPU needs
+    wrapper = choice.cfg.optim_wrapper
+    assert (wrapper.type, wrapper.dtype, wrapper.get('update')) == ('mmman.LocalLearningOptimWrapper', 'float16', None)
     assert 'kept: EMAHook' in reasons(choice)
     assert 'tested: a training step' in reasons(choice)
     path = tmp_path / 'child.py'
     path.write_text(choice.text)
     assert [hook.type for hook in Config.fromfile(path).custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
-    own = localize(stock_file(tmp_path, "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')\n"), 3, dry_run=False)
-    assert 'dtype' not in own.text  # inherited
+    own = child_of(stock_file(tmp_path, "optim_wrapper = dict(type='AmpOptimWrapper', dtype='bfloat16')\n"), 3, dry_run=False)
+    assert 'dtype' not in own.text and own.cfg.optim_wrapper['update'] == 'immediate'  # the dtype is inherited
 
 
 def test_it_says_what_is_frozen_and_where_it_cuts(tmp_path):
-    choice = localize(stock_file(tmp_path, 'model = dict(backbone=dict(frozen_stages=1))\n'), 2, dry_run=False)
+    choice = child_of(stock_file(tmp_path, 'model = dict(backbone=dict(frozen_stages=1))\n'), 2, dry_run=False)
     assert 'blocks: frozen stem..layer1.1 | layer2.0..layer2.1 | layer3.0..layer4.1' in reasons(choice)
     assert 'kept: frozen_stages=1' in reasons(choice)
-    named = localize(stock_file(tmp_path, ''), 2, ['layer2.0'], dry_run=False)
+    named = child_of(stock_file(tmp_path, ''), 2, ['layer2.0'], dry_run=False)
     assert "partition=['layer2.0']" in named.text
 
 
@@ -80,7 +75,7 @@ def test_it_says_what_is_frozen_and_where_it_cuts(tmp_path):
     ],
 )
 def test_a_dense_head_that_cannot_serve_is_replaced(base, num_blocks, head, reason, tmp_path):
-    choice = localize(stock_file(tmp_path, SMALL_DETECTOR, f"_base_ = 'mmdet::{base}'\n"), num_blocks)
+    choice = child_of(stock_file(tmp_path, SMALL_DETECTOR, f"_base_ = 'mmdet::{base}'\n"), num_blocks)
     assert {type(local.bbox_head).__name__ for local in choice.backbone.local.values()} == {head}
     assert re.search(reason, reasons(choice))
     assert 'no gradient reaches' not in reasons(choice)
@@ -89,7 +84,7 @@ def test_a_dense_head_that_cannot_serve_is_replaced(base, num_blocks, head, reas
 
 def test_detectors_that_predict_masks_alone(tmp_path):
     small = SMALL_DETECTOR.replace('bbox_head', 'mask_head')
-    choice = localize(stock_file(tmp_path, small, "_base_ = 'mmdet::solo/solo_r50_fpn_1x_coco.py'\n"), 3)
+    choice = child_of(stock_file(tmp_path, small, "_base_ = 'mmdet::solo/solo_r50_fpn_1x_coco.py'\n"), 3)
     assert 'num_classes=_base_.model.mask_head.num_classes' in choice.text
     assert 'tested: a training step' in reasons(choice)
 
@@ -128,10 +123,10 @@ def test_what_does_not_train_is_not_written(tmp_path):
         return stock_file(tmp_path, f"model = dict(type='mmengine.{kind}')\n")
 
     with pytest.raises(LocalLearningError, match='was reached twice in one step'):
-        localize(model('TwiceClassifier'), 2)
+        child_of(model('TwiceClassifier'), 2)
     with pytest.raises(LocalLearningError, match="fails in a first step, where the stock model does not .KeyError: 'local'"):
-        localize(model('StockOnlyClassifier'), 2)
-    assert 'the whole model was not run, because the stock model also fails' in reasons(localize(model('TextClassifier'), 2))
+        child_of(model('StockOnlyClassifier'), 2)
+    assert 'the whole model was not run, because the stock model also fails' in reasons(child_of(model('TextClassifier'), 2))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +137,6 @@ def test_what_does_not_train_is_not_written(tmp_path):
             "model = dict(_delete_=True, type='SoftTeacher', detector=dict(backbone=dict(type='ResNet')))\n",
             'give the config of the detector without the wrapper',
         ),
-        ("model = dict(backbone=dict(type='mmman.LocalBackbone'))\n", 'is already localised'),
         ("model = dict(head=dict(_delete_=True, type='ContrastiveHead'))\n", 'ContrastiveHead cannot be a local'),
         ('optim_wrapper = dict(_delete_=True)\n', 'no optim_wrapper with an optimizer'),
         ("optim_wrapper = dict(type='ApexOptimWrapper')\n", 'ApexOptimWrapper cannot be replaced'),
@@ -153,39 +147,60 @@ def test_what_does_not_train_is_not_written(tmp_path):
         ('model = dict(backbone=\n', 'stock.py cannot be read as a config: '),
     ],
 )
-def test_what_cannot_be_localised_is_refused(tmp_path, text, message, capsys, monkeypatch):
-    assert re.search(message, tool(capsys, monkeypatch, stock_file(tmp_path, text), '-k', 2))
+def test_what_cannot_be_localised_is_refused(tmp_path, text, message):
+    with pytest.raises(LocalLearningError, match=message):
+        source = StockConfig.read(stock_file(tmp_path, text))
+        check_source(source)
+        localize(source, Changes(local={'num_blocks': 2}))
 
 
-def test_names_are_checked(tmp_path, capsys, monkeypatch):
+def test_options_and_comments_of_a_child(tmp_path):
+    """A child says in a comment above each option what it does."""
     stock = stock_file(tmp_path, '')
-    existing = tmp_path / 'there.py'
-    existing.touch()
-    cases = {
-        (stock, '-k', 99): 'num_blocks=99',
-        (tmp_path / 'none.py',): 'no config at ',
-        (tmp_path,): 'no config at ',
-        ('mmdet::retinanet/retinanet_r50_fpn_1x_cocoo.py',): 'did you mean mmdet::retinanet/retinanet_r50_fpn_1x_coco.py',
-        ('mmdet::nothing like it',): 'mmdet has no config',
-        ('mmlib::a/b.py',): "no installed library 'mmlib'",
-        ('a b::c::d',): 'no installed library',
-        (stock, '-o', existing): 'exists; choose another name',
-        (stock, '-o', tmp_path / 'child.txt'): 'give the name of a .py file in a folder that exists',
-        (stock, '-o', tmp_path / 'none' / 'child.py'): 'give the name of a .py file in a folder that exists',
-    }
-    for args, message in cases.items():
-        assert message in tool(capsys, monkeypatch, *args)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['stock.py', 'there.py']
+    choice = child_of(stock, 2, stock={'frozen_stages': 1}, dry_run=False)
+    assert 'backbone=dict(_base_.model.backbone, frozen_stages=1),' in choice.text
+    assert choice.cfg.model.backbone.backbone.frozen_stages == 1
+    assert 'kept: frozen_stages=1' in reasons(choice)
+    for line in ('# a light bias', '# gradient-isolated blocks', '# a block takes its optimizer step'):
+        assert line in choice.text
+    light = choice.cfg.model.backbone
+    assert (light.transfer.bias, light.local_head.type) == ('depthwise', 'mmman.DGLLocalHead')
+
+    source = StockConfig.read(stock)
+    changes = Changes({'with_cp': True}, {}, {'type': 'AmpOptimWrapper', 'dtype': 'bfloat16'})
+    text = child_text(source, None, changes, batch=7, header=['as asked'])
+    assert text.startswith('# as asked\n_base_ = ')
+    path = tmp_path / 'child.py'
+    path.write_text(text)
+    cfg = Config.fromfile(path)
+    assert (cfg.model.backbone.with_cp, cfg.model.backbone.type, cfg.train_dataloader.batch_size) == (True, 'ResNet', 7)
+    assert (cfg.optim_wrapper.type, cfg.optim_wrapper.optimizer.type) == ('AmpOptimWrapper', 'SGD')
+    path.write_text(child_text(source, None, Changes(local={'num_blocks': 1, 'recompute': ['stem', 'layer1']})))
+    cfg = Config.fromfile(path)
+    assert cfg.model.backbone.type == 'mmman.LocalBackbone' and 'type' not in cfg.optim_wrapper
+    assert cfg.get('custom_hooks') is None
 
 
-def test_a_child_of_a_file_moves_with_it(tmp_path, capsys, monkeypatch):
-    """Also where names have spaces and signs, and where the command is given in another folder."""
+def test_a_child_of_a_child_keeps_its_local_heads(tmp_path):
+    local = tmp_path / 'local.py'
+    local.write_text(child_of(stock_file(tmp_path, ''), 2, dry_run=False).text)
+    changes = Changes({'frozen_stages': 1}, {'num_blocks': 3, 'partition': ['layer2.0', 'layer3.1']})
+    path = tmp_path / 'child.py'
+    path.write_text(child_text(StockConfig.read(str(local)), tmp_path, changes))
+    cfg = Config.fromfile(path)
+    assert cfg.model.backbone.local_head.type == 'mmman.DGLLocalHead' and cfg.model.backbone.num_blocks == 3
+    assert (cfg.model.backbone.backbone.type, cfg.model.backbone.backbone.frozen_stages) == ('ResNet', 1)
+    assert [hook.type for hook in cfg.custom_hooks] == ['mmman.EMABiasHook']
+
+
+def test_a_child_of_a_file_moves_with_it(tmp_path, monkeypatch):
+    """Also where names have spaces and signs, and where the config is named from another folder."""
     folder = tmp_path / "my configs+'x'"
     (folder / 'the children').mkdir(parents=True)
     (folder / 'stock a+b.py').write_text(RESNET)
     monkeypatch.chdir(folder / 'the children')
-    args = ['../stock a+b.py', '-k', 4, '--no-dry-run', '-o', 'man pp.py']
-    assert 'blocks: stem..layer1.1 | layer2.0' in tool(capsys, monkeypatch, *args)
+    choice = child_of('../stock a+b.py', 4, folder=folder / 'the children', dry_run=False)
+    (folder / 'the children' / 'man pp.py').write_text(choice.text)
     monkeypatch.chdir(tmp_path)
     folder = folder.rename(tmp_path / 'moved')
     out = folder / 'the children' / 'man pp.py'
@@ -193,13 +208,12 @@ def test_a_child_of_a_file_moves_with_it(tmp_path, capsys, monkeypatch):
     assert Config.fromfile(out).model.backbone.num_blocks == 4
 
 
-def test_a_folder_with_a_plus_in_its_name(tmp_path, capsys, monkeypatch):
+def test_a_folder_with_a_plus_in_its_name(tmp_path):
     """mmengine takes none for the first folder of ``library::``."""
-    out = tmp_path / 'child.py'
     stock = 'mmdet::gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py'
-    assert 'is written' in tool(capsys, monkeypatch, stock, '-k', 2, '--no-trial', '-o', out)
-    assert str(tmp_path) not in out.read_text() and 'site-packages' not in out.read_text()  # it holds on any machine
-    assert Config.fromfile(out).model.backbone.backbone.conv_cfg.type == 'ConvWS'
+    choice = child_of(stock, 2, folder=tmp_path, dry_run=False)
+    assert str(tmp_path) not in choice.text and 'site-packages' not in choice.text  # it holds on any machine
+    assert choice.cfg.model.backbone.backbone.conv_cfg.type == 'ConvWS'
 
 
 PURE_PYTHON = """
@@ -226,24 +240,32 @@ custom_hooks = [dict(type='EMAHook')]
 """
 
 
-def test_pure_python_configs(tmp_path, capsys, monkeypatch):
+def test_pure_python_configs(tmp_path):
     """They are inherited by an import alone, so the child is one too."""
     for folder in ('_base_', 'mine', 'odd-name', 'children'):
         (tmp_path / folder).mkdir()
     (tmp_path / '_base_' / 'resnet.py').write_text(PURE_PYTHON)
     for folder in ('mine', 'odd-name'):
         (tmp_path / folder / 'stock.py').write_text(PURE_PYTHON_CHILD)
-    out = tmp_path / 'children' / 'manpp.py'
-    assert 'tested: a training step' in tool(capsys, monkeypatch, tmp_path / 'mine' / 'stock.py', '-k', 3, '-o', out)
-    cfg = Config.fromfile(out)
-    assert [hook.type for hook in cfg.custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
+    choice = child_of(tmp_path / 'mine' / 'stock.py', 3, folder=tmp_path / 'children', stock={'frozen_stages': 1})
+    assert 'tested: a training step' in reasons(choice)
+    assert [hook.type for hook in choice.cfg.custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
+    assert choice.cfg.model.backbone.backbone.frozen_stages == 1
     init_default_scope('mmpretrain')
-    model = MODELS.build(cfg.model)
+    model = MODELS.build(choice.cfg.model)
     assert {head.num_classes for head in model.backbone.local.values()} == {7}
 
+    source = StockConfig.read(str(tmp_path / 'mine' / 'stock.py'))
+    changes = Changes({'with_cp': True}, {}, {'type': 'AmpOptimWrapper', 'dtype': 'bfloat16'})
+    text = child_text(source, tmp_path / 'children', changes)
+    assert "model['backbone'].update(" in text and 'optim_wrapper.update(' in text
+    (tmp_path / 'children' / 'child.py').write_text(text)
+    assert Config.fromfile(tmp_path / 'children' / 'child.py').model.backbone.with_cp
+
     stock = tmp_path / 'odd-name' / 'stock.py'
-    assert "'odd-name' in the path is not a Python name" in tool(capsys, monkeypatch, stock, '-o', tmp_path / 'child.py')
-    assert 'set the path of the child (-o)' in tool(capsys, monkeypatch, stock)
-    beside = tmp_path / 'odd-name' / 'child.py'
-    assert 'is written' in tool(capsys, monkeypatch, stock, '--no-dry-run', '-o', beside)
+    with pytest.raises(LocalLearningError, match="'odd-name' in the path is not a Python name"):
+        child_of(stock, 2, folder=tmp_path)
+    with pytest.raises(LocalLearningError, match='set the path of the child .-o.'):
+        child_of(stock, 2)
+    child_of(stock, 2, folder=tmp_path / 'odd-name', dry_run=False)
     assert [*(tmp_path / 'odd-name').glob('localized_*')] == []

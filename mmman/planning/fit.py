@@ -1,0 +1,398 @@
+"""Predict what the ways to train a config in less memory cost, and choose one of them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from mmman.analysis.dummy_model import build_dummy_model
+from mmman.errors import ConfigError, CostError, PartitionError
+from mmman.memory.detection.dense_loss import DenseLoss
+from mmman.memory.detection.losses import check_adapter, check_norms
+from mmman.messages import one_line
+from mmman.partition import chain_of, plan_blocks
+from mmman.planning.costs import HeadCost, MemoryPlan, Peak, RecomputeMode, StepCost, peak_of
+from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
+from mmman.planning.search import fewest_flops, smallest_peak
+from mmman.registry import resolve_type
+
+SAME = 'the same'
+LOCAL = 'MAN++'
+END_TO_END = 'end to end'
+AS_IT_IS = 'the config as it is'
+BLOCKS = (2, 3, 4)
+"""Numbers of blocks K to predict, if none is asked for."""
+
+MODE_NAMES = {RecomputeMode.SELECTIVE: 'recompute selectively', RecomputeMode.FULL: 'recompute'}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What a child config changes in its base.
+
+    Attributes:
+        stock: Options of the stock backbone.
+        local: Options of ``mmman.LocalBackbone``, without local head and transfer. Empty: the backbone is the stock one.
+        optim_wrapper: Options of the optim wrapper.
+    """
+
+    stock: dict[str, Any] = field(default_factory=dict)
+    local: dict[str, Any] = field(default_factory=dict)
+    optim_wrapper: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.local.get('num_blocks', 1)
+
+
+@dataclass(frozen=True)
+class FitRow:
+    """One way to train a config, and its predicted cost.
+
+    Attributes:
+        name: What is changed, in a few words.
+        trains: How it trains: :data:`SAME` as the config, :data:`LOCAL`, for a localised config :data:`END_TO_END`, or what
+            else differs.
+        changes: The changes of the config.
+        peak: The peak of a training step. None if it can't be predicted.
+        flops: FLOPs of a training step, without the optimizer.
+        operators: Number of operators of a training step, without views and the optimizer: about the kernel launches.
+        note: Why the peak can't be predicted, or why the row is not available.
+        is_available: Whether the config can be trained in this way.
+    """
+
+    name: str
+    trains: str
+    changes: Changes
+    peak: Peak | None = None
+    flops: int = 0
+    operators: int = 0
+    note: str = ''
+    is_available: bool = True
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a training step may cost.
+
+    Attributes:
+        memory: Largest peak, bytes. None: no limit; the smallest peak is wanted.
+        overhead: Largest share of FLOPs in addition to those of the config as it is. None: no limit.
+    """
+
+    memory: int | None = None
+    overhead: float | None = None
+
+    def fits(self, row: FitRow, base: FitRow) -> bool:
+        """Whether a row is within the limits. ``base`` is the config as it is."""
+        if row.peak is None or (self.memory is not None and row.peak.total > self.memory):
+            return False
+        return self.overhead is None or row.flops <= (1 + self.overhead) * base.flops
+
+
+@dataclass(frozen=True)
+class FitCase:
+    """The config to fit.
+
+    Attributes:
+        localized: The config with an ``mmman.LocalBackbone`` and the recommended local head. Its number of blocks is ignored.
+            Precision, if reduced, is bfloat16, which a CPU supports.
+        stock: Options of the stock backbone that the user changes.
+        local_wrapper: Options of the optim wrapper for local learning.
+        batch: Images per step.
+        height, width: Size of the images, pixels.
+        images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: that of the config, or a
+            quarter of the batch.
+        is_localized: Whether the config itself has the ``mmman.LocalBackbone``.
+    """
+
+    localized: Config
+    stock: dict[str, Any]
+    local_wrapper: dict[str, Any]
+    batch: int
+    height: int
+    width: int
+    images_per_chunk: int | None = None
+    is_localized: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.batch, self.height, self.width
+
+    @property
+    def is_detector(self) -> bool:
+        return self.localized.default_scope == 'mmdet'
+
+    @property
+    def has_own_checkpointing(self) -> bool:
+        """Whether the config already sets ``with_cp``."""
+        return bool(self.localized.model.backbone.backbone.get('with_cp'))
+
+    @property
+    def chunk_size(self) -> int:
+        own = self.localized.optim_wrapper.get('images_per_chunk')
+        return self.images_per_chunk or own or max(1, self.batch // 4)
+
+
+def predict_rows(
+    case: FitCase,
+    limits: Limits,
+    blocks: Sequence[int] = BLOCKS,
+    partition: str | Sequence[str] | None = None,
+    report: Callable[[str, float], None] = lambda what, done: None,
+) -> Iterator[FitRow]:
+    """Predict what each way to train a config costs, lowest risk first: as it is, the same training, local learning.
+
+    For a localised config these are other cuts, then end-to-end training.
+
+    Args:
+        case: The config.
+        limits: What is asked for. Cuts and recomputed units are planned for it.
+        blocks: Numbers of blocks K.
+        partition: ``'stage'``, ``'uniform'``, or names of the last units of all blocks but one. Default: planned cuts.
+        report: Called with what is being computed, and about what share of the work is done.
+
+    Raises:
+        LocalLearningError: The model can't be profiled.
+    """
+    cfg = _without_checkpointing(case.localized)
+    obstacle = chunk_obstacle(cfg, case.height, case.width) if case.is_detector else ''
+    if case.is_detector and not obstacle:
+        cfg.optim_wrapper.images_per_chunk = case.chunk_size
+    report('the config as it is, and what recomputing costs', 0.0)
+    profile = profile_step(cfg, *case.shape, may_recompute=True)
+    base = profile.at_once
+    if case.has_own_checkpointing:
+        base = profile_end_to_end(case.localized, *case.shape)
+    shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
+    yield shipped
+    report("the stock backbone's with_cp", 0.2)
+    exact = _exact_rows(case, profile, obstacle)
+    if not case.is_localized:
+        yield from sorted(exact, key=_work)
+        if case.localized.optim_wrapper.get('dtype') is None:
+            report('mixed precision', 0.25)
+            yield _mixed_precision_row(case)
+    profile = _reporting(profile, report)
+    for count in [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks:
+        try:
+            plan = _local_plan(profile, count, partition, limits, shipped.flops)
+        except CostError as error:
+            yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
+            continue
+        yield _local_row(case, profile, plan)
+    if case.is_localized:
+        changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
+        whole = _row('one block', SAME, changes, base, MemoryPlan())
+        yield from (replace(row, trains=END_TO_END) for row in sorted([whole, *exact], key=_work))
+
+
+def chunk_obstacle(cfg: Config, height: int, width: int) -> str:
+    """Say why neck and head of a detector can't run on a few images at a time. Empty if they can."""
+    model, _ = build_dummy_model(as_single_block(cfg), height, width)
+    if hasattr(model, 'roi_head'):
+        return 'not available for two-stage detectors yet'
+    try:
+        DenseLoss(model, 1, lambda loss: loss)
+        check_adapter(model.bbox_head)
+        check_norms(model.bbox_head, [part for name, part in model.named_children() if name != 'backbone'])
+    except ConfigError as error:
+        return one_line(str(error), 120)
+    return ''
+
+
+def choose_row(rows: Sequence[FitRow], limits: Limits, batch: int, number: int | None = None) -> FitRow:
+    """The row with a number, counted from 1. By default the first within the limits; without a memory limit, the smallest.
+
+    Raises:
+        CostError: No row has this number, the row is not available, or no row is within the limits. The message then tells what
+            would fit of a step of ``batch`` images.
+    """
+    if number is not None:
+        if not 1 <= number <= len(rows):
+            raise CostError(f'--choose {number}: choose a row from 1 to {len(rows)}')
+        row = rows[number - 1]
+        if not row.is_available:
+            raise CostError(f'--choose {number}: {row.name}: {row.note}')
+        return row
+    fitting = [row for row in rows if limits.fits(row, rows[0])]
+    if not fitting:
+        raise CostError(f'nothing fits: {what_would_fit(rows, limits, batch)}')
+    return fitting[0] if limits.memory is not None else min(fitting, key=lambda row: row.peak.total)
+
+
+def what_would_fit(rows: Sequence[FitRow], limits: Limits, batch: int) -> str:
+    """Describe how far the smallest row of a step of ``batch`` images is above the memory limit, and what would be below it."""
+    known = [row for row in rows if row.peak is not None and replace(limits, memory=None).fits(row, rows[0])]
+    smallest = min(known, key=lambda row: row.peak.total)
+    too_much = (smallest.peak.total - limits.memory) / 1e6
+    text = f'the smallest peak is {smallest.peak.total / 1e6:.1f} MB ({smallest.name}), {too_much:.1f} MB too much'
+    if any(row.changes.optim_wrapper.get('images_per_chunk', 1) > 1 for row in known):
+        text += '; fewer images a chunk may take less (--images-per-chunk 1)'
+    if batch > 1:
+        images = max(images_that_fit(row, limits.memory, batch) for row in known)
+        text += f'; about {images} of {batch} images would fit (--batch {images})' if images else '; no batch would fit'
+    return text
+
+
+def images_that_fit(row: FitRow, memory: int, batch: int) -> int:
+    """About how many images fit into ``memory``: activations grow with their number, the rest of the peak doesn't."""
+    parts = row.peak.parts
+    images = parts['activations and outputs'] + parts['transient']
+    return min(batch, int(batch * (memory - row.peak.total + images) / images)) if memory > row.peak.total - images else 0
+
+
+def _without_checkpointing(cfg: Config) -> Config:
+    """Copy a config without the stock ``with_cp``, in place of which units are recomputed."""
+    cfg = copy.deepcopy(cfg)
+    if cfg.model.backbone.backbone.get('with_cp'):
+        cfg.model.backbone.backbone.with_cp = False
+    return cfg
+
+
+def _work(row: FitRow) -> tuple[int, int]:
+    return row.flops, row.operators
+
+
+def _own_row(case: FitCase) -> FitRow:
+    """A localised config as it is."""
+    profile = profile_step(case.localized, *case.shape)
+    model, _ = build_dummy_model(copy.deepcopy(case.localized), case.height, case.width)
+    blocks = model.backbone.local.plan.blocks
+    plan = MemoryPlan(tuple(profile.names.index(block[-1].name) for block in blocks[:-1]))
+    return _row(AS_IT_IS, SAME, Changes(case.stock), profile.step, plan)
+
+
+def _reporting(profile: Profile, report: Callable[[str, float], None]) -> Profile:
+    """The profile, which reports each local head whose cost is requested for the first time."""
+    step, known = profile.step, set()
+    expected = len(step.candidates) * len(step.choices)
+
+    def head(cut: int, *options: Any) -> HeadCost:
+        if (cut, *options) not in known:
+            known.add((cut, *options))
+            report(f'local head after {profile.names[cut]}', 0.3 + 0.7 * min(1.0, len(known) / expected))
+        return step.head(cut, *options)
+
+    return replace(profile, step=replace(step, head=head))
+
+
+def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryPlan) -> FitRow:
+    flops = round((1 + step.overhead(plan)) * step.flops)
+    return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan))
+
+
+def _exact_rows(case: FitCase, profile: Profile, obstacle: str) -> Iterator[FitRow]:
+    """Ways to train the same: recompute, the stock ``with_cp``, chunks, and chunks with recompute."""
+    stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
+    wrapper = {key: value for key, value in case.local_wrapper.items() if key != 'update'}
+    wrapper |= {'images_per_chunk': case.chunk_size}
+    for mode, name in MODE_NAMES.items():
+        plan = MemoryPlan((), (mode,))
+        changes = Changes(stock, _options(case, profile, plan), _at_once(case))
+        yield _row(name, SAME, changes, profile.at_once, plan)
+        if profile.step.in_chunks:
+            name = f'{name}, {_chunks(case)}'
+            changes = Changes(stock, _options(case, profile, plan), wrapper)
+            yield _row(name, SAME, changes, profile.step, plan)
+    if profile.step.in_chunks:
+        changes = Changes(stock, _options(case, profile, MemoryPlan()), wrapper)
+        yield _row(_chunks(case), SAME, changes, profile.step, MemoryPlan())
+    elif case.is_detector:
+        yield FitRow('images in chunks', SAME, Changes(), note=obstacle, is_available=False)
+    if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):
+        cfg = copy.deepcopy(case.localized)
+        cfg.model.backbone.backbone.with_cp = True
+        step = profile_end_to_end(cfg, *case.shape)
+        local = _options(case, profile, MemoryPlan()) if case.is_localized else {}
+        changes = Changes(case.stock | {'with_cp': True}, local, _at_once(case))
+        yield _row("the stock backbone's with_cp", SAME, changes, step, MemoryPlan())
+
+
+def _mixed_precision_row(case: FitCase) -> FitRow:
+    """Mixed precision: float16 for detectors, because mmcv's operators have no bfloat16; bfloat16 for the others."""
+    cfg = copy.deepcopy(case.localized)
+    options = {'dtype': 'float16', 'loss_scale': 'dynamic'} if case.is_detector else {'dtype': 'bfloat16'}
+    name, changes = f'mixed precision ({options["dtype"]})', Changes(case.stock, {}, {'type': 'AmpOptimWrapper', **options})
+    trains = 'not the same numbers'
+    cfg.optim_wrapper.dtype = 'bfloat16'
+    try:
+        step = profile_end_to_end(cfg, *case.shape)
+    except RuntimeError as error:  # operators of mmcv have no half precision on a CPU
+        return FitRow(name, trains, changes, note=f'not predicted on a CPU: {one_line(str(error), 80)}')
+    return _row(name, trains, changes, step, MemoryPlan())
+
+
+def _local_row(case: FitCase, profile: Profile, plan: MemoryPlan) -> FitRow:
+    wrapper = dict(case.local_wrapper)
+    if profile.step.in_chunks:
+        wrapper['images_per_chunk'] = case.chunk_size
+    stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
+    name = f'{len(plan.modes)} blocks, cut after {", ".join(profile.names[cut] for cut in plan.cuts)}'
+    if any(plan.modes):
+        name += ', recompute'
+    if profile.step.in_chunks:
+        name += f', {_chunks(case)}'
+    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), profile.step, plan)
+
+
+def _at_once(case: FitCase) -> dict[str, Any]:
+    """Options of the optim wrapper for all images at once."""
+    return {'images_per_chunk': None} if case.localized.optim_wrapper.get('images_per_chunk') else {}
+
+
+def _chunks(case: FitCase) -> str:
+    return f'{case.chunk_size} image{"s" * (case.chunk_size > 1)} a chunk'
+
+
+def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any]:
+    """A plan as options of ``mmman.LocalBackbone``; for a localised config all of them, as it may set others."""
+    options = {key: value or False for key, value in profile.options(plan).items()}
+    if case.is_localized:
+        return {'partition': 'stage', **options}
+    return {key: value for key, value in options.items() if value}
+
+
+def _local_plan(
+    profile: Profile, blocks: int, partition: str | Sequence[str] | None, limits: Limits, base_flops: int
+) -> MemoryPlan:
+    """The plan with the fewest FLOPs within the memory limit; if there is no limit or no such plan, the smallest peak."""
+    step = profile.step
+    overhead = None if limits.overhead is None else (1 + limits.overhead) * base_flops / step.flops - 1
+    if partition is not None:
+        cuts = _named_cuts(profile, blocks, partition)
+        plans = [MemoryPlan(cuts, (mode,) * blocks) for mode in step.choices]
+        peaks = [peak_of(step, plan).total for plan in plans]
+        affordable = [i for i, plan in enumerate(plans) if overhead is None or step.overhead(plan) <= overhead] or [0]
+        within = [i for i in affordable if limits.memory is not None and peaks[i] <= limits.memory]
+        return plans[within[0] if within else min(affordable, key=peaks.__getitem__)]
+    smallest = smallest_peak(step, blocks, overhead)
+    if limits.memory is None or peak_of(step, smallest).total > limits.memory:
+        return smallest
+    return fewest_flops(step, limits.memory, blocks)
+
+
+def _named_cuts(profile: Profile, blocks: int, partition: str | Sequence[str]) -> tuple[int, ...]:
+    """Indices of the units that ``partition`` cuts after."""
+    model, _ = build_dummy_model(copy.deepcopy(profile.config), *profile.shape[2:])
+    chain = chain_of(model.backbone)
+    trainable = [unit.is_trainable(model.backbone) for unit in chain.units]
+    try:
+        plan = plan_blocks(chain, trainable, blocks, partition)
+    except PartitionError as error:
+        raise PartitionError(f'--cuts: {error}') from None
+    cuts = tuple(profile.names.index(block[-1].name) for block in plan.blocks[:-1])
+    if not set(cuts) <= set(profile.step.candidates):
+        raise CostError(f'a cut after {profile.names[cuts[-1]]} leaves no backbone output to the last block')
+    return cuts
+
+
+def supports_option(backbone: ConfigDict, option: str) -> bool:
+    """Whether the class that the config of a stock backbone names has an option."""
+    kind = resolve_type(backbone.type)
+    return any(option in inspect.signature(cls.__init__).parameters for cls in kind.__mro__[:-1])
