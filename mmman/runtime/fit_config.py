@@ -82,7 +82,10 @@ class ConfigFit:
         stock = {} if frozen_stages is None else {'frozen_stages': frozen_stages}
         backbone = source.cfg.model.backbone
         is_localized = type_name(backbone) == 'LocalBackbone'
-        init_default_scope(scope_of(source.cfg))
+        scope = scope_of(source.cfg)
+        init_default_scope(scope)
+        images = batch or images_per_step(source.cfg)
+        height, width = shape or image_size(source.cfg, scope)
         if stock and not supports_option(backbone.backbone if is_localized else backbone, 'frozen_stages'):
             raise ConfigError(f'--frozen-stages: the backbone of {name} has no option frozen_stages')
         if is_localized:
@@ -92,10 +95,9 @@ class ConfigFit:
             cfg, recipe = child.cfg, child.recipe
         wrapper = {key: cfg.optim_wrapper[key] for key in ('type', 'update', 'dtype') if key in cfg.optim_wrapper}
         cfg = with_cpu_precision(cfg)
-        own_batch = None if batch else images_per_step(source.cfg)
-        height, width = shape or image_size(source.cfg, cfg.default_scope)
-        case = FitCase(cfg, stock, wrapper, batch or own_batch, height, width, images_per_chunk, is_localized)
-        return cls(source, case, recipe, folder, batch)
+        case = FitCase(cfg, stock, wrapper, images, height, width, images_per_chunk, is_localized)
+        own_batch = (source.cfg.get('train_dataloader') or {}).get('batch_size')
+        return cls(source, case, recipe, folder, None if batch == own_batch else batch)
 
     def rows(
         self,
@@ -119,7 +121,7 @@ class ConfigFit:
             )
         if row.trains == LOCAL and self.recipe:
             header.append(f'Local head: {self.recipe.why}.')
-        return child_text(self.source, self.folder, row.changes, self.recipe, self.batch, [*header, ''])
+        return child_text(self.source, self.folder, row.changes, self.recipe, self.batch, header)
 
     def check(self, row: FitRow, text: str) -> list[str]:
         """Read the child of a row and, if it changes the backbone, run a training step of it on two small random images.

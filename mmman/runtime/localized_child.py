@@ -153,7 +153,7 @@ def child_text(
     wrapper = dict(changes.optim_wrapper)
     if 'type' not in wrapper and (is_local or wrapper):
         wrapper = {'type': WRAPPER, **wrapper}
-    lines = [f'# {line}'.rstrip() for line in header] + [source.inheritance_lines(folder)]
+    lines = [*(f'# {line}' for line in header), *([''] if header else []), source.inheritance_lines(folder)]
     if backbone:
         lines += ['', *_section(source, 'model', {'backbone': backbone})]
     if wrapper:

@@ -54,6 +54,7 @@ def child_of(stock, num_blocks, folder):
     cfg.model.backbone.backbone.pop('init_cfg', None)
     cfg.optim_wrapper.pop('dtype', None)
     cfg.optim_wrapper.pop('loss_scale', None)
+    cfg.optim_wrapper.pop('update', None)  # a block's gradients stay after its step
     return cfg
 
 

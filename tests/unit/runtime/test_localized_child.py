@@ -38,9 +38,9 @@ def reasons(choice):
     return '\n'.join(choice.reasons)
 
 
-def child_of(stock: object, num_blocks: int, cuts: list | None = None, folder=None, **options: object) -> ChildConfig:
+def child_of(config, num_blocks, cuts=None, folder=None, backbone=(), **options) -> ChildConfig:
     local = {'num_blocks': num_blocks} | ({'partition': cuts} if cuts else {})
-    return localize(StockConfig.read(str(stock)), Changes(options.pop('stock', {}), local), folder, **options)
+    return localize(StockConfig.read(str(config)), Changes(dict(backbone), local), folder, **options)
 
 
 def test_mixed_precision_and_hooks_are_kept(tmp_path):
@@ -157,7 +157,7 @@ def test_what_cannot_be_localised_is_refused(tmp_path, text, message):
 def test_options_and_comments_of_a_child(tmp_path):
     """A child says in a comment above each option what it does."""
     stock = stock_file(tmp_path, '')
-    choice = child_of(stock, 2, stock={'frozen_stages': 1}, dry_run=False)
+    choice = child_of(stock, 2, backbone={'frozen_stages': 1}, dry_run=False)
     assert 'backbone=dict(_base_.model.backbone, frozen_stages=1),' in choice.text
     assert choice.cfg.model.backbone.backbone.frozen_stages == 1
     assert 'kept: frozen_stages=1' in reasons(choice)
@@ -169,7 +169,7 @@ def test_options_and_comments_of_a_child(tmp_path):
     source = StockConfig.read(stock)
     changes = Changes({'with_cp': True}, {}, {'type': 'AmpOptimWrapper', 'dtype': 'bfloat16'})
     text = child_text(source, None, changes, batch=7, header=['as asked'])
-    assert text.startswith('# as asked\n_base_ = ')
+    assert text.startswith('# as asked\n\n_base_ = ')
     path = tmp_path / 'child.py'
     path.write_text(text)
     cfg = Config.fromfile(path)
@@ -247,7 +247,7 @@ def test_pure_python_configs(tmp_path):
     (tmp_path / '_base_' / 'resnet.py').write_text(PURE_PYTHON)
     for folder in ('mine', 'odd-name'):
         (tmp_path / folder / 'stock.py').write_text(PURE_PYTHON_CHILD)
-    choice = child_of(tmp_path / 'mine' / 'stock.py', 3, folder=tmp_path / 'children', stock={'frozen_stages': 1})
+    choice = child_of(tmp_path / 'mine' / 'stock.py', 3, folder=tmp_path / 'children', backbone={'frozen_stages': 1})
     assert 'tested: a training step' in reasons(choice)
     assert [hook.type for hook in choice.cfg.custom_hooks] == ['EMAHook', 'mmman.EMABiasHook']
     assert choice.cfg.model.backbone.backbone.frozen_stages == 1
