@@ -24,7 +24,8 @@ from rich.table import Table
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.messages import one_line
-from mmman.planning.fit import BLOCKS, FitRow, Limits, choose_row
+from mmman.planning.choice import FitRow, Limits, choose_row
+from mmman.planning.fit import BLOCKS
 from mmman.runtime.fit_config import ConfigFit
 
 CONSOLE = Console(width=140)

@@ -1,6 +1,6 @@
 _base_ = './cifar10_paper.py'
 
-# Beside CIFAR-10's recipe, the paper's batch and learning rate. Not given: crop, flip and normalisation (InfoPro's).
+# CIFAR-10's recipe with the paper's batch and learning rate. Not given: crop, flip and normalisation (the authors' code).
 data_preprocessor = dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5])
 train_pipeline = [
     dict(type='RandomCrop', crop_size=96, padding=4),
@@ -31,4 +31,5 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 optim_wrapper = dict(optimizer=dict(lr=0.1))
+param_scheduler = [dict(_base_.param_scheduler[0], start_factor=0.1), _base_.param_scheduler[1]]
 auto_scale_lr = dict(base_batch_size=128)

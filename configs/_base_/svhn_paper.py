@@ -1,6 +1,6 @@
 _base_ = './cifar10_paper.py'
 
-# The recipe is CIFAR-10's. Not given in the paper: that train is without extra; crop and normalisation (InfoPro's).
+# The recipe is CIFAR-10's. Not given in the paper: that train is without extra; crop and normalisation (the authors' code).
 data_preprocessor = dict(mean=[127.5, 127.5, 127.5], std=[127.5, 127.5, 127.5])
 train_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=2),

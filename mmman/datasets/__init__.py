@@ -1,6 +1,8 @@
-"""Small generated datasets, to try a configuration without downloading anything, and torchvision's, in their own formats."""
+"""Small generated datasets to try a configuration without a download, torchvision's datasets, and datasets kept in memory."""
 
+from mmman.datasets.batch_augmentation import BatchCropFlip
+from mmman.datasets.in_memory import KeepInMemory, PackedImageDataset
 from mmman.datasets.shapes import write_shapes_dataset
 from mmman.datasets.torchvision import TorchvisionDataset
 
-__all__ = ['TorchvisionDataset', 'write_shapes_dataset']
+__all__ = ['BatchCropFlip', 'KeepInMemory', 'PackedImageDataset', 'TorchvisionDataset', 'write_shapes_dataset']

@@ -38,7 +38,7 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         )
     for head in backbone.local.values():
         head.check_model(module)
-        if not head.transfer.is_synced:
+        if not head.transfer.is_initialized:
             raise ConfigError(
                 "the momentum copies are not initialised: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
                 'custom training loop, call init_from_ and ema_update_ of every head.transfer as that hook does'

@@ -26,6 +26,7 @@ _REGISTRIES = (
     registries.RUNNERS,
     registries.DATASETS,
     registries.LOOPS,
+    registries.TRANSFORMS,
 )
 
 

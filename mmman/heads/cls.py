@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +103,12 @@ class DGLLocalHead(ClsLocalHead):
         pool_size: Height and width that larger features are pooled to.
         conv_channels: Channels of the convolutions.
         fc_channels: Width of the linear layers.
+        original: Use the network of the authors' code instead (``mlp-sr``): C channels are pooled to a quarter of their height
+            and width, the convolutions keep C, their output is pooled to 2x2, and the linear layers are 4C wide.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+
+    Raises:
+        ConfigError: ``original`` is set together with an option of the other network.
     """
 
     def __init__(
@@ -113,17 +119,28 @@ class DGLLocalHead(ClsLocalHead):
         pool_size: Count = 8,
         conv_channels: Count = 128,
         fc_channels: Count = 512,
+        original: bool = False,
         loss_weight: float = 1.0,
     ) -> None:
+        channels = boundary.channels
+        if original:
+            if (pool_size, conv_channels, fc_channels) != (8, 128, 512):
+                raise ConfigError(
+                    'local_head.original=True fixes the sizes of the network: remove pool_size, conv_channels and fc_channels'
+                )
+            conv_channels, fc_channels = channels, 4 * channels
         super().__init__(boundary, transfer, head, fc_channels, loss_weight)
-        self.pool_size = pool_size
-        widths = (boundary.channels, conv_channels, conv_channels)
+        self.pool_size = None if original else pool_size
+        widths = (channels, conv_channels, conv_channels)
         self.convs = nn.Sequential(*(conv_bn_relu(width, conv_channels, 1) for width in widths))
-        widths = (conv_channels, fc_channels, fc_channels)
+        widths = (fc_channels if original else conv_channels, fc_channels, fc_channels)
         self.fcs = nn.Sequential(*(linear_bn_relu(width, fc_channels) for width in widths))
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         y = self.as_map(y, inputs)
+        if self.pool_size is None:
+            y = self.convs(F.adaptive_avg_pool2d(y, [math.ceil(size / 4) for size in y.shape[-2:]]))
+            return self.fcs(F.adaptive_avg_pool2d(y, 2).flatten(1))
         y = F.adaptive_avg_pool2d(y, [min(self.pool_size, size) for size in y.shape[-2:]])
         return self.fcs(self.convs(y).mean((2, 3)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,9 @@ from mmman.registry import MODELS
 class DetLocalHead(LocalHead):
     """Transfer, projection to the pyramid's width, then a dense head built from the detector's own config (MAN++, detection).
 
-    The head predicts on the levels that :func:`assign_levels` returns. An anchor-based head is trained only on objects whose
-    size the anchors of its levels can match (:func:`gt_size_range`); a point-based head has ``regress_ranges`` for that.
+    The head predicts on the levels that :func:`assign_levels` returns. By default an anchor-based head is trained only on
+    objects whose size the anchors of its levels can match (:func:`gt_size_range`); a point-based head has ``regress_ranges``
+    for that.
 
     Args:
         bbox_head: Config of a dense head with one feature width, e.g. ``_base_.model.bbox_head``: RetinaHead, FCOSHead,
@@ -48,6 +49,10 @@ class DetLocalHead(LocalHead):
         num_classes: Replaces ``bbox_head`` and ``train_cfg`` for two-stage detectors: RetinaNet's head with this number of
             classes.
         stacked_convs: Convolutions per tower; the model's own head usually has 4.
+        size_filter: Whether an anchor-based head is trained only on the objects that its anchors can match. False: on all
+            objects, as the authors' code of MAN++ does.
+        projection: ``'linear'``: a 1x1 convolution, as in an FPN. ``'release'``: a 1x1 convolution with ReLU, and initial
+            weights from N(0, 0.01), as in the authors' code.
         downsample: Factor by which features are pooled along a side. The dense head then runs on a grid that much coarser, with
             anchors of the same sizes, and its memory and time shrink by the factor squared. Not in the paper.
         boundary, transfer, loss_weight: See :class:`LocalHead`.
@@ -68,6 +73,8 @@ class DetLocalHead(LocalHead):
         train_cfg: dict | None = None,
         num_classes: Count | None = None,
         stacked_convs: Count = 2,
+        size_filter: bool = True,
+        projection: Literal['linear', 'release'] = 'linear',
         downsample: Count = 1,
         loss_weight: float = 1.0,
     ) -> None:
@@ -93,12 +100,16 @@ class DetLocalHead(LocalHead):
         self.level_strides = [strides[i] * downsample for i in levels]
         self.gt_size_range = None
         anchors = anchors_by_level(full_head)
-        if anchors is not None:
+        if anchors is not None and size_filter:
             sizes = [((a[:, 2] - a[:, 0]) * (a[:, 3] - a[:, 1])).sqrt() for a in anchors]
             self.gt_size_range = gt_size_range(levels, [(size.min().item(), size.max().item()) for size in sizes])
 
         self.projection = LevelProjection(
-            boundary.channels, config['in_channels'], boundary.stride * downsample, self.level_strides
+            boundary.channels,
+            config['in_channels'],
+            boundary.stride * downsample,
+            self.level_strides,
+            relu=projection == 'release',
         )
         config = {**downsample_config(select_levels(config, full_head, levels), downsample), 'stacked_convs': stacked_convs}
         untrained = self._dry_run(config)

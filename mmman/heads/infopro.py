@@ -24,14 +24,15 @@ from mmman.registry import MODELS
 class InfoProLocalHead(ClsLocalHead):
     """The local head of information propagation (Wang et al., "Revisiting Locally Supervised Learning", 2021).
 
-    ``lambda_rec * BCE(reconstruction, image) + lambda_task * (cross entropy or supervised contrast)``. Both lambdas are linear
-    in the block's index from the first local block to the last.
+    ``lambda_rec * BCE(reconstruction, image) + lambda_task * (cross entropy or supervised contrast)``.
 
     Args:
-        classifier: ``'1c2f'``, for small images: a 3x3 convolution to min(2C, 64) channels, pooling, a linear layer to 128.
-            ``'imagenet'``: 1x1 to C/4, 3x3 of stride 2 to 256 and to 512, 1x1 to 2048, pooling. The option also selects the
-            decoder.
-        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block.
+        classifier: ``'1c2f'``, for small images: a 3x3 convolution to min(2C, 64) channels, of stride 2 if these are more than
+            C, pooling, a linear layer to 128. ``'2c2f'``: the same with a second 3x3 convolution, as MAN++'s code has by
+            default. ``'imagenet'``: 1x1 to C/4, 3x3 of stride 2 to 256 and to 512, 1x1 to 2048, pooling. The option also
+            selects the decoder.
+        lambda_rec: Weight of the reconstruction: a number, or a pair (first, last) for a weight that depends on the stage; see
+            :meth:`mmman.local.Boundary.interpolate`.
         lambda_task: Weight of the classification or contrast, in the same format.
         contrast: Whether to use supervised contrast instead of classification. It needs hard labels.
         temperature: Temperature of the contrast.
@@ -47,7 +48,7 @@ class InfoProLocalHead(ClsLocalHead):
         boundary: Boundary,
         transfer: MomentumTransfer,
         head: dict,
-        classifier: Literal['1c2f', 'imagenet'] = '1c2f',
+        classifier: Literal['1c2f', '2c2f', 'imagenet'] = '1c2f',
         lambda_rec: NonNegative | tuple[NonNegative, NonNegative] = 5.0,
         lambda_task: NonNegative | tuple[NonNegative, NonNegative] = 0.75,
         contrast: bool = False,
@@ -55,12 +56,14 @@ class InfoProLocalHead(ClsLocalHead):
         pixel_range: tuple[float, float] = (0, 255),
         loss_weight: float = 1.0,
     ) -> None:
-        is_small = classifier == '1c2f'
+        is_small = classifier != 'imagenet'
         super().__init__(boundary, transfer, head, 128 if is_small else 2048, loss_weight)
         channels = boundary.channels
         if is_small:
             width = min(2 * channels, 64)
-            self.convs = conv_bn_relu(channels, width, 3)
+            self.convs = conv_bn_relu(channels, width, 3, stride=2 if width > channels else 1)
+            if classifier == '2c2f':
+                self.convs.extend(conv_bn_relu(width, width, 3))
             self.fc = nn.Sequential(nn.Linear(width, 128), nn.ReLU(inplace=True))
         else:
             self.convs = nn.Sequential(

@@ -57,6 +57,10 @@ def gt_size_range(levels: Sequence[int], prior_sizes: Sequence[tuple[float, floa
     return low, high
 
 
+_XAVIER = {'type': 'Xavier', 'layer': 'Conv2d', 'distribution': 'uniform'}
+_NORMAL = {'type': 'Normal', 'layer': 'Conv2d', 'std': 0.01}
+
+
 class LevelProjection(BaseModule):
     """Feature maps for the assigned levels from one map: a 1x1 convolution, then steps by a factor of 2.
 
@@ -67,10 +71,15 @@ class LevelProjection(BaseModule):
         out_channels: Channels of every level.
         stride: The map's stride in pixels.
         level_strides: The strides of the output levels, ascending, each the map's stride times a power of two.
+        relu: Put a ReLU after the 1x1 convolution and start all weights from N(0, 0.01), as the authors' code of MAN++ does.
+            False: no ReLU and an FPN's initial weights.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, level_strides: Sequence[int]) -> None:
-        super().__init__(init_cfg={'type': 'Xavier', 'layer': 'Conv2d', 'distribution': 'uniform'})
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, level_strides: Sequence[int], relu: bool = False
+    ) -> None:
+        super().__init__(init_cfg=_NORMAL if relu else _XAVIER)
+        self.relu = relu
         self.stride = stride
         self.level_strides = tuple(level_strides)
         self.lateral = nn.Conv2d(in_channels, out_channels, 1)
@@ -79,7 +88,8 @@ class LevelProjection(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """From (B, in_channels, H, W) to one (B, out_channels, H * stride / s, W * stride / s) for each level stride s."""
-        maps = {self.stride: self.lateral(x)}
+        x = self.lateral(x)
+        maps = {self.stride: F.relu(x) if self.relu else x}
         stride = self.stride
         for i, convolution in enumerate(self.down):
             finer = maps[stride]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated
 
 import torch
@@ -12,11 +11,8 @@ from torch import Tensor, nn
 from mmman.heads.cls import ClsLocalHead
 from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
-from mmman.options import Range, checked
+from mmman.options import Count, Range, checked
 from mmman.registry import MODELS
-
-MAX_FEATURES = 2048
-"""The linear classifier's input is the map, pooled to at most this number of values."""
 
 
 @MODELS.register_module()
@@ -30,6 +26,8 @@ class PredSimLocalHead(ClsLocalHead):
 
     Args:
         beta: Share of the similarity matching, from 0 to 1.
+        max_features: Maximum number of inputs of the linear classifier, as far as one for each channel. The map is pooled by
+            halving its height and its width in turn, as in the authors' code: 8x16 at 16 channels, 8x8 at 32, 4x8 at 64.
         boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
     """
 
@@ -41,11 +39,12 @@ class PredSimLocalHead(ClsLocalHead):
         transfer: MomentumTransfer,
         head: dict,
         beta: Annotated[float, Range(0, 1)] = 0.99,
+        max_features: Count = 2048,
         loss_weight: float = 1.0,
     ) -> None:
-        pool_size = max(1, math.isqrt(MAX_FEATURES // boundary.channels))
-        super().__init__(boundary, transfer, head, boundary.channels * pool_size**2, loss_weight)
-        self.pool_size = pool_size
+        height, width = _pooled_size(boundary.channels, max_features)
+        super().__init__(boundary, transfer, head, boundary.channels * height * width, loss_weight)
+        self.pool_size = height, width
         self.beta = beta
         self.similarity = nn.Conv2d(boundary.channels, boundary.channels, 3, padding=1, bias=False)
 
@@ -68,6 +67,12 @@ class PredSimLocalHead(ClsLocalHead):
         if all(len(label) == 1 for label in labels):
             return F.one_hot(torch.cat(labels), self.num_classes).float()
         return torch.stack([F.one_hot(label, self.num_classes).sum(0) for label in labels]).float()
+
+
+def _pooled_size(channels: int, max_features: int) -> tuple[int, int]:
+    """Height and width that halving the height and the width in turn ends at, from any larger power of two."""
+    halvings = max(1, max_features // channels).bit_length() - 1
+    return 2 ** (halvings // 2), 2 ** (halvings - halvings // 2)
 
 
 def similarity_matrix(features: Tensor) -> Tensor:

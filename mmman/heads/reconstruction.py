@@ -32,8 +32,9 @@ class ReconstructionDecoder(BaseModule):
         in_channels: Channels C of the map.
         stride: Stride of the map in pixels.
         stepwise: False, for small images: bilinear upsampling to the image's size, then 3x3 convolutions to 12 and to the
-            image's channels. True: a 1x1 convolution to C/4, then for every doubling bilinear upsampling and a 3x3 convolution;
-            the last four have 64, 32, 12 and the image's channels (InfoPro on ImageNet).
+            image's channels. True: a 1x1 convolution to C/4, at most 128 up to stride 8 and 192 beyond; then for every doubling
+            bilinear upsampling and a convolution: 1x1 to 64 or, in the last three steps, 3x3 to 32, 12 and the image's
+            channels. At stride 8 this is InfoPro's decoder (ImageNet, Cityscapes), at stride 16 that of MAN++'s code.
         image_channels: Channels of the image.
     """
 
@@ -41,12 +42,12 @@ class ReconstructionDecoder(BaseModule):
         super().__init__()
         self.stepwise = stepwise
         doublings = round(math.log2(stride)) if stepwise else 1
-        widths = [64] * (doublings - 4) + [64, 32, 12][max(0, 4 - doublings) :] if stepwise else [12]
-        width = max(1, in_channels // 4) if stepwise else in_channels
+        widths = [64] * (doublings - 3) + [32, 12][max(0, 3 - doublings) :] if stepwise else [12]
+        width = min(max(1, in_channels // 4), 128 if doublings <= 3 else 192) if stepwise else in_channels
         self.reduce = conv_bn_relu(in_channels, width, 1) if stepwise else nn.Identity()
         convs = []
         for outputs in widths:
-            convs.append(conv_bn_relu(width, outputs, 3))
+            convs.append(conv_bn_relu(width, outputs, 1 if outputs == 64 else 3))
             width = outputs
         self.convs = nn.ModuleList([*convs, nn.Conv2d(width, image_channels, 3, padding=1)])
 
@@ -54,12 +55,12 @@ class ReconstructionDecoder(BaseModule):
         """From (B, C, H, W) to logits (B, image_channels, *size)."""
         y = self.reduce(y)
         if not self.stepwise:
-            y = F.interpolate(y, size=size, mode='bilinear', align_corners=False)
+            y = F.interpolate(y, size=size, mode='bilinear', align_corners=True)
         for i, conv in enumerate(self.convs):
             if self.stepwise:
                 is_last = i == len(self.convs) - 1
                 step = size if is_last else [2 * side for side in y.shape[-2:]]
-                y = F.interpolate(y, size=step, mode='bilinear', align_corners=False)
+                y = F.interpolate(y, size=step, mode='bilinear', align_corners=True)
             y = conv(y)
         return y
 

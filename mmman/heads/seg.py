@@ -35,17 +35,16 @@ FCN = {'type': 'mmseg.FCNHead', 'channels': 256, 'num_convs': 1, 'concat_input':
 class SegLocalHead(LocalHead):
     """Transfer, then a decode head and, as an option, a reconstruction decoder (InfoPro, InfoPro + MAN++ on Cityscapes).
 
-    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``. Both lambdas are linear in the
-    block's index. Classes, ignored index, ``align_corners``, pixel sampler (OHEM), losses with their class weights, and norm
-    layers are those of the model's own head.
+    ``lambda_task * (the decode head's losses) + lambda_rec * BCE(reconstruction, image)``. Classes, ignored index,
+    ``align_corners``, pixel sampler (OHEM), losses with their class weights, and norm layers are those of the model's own head.
 
     Args:
         decode_head: Config of the model's decode head, ``_base_.model.decode_head``. For a cascade the last head is used, for
             K-Net the head that generates its kernels.
         network: Config of the local decode head, without the options shared with the model's: a single-level head of mmseg.
             Default: an FCN head with one 3x3 convolution to 256 channels.
-        lambda_rec: Weight of the reconstruction: a number, or its values at the first and the last local block; 0 disables it.
-            InfoPro on Cityscapes: 1.5.
+        lambda_rec: Weight of the reconstruction: a number, or a pair (first, last) for a weight that depends on the stage; see
+            :meth:`mmman.local.Boundary.interpolate`. 0 disables it. InfoPro on Cityscapes: 1.5.
         lambda_task: Weight of the decode head's losses, in the same format.
         pixel_range: With a reconstruction, the lowest and the highest value of a pixel in the images that the data preprocessor
             gets; see :class:`mmman.heads.reconstruction.ReconstructionTarget`.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mmman.errors import ConfigError
 from mmman.local.session import Session
 from mmman.local.transfer import MomentumTransfer
-from mmman.partition import Feature, Unit
+from mmman.partition import STEM, Feature, Unit
 
 INJECTED_ARGS = ('boundary', 'transfer', 'loss_weight')
 """Arguments of a local head that :func:`mmman.localize_` passes. A config must not set them."""
@@ -39,6 +39,8 @@ class Boundary:
         following_units: The units after the task head's input, first to last. A head may copy them, but must not hold them.
         following_features: The shapes of their outputs.
         image_channels: Channels of the model's input images.
+        position: Index, in the backbone's chain, of the unit whose output the task head's input is like: the block's last unit,
+            or with a transfer the one after it.
     """
 
     block: int
@@ -52,6 +54,7 @@ class Boundary:
     following_units: tuple[nn.Module, ...] = field(default=(), repr=False)
     following_features: tuple[Feature, ...] = field(default=(), repr=False)
     image_channels: int = 3
+    position: int = 0
 
     @property
     def channels(self) -> int:
@@ -64,10 +67,15 @@ class Boundary:
         return self.feature.stride
 
     def interpolate(self, value: float | tuple[float, float]) -> float:
-        """A weight at this block: a constant, or interpolated linearly in the block's index from (first head, last head)."""
+        """A weight at this block: a constant or, of a pair (first, last), a value by stage, as in the authors' code of MAN++.
+
+        The value is ``first + (last - first) * min(1, s / (K - 2))``. s is the number, from 1, of the stage in which the next
+        block begins, or 0 at the end of the stem. With K=2 the value is ``first``.
+        """
         first, last = (value, value) if isinstance(value, (int, float)) else value
-        steps = self.num_blocks - 2
-        return float(first + (last - first) * (self.block - 1) / steps) if steps else float(first)
+        if self.num_blocks == 2 or self.unit == STEM:
+            return float(first)
+        return float(first + (last - first) * min(1.0, (self.source.stage + 1) / (self.num_blocks - 2)))
 
 
 class LocalHead(BaseModule):

@@ -36,7 +36,7 @@ def localize_(
     Parameters that the backbone freezes in its ``train()`` are frozen first, so that they are excluded when blocks are counted.
     All additions are under ``backbone.local``; the class, the forward and the state-dict keys don't change. Outside a training
     step driven by :class:`mmman.LocalLearningOptimWrapper`, the backbone's outputs are bitwise unchanged. Planning comes first,
-    then building; the backbone is changed last, so an error leaves no local head, hook or recomputed unit behind.
+    then building; an error leaves no local head, hook or recomputed unit behind.
 
     Args:
         backbone: A backbone of a known family (:func:`mmman.register_chain`).
@@ -147,6 +147,7 @@ def _build_heads(
             image_channels=measured.image_channels,
             following_units=tuple(modules[cut + 1 + applies_unit :]),
             following_features=tuple(features[cut + 1 + applies_unit :]),
+            position=cut + applies_unit,
         )
         head = MODELS.build(
             local_head,
@@ -158,8 +159,8 @@ def _build_heads(
         )
         if head.transfer.channel_bias is not None and not head.supports_channel_bias:
             raise ConfigError(
-                f"transfer.bias='channel' has no effect in front of {type(head).__name__}, whose first layers normalise each "
-                "channel: choose 'depthwise' or 'unit'"
+                f"transfer.bias='channel' requires a local head with supports_channel_bias=True, not {type(head).__name__}: a "
+                "head that begins with a convolution and BatchNorm cancels this bias; choose 'depthwise' or 'unit'"
             )
         heads.append(head)
     return heads

@@ -63,7 +63,7 @@ class MomentumTransfer(BaseModule):
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
         self.is_loaded = False  # the last loaded state dict contained the copies
-        self.is_synced = not self.copies  # the copies hold their initial values for training
+        self.is_initialized = not self.copies  # init_from_ was called, or there are no copies
 
     @property
     def s(self) -> Tensor | None:
@@ -118,7 +118,7 @@ class MomentumTransfer(BaseModule):
         if not (keep_loaded and self.is_loaded):
             for module in self.copies:
                 module.load_state_dict(source.state_dict())
-        self.is_synced = True
+        self.is_initialized = True
 
     @torch.no_grad()
     def ema_update_(self, source: nn.Module | Mapping[str, Tensor], momentum: float) -> None:

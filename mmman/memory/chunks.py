@@ -31,8 +31,8 @@ def run_in_chunks(
     as if the losses had been computed in one pass. It is possible only once.
 
     Args:
-        compute: Called with the features of some images and the slice of the batch that they are. Returns the scalar to
-            back-propagate, and the losses by name that it is the sum of, normalised by the whole batch.
+        compute: ``compute(features, span)`` for the images ``span`` of the batch. Returns the total loss, a scalar, and its
+            terms by name, normalised over the whole batch.
         features: Inputs of the part, each (B, ...). Those that don't require a gradient get none.
         modules: All modules that the part runs.
         chunk_size: Images per chunk.

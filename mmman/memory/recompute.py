@@ -56,9 +56,12 @@ def units_to_recompute(
     for unit in (*full, *selective):
         for module in (backbone.get_submodule(path) for path in unit.modules):
             if any(getattr(layer, 'with_cp', False) for layer in module.modules()):
-                raise ConfigError(f'unit {unit.name} is checkpointed by with_cp already: drop with_cp, recompute does the same')
+                raise ConfigError(f'unit {unit.name} already uses with_cp=True: set with_cp=False, since recompute replaces it')
             if 'forward' in vars(module):
-                raise ConfigError(f'the forward of unit {unit.name} was replaced (activation_checkpointing?): drop what did it')
+                raise ConfigError(
+                    f'the forward of unit {unit.name} has been replaced (activation_checkpointing?): remove that setting, or '
+                    'leave the unit out of recompute'
+                )
     return dict.fromkeys(full, False) | dict.fromkeys(selective, True)
 
 

@@ -69,7 +69,9 @@ class CachedMode(CachingMode):
         if not should_save(op, args):
             return op(*args, **kwargs or {})
         if not self.saved:
-            raise ConfigError('a unit of selective_recompute can be back-propagated once: put it into recompute')
+            raise ConfigError(
+                'a selectively recomputed unit was back-propagated twice, which is not supported: list it in recompute instead'
+            )
         saved_op, own, saved_versions = self.saved.popleft()
         if saved_op is not op or saved_versions != versions(own):
             raise ConfigError(

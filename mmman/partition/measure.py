@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +110,13 @@ def _measure_on(backbone: nn.Module, chain: Chain, channels: int, size: tuple[in
             handle.remove()
     count = len(outputs) if isinstance(outputs, (tuple, list)) else 1
     if order != [unit.name for unit in chain.units] or count != len(chain.out_units):
-        raise UnsupportedBackboneError(f'the forward pass of {type(backbone).__name__} does not run the units of its chain')
+        runs = zip_longest(order, [unit.name for unit in chain.units], fillvalue='no unit')
+        found = next((f'it runs {ran}, not {unit}' for ran, unit in runs if ran != unit), None)
+        found = found or f'it has {count} outputs, not {len(chain.out_units)}'
+        raise UnsupportedBackboneError(
+            f'the forward pass of {type(backbone).__name__} does not run the units of its chain in order ({found}): correct '
+            'the chain that is registered for it (mmman.register_chain)'
+        )
 
     features, side, stride = [], float(size[1]), 1.0
     is_complete = True

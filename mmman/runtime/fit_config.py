@@ -18,7 +18,8 @@ from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
 from mmman.memory.detection.focal_loss import fused_focal_loss
-from mmman.planning.fit import BLOCKS, LOCAL, Changes, FitCase, FitRow, Limits, predict_rows, supports_option
+from mmman.planning.choice import LOCAL, Changes, FitRow, Limits
+from mmman.planning.fit import BLOCKS, FitCase, predict_rows, supports_option
 from mmman.planning.train_images import image_size, images_per_step
 from mmman.runtime.launch import type_name
 from mmman.runtime.localized_child import (

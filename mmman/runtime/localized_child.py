@@ -14,7 +14,7 @@ from torch import nn
 from mmman.analysis.dry_step import dry_step
 from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
-from mmman.planning.fit import Changes
+from mmman.planning.choice import Changes
 from mmman.runtime.launch import type_name
 from mmman.runtime.stock_config import StockConfig, read_text, unreadable_config
 

@@ -122,12 +122,15 @@ def _optimizer_parts(
         yield Part(f'{what}, steps', kind(state.get('steps')), kind(getattr(wrapper, 'steps', None)))
     groups = wrapper.optimizer.param_groups
     count = sum(len(group['params']) for group in groups)
-    yield Part(f'{what}, groups (paramwise_cfg?) {{}}', [*map(_group, state['param_groups'])], [*map(_group, groups)])
-    indices = [index for group in state['param_groups'] for index in group['params']]
     yield Part(
-        f'{what}, numbers of its parameters', Kind('others' if indices != [*range(count)] else 'in order'), Kind('in order')
+        f'{what}, parameter groups (does paramwise_cfg differ?) {{}}',
+        [*map(_group, state['param_groups'])],
+        [*map(_group, groups)],
     )
-    yield Part(f'{what}, loss scaler (dtype?) {{}}', state.get('loss_scaler'), scaler_state(wrapper))
+    indices = [index for group in state['param_groups'] for index in group['params']]
+    found = Kind('in order' if indices == [*range(count)] else 'others')
+    yield Part(f'{what}, parameter indices', found, Kind('in order'))
+    yield Part(f'{what}, loss scaler (does dtype or loss_scale differ?) {{}}', state.get('loss_scaler'), scaler_state(wrapper))
     yield Part(
         f'{what}, base_param_settings {{}}',
         *(
@@ -145,7 +148,7 @@ def _optimizer_parts(
         if values != {}
     }
     with_state = (record.get('parameters with state') or {}).get(name)
-    if with_state is None:  # other version: without a gradient a parameter has no state; not all lack it
+    if with_state is None:  # an older checkpoint: those that have state, or all if it has none after a step
         stepped = state.get('steps', meta['iter'] // wrapper._accumulative_counts)
         with_state = [i for i, parameter in enumerate(own) if labels[i] in theirs or (stepped and not theirs)]
     expected = _expected_state(wrapper, state['param_groups'], with_state)

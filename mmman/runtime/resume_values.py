@@ -113,7 +113,7 @@ def check_values(checkpoint: Mapping, runner: Runner) -> None:
         CheckpointError: A value is missing or invalid. The message names it.
     """
     for path, value, rule, required in _values(checkpoint, runner):
-        if rule.accepts(value) if required or value is not _ABSENT else True:
+        if (value is _ABSENT and not required) or rule.accepts(value):
             continue
         value = None if value is _ABSENT else value
         description = repr(value)[:40] if plain(value) is value else kind(value)

@@ -3,6 +3,7 @@
 import ast
 import copy
 import functools
+import math
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from mmengine.hub import get_config
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DATASETS, MODELS, init_default_scope
+from mmengine.registry import DATASETS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
@@ -140,8 +141,8 @@ def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     assert local.optim_wrapper.type == 'mmman.LocalLearningOptimWrapper'
     assert [hook.type for hook in local.custom_hooks[len(twin.get('custom_hooks', [])) :]] == ['mmman.EMABiasHook']
     local.model.backbone = local.model.backbone.backbone
-    for cfg in (local, twin):
-        cfg.merge_from_dict({'optim_wrapper.type': None, 'custom_hooks': None, 'paper': None})
+    for cfg in (local, twin):  # over which parameters one norm clips is a question of blocks
+        cfg.merge_from_dict({'optim_wrapper.type': None, 'optim_wrapper.clip_scope': None, 'custom_hooks': None, 'paper': None})
     assert local.to_dict() == twin.to_dict()
 
 
@@ -157,6 +158,18 @@ def test_pipeline_is_another_config_with_another_runner(name: str) -> None:
 CUTS = {
     ('resnet32', 8): ['layer1.0', 'layer1.2', 'layer1.4', 'layer2.1', 'layer2.3', 'layer3.0', 'layer3.2'],
     ('resnet32', 16): ['stem', *(f'layer{i}.{j}' for i in (1, 2, 3) for j in range(5))][:-1],
+    ('resnet110', 32): [
+        f'layer{stage}.{unit}'
+        for stage, units in enumerate(
+            (
+                (1, 2, 4, 5, 7, 9, 11, 13, 14, 16, 17),
+                (1, 2, 4, 5, 7, 9, 11, 13, 14, 16, 17),
+                (1, 3, 4, 6, 7, 9, 11, 13, 15),
+            ),
+            start=1,
+        )
+        for unit in units
+    ],
     ('resnet110', 55): ['stem', *(f'layer{i}.{j}' for i in (1, 2, 3) for j in range(18))][:-1],
     ('resnet101', 2): ['layer2.0'],
     ('resnet101', 4): ['layer2.2', 'layer3.8', 'layer3.16'],
@@ -167,6 +180,13 @@ CUTS = {
     ('vgg13', 10): [f'features.{i}' for i in (0, 1, 3, 4, 6, 7, 9, 10, 12)],
     ('vit', 4): ['layers.2', 'layers.5', 'layers.8'],
     ('vit', 6): [f'layers.{i}' for i in (1, 3, 5, 7, 9)],
+}
+# InfoPro's weight of the reconstruction at every local head of Table I, by K: it falls with the stage of the next block.
+LAMBDA_REC = {
+    8: [5 * 5 / 6] * 2 + [5 * 4 / 6] * 3 + [2.5] * 2,
+    16: [5] + [5 * 13 / 14] * 4 + [5 * 12 / 14] * 5 + [5 * 11 / 14] * 5,
+    32: [5 * 29 / 30] * 10 + [5 * 28 / 30] * 11 + [4.5] * 10,
+    55: [5] + [5 * 52 / 53] * 17 + [5 * 51 / 53] * 18 + [5 * 50 / 53] * 18,
 }
 TRANSFERS = {'manpp': (True, True, True), 'man': (True, True, False), 'ema': (True, False, False)}
 
@@ -182,10 +202,7 @@ def test_local_classifier_is_what_its_name_says(name: str) -> None:
     cuts = [block[-1].name for block in local.plan.blocks[:-1]]
 
     assert [head.block for head in heads] == [*range(1, num_blocks)]
-    if net == 'resnet110' and num_blocks == 32:
-        assert {len(block) for block in local.plan.blocks} == {1, 2}
-    else:
-        assert cuts == CUTS[net, num_blocks]
+    assert cuts == CUTS[net, num_blocks]
     expected = next((TRANSFERS[word] for word in words if word in TRANSFERS), (False, False, False))
     for head in heads:
         transfer = head.transfer
@@ -198,11 +215,13 @@ def test_local_classifier_is_what_its_name_says(name: str) -> None:
     kind = InfoProLocalHead if is_infopro else ViTLocalHead if net == 'vit' else DGLLocalHead
     assert {type(head) for head in heads} == {kind}
     if is_infopro:
-        at_ends = [(head.lambda_rec, head.lambda_task) for head in (heads[0], heads[-1])]
+        weights = [(head.lambda_rec, head.lambda_task) for head in heads]
         if net in ('resnet32', 'resnet110'):
-            assert at_ends == [(5, 0.5), (0, 0)]
+            assert weights == [pytest.approx((rec, rec / 10)) for rec in LAMBDA_REC[num_blocks]]
         else:
-            assert at_ends == [(5, 1.0 if net == 'resnet152' else 0.75)] * 2
+            assert weights == [(5, 1.0 if net == 'resnet152' else 0.75)] * (num_blocks - 1)
+    if net == 'vgg13':
+        assert all(head.fcs[0][0].in_features == 4 * head.feature.channels for head in heads)
 
 
 SGD = {'type': 'SGD', 'momentum': 0.9, 'nesterov': True, 'weight_decay': 1e-4}
@@ -232,19 +251,54 @@ def test_recipe_of_the_classifiers(name: str) -> None:
     assert schedule[-1].type == 'CosineAnnealingLR'
     if name in FLAGSHIPS:
         return  # the rest is the stock config's
-    assert [step.type for step in schedule] == ['LinearLR', 'CosineAnnealingLR'][len(schedule) == 1 :]
+    warm_up = 10 if 'table1' in name else 5 if 'vit' in name else 0
+    assert [step.type for step in schedule] == ['LinearLR', 'CosineAnnealingLR'][not warm_up :]
+    assert schedule[0].get('convert_to_iter_based', False) == bool(warm_up)
+    if warm_up:
+        assert (schedule[0].begin, schedule[0].end) == (0, warm_up)
+    if 'table1' in name:
+        assert schedule[0].start_factor * optimizer['lr'] == pytest.approx(0.01)
+        assert schedule[1].begin == 0
     assert schedule[-1].T_max == schedule[-1].end - schedule[-1].begin
     assert 'eta_min' not in schedule[-1]
     assert epochs % cfg.train_cfg.val_interval == 0
 
 
-# Side, padding, flips and class of the images.
-IMAGES = {'cifar10': (32, 4, True, 'CIFAR10'), 'svhn': (32, 2, False, 'SVHN'), 'stl10': (96, 4, True, 'STL10')}
+def test_learning_rates_of_cifar_are_those_of_the_authors() -> None:
+    """Their warm-up multiplies the cosine, from 0.01, and steps by epochs; ours by iterations, here two an epoch."""
+    schedule = copy.deepcopy(config('paper/table1/cifar10_resnet32_e2e.py').param_scheduler)
+    weight = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.SGD([weight], lr=0.8)
+    schedulers = [
+        PARAM_SCHEDULERS.build({**step, 'optimizer': optimizer}, default_args={'epoch_length': 2}) for step in schedule
+    ]
+    rates = []
+    for iteration in range(800):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or iteration % 2:
+                scheduler.step()
+
+    def authors(epoch: int) -> float:
+        cosine = 0.4 * (1 + math.cos(math.pi * epoch / 400))
+        return cosine * epoch / 10 + 0.01 * (10 - epoch) / 10 if epoch < 10 else cosine
+
+    assert rates[::2] == pytest.approx([authors(epoch) for epoch in range(400)], rel=0.06)
+    assert rates[20::2] == pytest.approx([authors(epoch) for epoch in range(10, 400)], rel=1e-6)
+
+
+# Side, padding, flips and class of the images; mean and standard deviation of their pixels.
+IMAGES = {
+    'cifar10': (32, 4, True, 'CIFAR10', [125.3, 123.0, 113.9], [63.0, 62.1, 66.7]),
+    'svhn': (32, 2, False, 'SVHN', [127.5] * 3, [127.5] * 3),
+    'stl10': (96, 4, True, 'STL10', [127.5] * 3, [127.5] * 3),
+}
 
 
 @pytest.mark.parametrize('name', [name for name in END_TO_END if 'table1' in name])
 def test_images_of_table_1(name: str) -> None:
-    size, padding, flips, kind = next(images for word, images in IMAGES.items() if word in name)
+    size, padding, flips, kind, mean, std = next(images for word, images in IMAGES.items() if word in name)
     cfg = config(name)
     init_default_scope(cfg.default_scope)
     for split in ('train', 'val', 'test'):
@@ -256,6 +310,8 @@ def test_images_of_table_1(name: str) -> None:
         assert cfg[f'{split}_dataloader'].batch_size == cfg.train_dataloader.batch_size
     crop, *rest = cfg.train_dataloader.dataset.pipeline
     assert (crop.crop_size, crop.padding) == (size, padding)
+    assert crop.get('padding_mode', 'constant') == ('reflect' if kind == 'CIFAR10' else 'constant')
+    assert (cfg.data_preprocessor.mean, cfg.data_preprocessor.std) == (mean, std)
     assert [step.type for step in rest] == ['RandomFlip', 'PackInputs'][not flips :]
     assert not cfg.data_preprocessor.get('to_rgb')
 
@@ -390,9 +446,32 @@ def test_recipe_of_the_release(name: str) -> None:
 
     assert (optimizer.type, optimizer.lr, cfg.auto_scale_lr.base_batch_size) == ('SGD', 0.01, 16)
     assert (cfg.train_cfg.type, cfg.train_cfg.max_iters) == ('IterBasedTrainLoop', 90000)
-    assert cfg.param_scheduler[-1].milestones == [60000, 80000]
+    (schedule,) = cfg.param_scheduler  # without a warm-up
+    assert (schedule.type, schedule.milestones, schedule.gamma) == ('MultiStepLR', [60000, 80000], 0.1)
+    assert cfg.optim_wrapper.clip_grad == {'max_norm': 1.0}
+    assert cfg.optim_wrapper.get('clip_scope', 'global') == 'global'
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         assert [step.scale for step in loader.dataset.pipeline if step.type == 'Resize'] == [(1000, 600)]
+
+
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('release')])
+def test_networks_and_losses_of_the_release(name: str) -> None:
+    model, heads = meta_model(name), []
+    norms = [module for module in model.train().modules() if isinstance(module, _BatchNorm)]
+    assert {(type(module), module.training) for module in norms} == {(nn.BatchNorm2d, True)}
+    if name not in END_TO_END:
+        heads = [*model.backbone.local.values()]
+        assert [type(head.transfer.rho) for head in heads] == [nn.Parameter] * 3
+    for head in heads:
+        assert head.gt_size_range is None
+        assert head.projection.relu
+        assert head.bbox_head.stacked_convs == 2
+    for dense in (model.bbox_head, *(head.bbox_head for head in heads)):
+        assert type(dense).__name__ == 'ReleaseRetinaHead'
+        assert (type(dense.loss_bbox).__name__, dense.loss_bbox.beta) == ('SmoothL1Loss', 1.0)
+        assert dense.prior_generator.center_offset == 0.5
+        assert not dense.assigner.match_low_quality
+        assert (dense.assigner.pos_iou_thr, dense.assigner.neg_iou_thr) == (0.5, 0.4)
 
 
 LIVE = {'frozen_stages': -1}

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 
-from mmman.planning.fit import Changes
+from mmman.planning.choice import Changes
 from mmman.runtime.localized_child import localize
 from mmman.runtime.stock_config import StockConfig
 from tests.alive import without_gradient

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmman import LocalLearningError
 from mmman.analysis.dummy_model import random_batch
 from mmman.engine.config_check import check_config
-from mmman.planning.fit import END_TO_END, LOCAL, SAME, Limits, choose_row
+from mmman.planning.choice import END_TO_END, LOCAL, SAME, Limits, choose_row
 from tests.conftest import ROOT
 from tools.fit_memory import parse_args, run
 

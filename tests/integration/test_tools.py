@@ -25,14 +25,3 @@ def test_training_step_of_the_demo_configs(tmp_path):
     for row in (end_to_end, local):
         assert row['parameters'] < row['floor'] < row['peak'] == sum(row['parts'].values())
     assert local['parameters'] > end_to_end['parameters'] and local['flops'] > end_to_end['flops']
-
-
-def test_overfitting_comparison(test_data, tmp_path):
-    coco = test_data / 'coco128'
-    if not coco.is_dir():
-        pytest.skip(f'no COCO images at {coco}')
-    sizes = ('--images', 2, '--batch', 2, '--size', 64, '--iters', 2, '--val-interval', 2)
-    command = ('tools/benchmarks/overfit.py', '--data-root', coco, '--work-dir', tmp_path, *sizes)
-    table = run(*command, '--rows', 'manpp').splitlines()
-    assert any('manpp' in line and '1.000, 1.000, 1.000' in line for line in table)
-    assert (tmp_path / 'overfit.png').stat().st_size > 0

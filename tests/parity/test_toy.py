@@ -105,7 +105,7 @@ def swapped_s(patch):
 
 
 def copies_not_synced(patch):
-    patch.setattr(MomentumTransfer, 'init_from_', lambda self, source, keep_loaded: setattr(self, 'is_synced', True))
+    patch.setattr(MomentumTransfer, 'init_from_', lambda self, source, keep_loaded: setattr(self, 'is_initialized', True))
 
 
 def accuracy_in_the_loss(patch):

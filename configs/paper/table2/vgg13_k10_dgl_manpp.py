@@ -1,6 +1,7 @@
 _base_ = './vgg13_e2e.py'
 
-# One convolution a block. mmpretrain's VGG has its linear layers in the backbone, so the head doesn't say num_classes.
+# One convolution a block; DGL's original head, as the row without a transfer is DGL's own. mmpretrain's VGG has its linear
+# layers in the backbone, so the head doesn't say num_classes.
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -11,6 +12,7 @@ model = dict(
         local_head=dict(
             type='mmman.DGLLocalHead',
             head=dict(type='LinearClsHead', num_classes=1000, loss=_base_.model.head.loss, topk=_base_.model.head.topk),
+            original=True,
         ),
     )
 )

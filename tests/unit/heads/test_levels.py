@@ -57,3 +57,17 @@ def test_projection_makes_maps_of_the_levels_sizes(stride, levels):
     maps[-1].sum().backward()
     for level, m in zip(levels, maps, strict=True):
         assert m.requires_grad, level
+
+
+def test_projection_of_the_release():
+    """A ReLU before every convolution of a coarser level and after the 1x1 convolution; weights of N(0, 0.01)."""
+    torch.manual_seed(0)
+    projection = LevelProjection(64, 64, 32, [32, 64, 128], relu=True)
+    projection.init_weights()
+    for module in (projection.lateral, *projection.down):
+        assert module.weight.std().item() == pytest.approx(0.01, rel=0.05) and not module.bias.any()
+    x = torch.randn(2, 64, 8, 8)
+    expected = [projection.lateral(x).relu()]
+    for convolution in projection.down:
+        expected.append(convolution(expected[-1].relu()))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(projection(x), expected, strict=True))

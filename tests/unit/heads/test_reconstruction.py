@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import BaseModel
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from mmman import LocalLearningOptimWrapper, localize_
 from mmman.errors import ConfigError
-from mmman.heads.reconstruction import ReconstructionTarget, restore_pixels
+from mmman.heads.reconstruction import ReconstructionDecoder, ReconstructionTarget, reconstruction_loss, restore_pixels
 from mmman.registry import MODELS
 from tests.toy import ToyNet
 
@@ -195,11 +196,65 @@ def test_heads_reconstruct_what_the_backbone_takes(channels, top):
 
 
 def test_the_loss_is_a_mean_over_all_channels():
-    from mmman.heads.reconstruction import reconstruction_loss
-
     logits, target = torch.randn(2, 4, 6, 8, generator=GENERATOR.manual_seed(1)), images(1, 4, size=(2, 6, 8))
     narrow = [DataSample(metainfo={'img_shape': (6, 8)}), DataSample(metainfo={'img_shape': (4, 5)})]
     every = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
     inside = torch.cat([every[0].flatten(), every[1, :, :4, :5].flatten()])
     assert torch.allclose(reconstruction_loss(logits, target, narrow), inside.mean())
     assert restore_pixels(target, preprocessor()).data_ptr() != target.data_ptr()
+
+
+def test_pixels_are_restored():
+    raw = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
+    for options in ({'mean': [120.0, 110, 100], 'std': [60.0, 50, 40]}, {}):
+        normalise = preprocessor(**options)
+        inputs = normalise({'inputs': raw})['inputs']
+        assert torch.allclose(restore_pixels(inputs, normalise), raw / 255, atol=1e-6)
+    swapped = preprocessor(mean=[120.0, 110, 100], std=[60.0, 50, 40], to_rgb=True)
+    inputs = swapped({'inputs': raw})['inputs']
+    assert torch.allclose(restore_pixels(inputs, swapped), raw.flip(1) / 255, atol=1e-6)
+
+
+def test_reconstruction_loss_leaves_padding_out():
+    logits = torch.randn(2, 3, 6, 8)
+    images = torch.rand(2, 3, 6, 8)
+    data = [DataSample(metainfo={'img_shape': (4, 8)}), DataSample(metainfo={'img_shape': (6, 5)})]
+    every = F.binary_cross_entropy(logits.sigmoid(), images, reduction='none')
+    inside = torch.cat([every[0, :, :4, :8].flatten(), every[1, :, :6, :5].flatten()])
+    assert torch.allclose(reconstruction_loss(logits, images, data), inside.mean())
+    everything = F.binary_cross_entropy(logits.sigmoid(), images)
+    assert torch.allclose(
+        reconstruction_loss(logits, images, [DataSample(), DataSample(metainfo={'img_shape': (9, 9)})]), everything
+    )
+
+
+@pytest.mark.parametrize(('stepwise', 'stride', 'widths'), [
+    (False, 1, [12, 3]), (False, 4, [12, 3]), (True, 1, [3]), (True, 2, [3]), (True, 8, [32, 12, 3]),
+    (True, 16, [64, 32, 12, 3]), (True, 32, [64, 64, 32, 12, 3]),
+])  # fmt: skip
+def test_decoder_widths_and_size(stepwise, stride, widths):
+    decoder = ReconstructionDecoder(16, stride, stepwise)
+    assert [(conv[0] if isinstance(conv, nn.Sequential) else conv).out_channels for conv in decoder.convs] == widths
+    size = (4 * stride, 6 * stride - (stride > 4))  # a width that strides don't divide
+    assert decoder(torch.randn(2, 16, 4, 6), size).shape == (2, 3, *size)
+
+
+@pytest.mark.parametrize(('channels', 'stride', 'widths', 'kernels'), [
+    (512, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on ImageNet
+    (1024, 8, [128, 32, 12, 3], [1, 3, 3, 3]),  # InfoPro on Cityscapes
+    (1024, 16, [192, 64, 32, 12, 3], [1, 1, 3, 3, 3]),  # MAN++ on ImageNet
+    (256, 4, [64, 12, 3], [1, 3, 3]), (2048, 32, [192, 64, 64, 32, 12, 3], [1, 1, 1, 3, 3, 3]),
+])  # fmt: skip
+def test_decoders_of_the_authors(channels, stride, widths, kernels):
+    decoder = ReconstructionDecoder(channels, stride, stepwise=True)
+    convs = [module for module in decoder.modules() if isinstance(module, nn.Conv2d)]
+    assert [(conv.out_channels, conv.kernel_size[0]) for conv in convs] == [*zip(widths, kernels, strict=True)]
+
+
+@pytest.mark.parametrize('stepwise', [False, True])
+def test_decoders_align_corners(stepwise):
+    """A pixel at a corner of the image sees the feature at that corner alone."""
+    decoder = ReconstructionDecoder(4, 4, stepwise)
+    decoder.reduce, decoder.convs = nn.Identity(), nn.ModuleList([nn.Identity() for _ in decoder.convs])
+    y = torch.rand(1, 4, 3, 5)
+    assert torch.equal(decoder(y, (12, 20))[..., ::11, ::19], y[..., ::2, ::4])

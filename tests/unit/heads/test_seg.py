@@ -25,9 +25,9 @@ IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 FEATURE = Feature(8, 4)
 
 
-def local_head(decode_head=OWN, block=1, num_blocks=2, **options):
+def local_head(decode_head=OWN, num_blocks=2, stage=0, **options):
     init_default_scope('mmseg')
-    where = Boundary(block, num_blocks, 'u', Unit.single('v', 0), FEATURE, FEATURE, False, (4,))
+    where = Boundary(1, num_blocks, 'u', Unit.single('v', stage), FEATURE, FEATURE, False, (4,))
     transfer = MomentumTransfer(nn.Identity(), FEATURE, ema=False, bias=False, scale=False)
     config = {'type': 'mmman.SegLocalHead', 'decode_head': decode_head, 'boundary': where, 'transfer': transfer}
     return MODELS.build({**config, **options})
@@ -92,10 +92,10 @@ def test_reconstruction_is_a_loss_beside_the_heads():
     assert local_head().decoder is None
 
 
-def test_lambdas_are_linear_in_the_blocks_index():
-    heads = [local_head(block=j, num_blocks=4, lambda_rec=(3.0, 1.0), lambda_task=(1.0, 0.0)) for j in (1, 2, 3)]
-    assert [head.lambda_rec for head in heads] == [3, 2, 1]
-    assert [head.lambda_task for head in heads] == [1, 0.5, 0]
+def test_lambdas_are_linear_in_the_stage():
+    heads = [local_head(num_blocks=6, stage=i, lambda_rec=(3.0, 1.0), lambda_task=(1.0, 0.0)) for i in (0, 1, 3)]
+    assert [head.lambda_rec for head in heads] == [2.5, 2, 1]
+    assert [head.lambda_task for head in heads] == [0.75, 0.5, 0]
 
 
 @pytest.mark.parametrize(

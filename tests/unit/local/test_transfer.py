@@ -94,11 +94,11 @@ def test_depthwise_bias_is_for_maps(source):
 
 def test_sync_copies_and_update_is_lerp(source):
     transfer = MomentumTransfer(source, Feature(8, 2)).double()
-    assert not transfer.is_synced
+    assert not transfer.is_initialized
     source.conv.weight.data += 1
     source.bn.running_mean += 2
     transfer.init_from_(source)
-    assert transfer.is_synced
+    assert transfer.is_initialized
     for copied in (transfer.momentum, transfer.bias):
         assert all(torch.equal(value, source.state_dict()[name]) for name, value in copied.state_dict().items())
 
@@ -136,12 +136,12 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
     other.load_state_dict(partial, strict=False)
     assert not other.is_loaded
     other.load_state_dict(transfer.state_dict())
-    assert other.is_loaded and not other.is_synced
+    assert other.is_loaded and not other.is_initialized
     other.init_from_(source, keep_loaded=True)
-    assert other.is_synced and torch.equal(other.momentum.conv.weight, transfer.momentum.conv.weight)
+    assert other.is_initialized and torch.equal(other.momentum.conv.weight, transfer.momentum.conv.weight)
     other.init_from_(source)
     assert torch.equal(other.momentum.conv.weight, source.conv.weight)
-    assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False).is_synced
+    assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False).is_initialized
 
 
 @pytest.mark.parametrize(

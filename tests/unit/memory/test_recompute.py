@@ -235,12 +235,12 @@ def test_checkpointed_twice_is_refused():
     from mmengine.runner.activation_checkpointing import turn_on_activation_checkpointing
 
     net = MODELS.build({'type': 'mmdet.ResNet', 'depth': 18, 'with_cp': True})
-    with pytest.raises(ConfigError, match='layer1.0 is checkpointed by with_cp already: drop with_cp'):
+    with pytest.raises(ConfigError, match='layer1.0 already uses with_cp=True: set with_cp=False'):
         localize_(net, 1, recompute=True)
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
     turn_on_activation_checkpointing(model.backbone, 'layer1.1')
-    with pytest.raises(ConfigError, match=r'forward of unit layer1.1 was replaced \(activation_checkpointing\?\)'):
+    with pytest.raises(ConfigError, match=r'forward of unit layer1.1 has been replaced \(activation_checkpointing\?\)'):
         localize_(model.backbone, 1, recompute=True)
     localize_(model.backbone, 1, recompute=['layer1.0'])
 

@@ -74,5 +74,5 @@ def test_a_graph_of_selective_units_is_back_propagated_once():
     model = toy(num_blocks=1, selective_recompute=True)
     loss = model(**toy_batches(1)[0], mode='loss')['loss_ce']
     loss.backward(retain_graph=True)
-    with pytest.raises(ConfigError, match='can be back-propagated once: put it into recompute'):
+    with pytest.raises(ConfigError, match='was back-propagated twice, which is not supported: list it in recompute'):
         loss.backward()

@@ -78,3 +78,11 @@ def test_features_are_pooled_to_their_class_token_or_their_mean():
     assert torch.equal(Feature(8, 4).pool(x), x.mean((2, 3)))
     assert torch.equal(Feature(8, 4, 0).pool(tokens), tokens.mean(1))
     assert torch.equal(Feature(8, 4, 1).pool(tokens), tokens[:, 0])
+
+
+def test_tokens_become_a_map():
+    feature = Feature(2, 4, extra_tokens=1)
+    tokens = torch.arange(2 * 13 * 2.0).reshape(2, 13, 2)
+    as_map = feature.as_map(tokens, (10, 15))  # rounded up to 3 x 4 patches
+    assert as_map.shape == (2, 2, 3, 4)
+    assert torch.equal(as_map[1, :, 2, 1], tokens[1, 1 + 2 * 4 + 1])

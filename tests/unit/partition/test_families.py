@@ -164,7 +164,7 @@ def test_a_row_that_names_the_wrong_units_is_refused():
 
     units = chain_of(ToyNet()).units
     register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')(lambda backbone: Chain(units[::-1], (0, 6)))
-    with pytest.raises(UnsupportedBackboneError, match='does not run the units of its chain'):
+    with pytest.raises(UnsupportedBackboneError, match='does not run the units of its chain in order .* correct the'):
         localize_(Wrong(), 2, HEAD)
     with pytest.raises(ValueError, match='already registered'):
         register_chain(f'{Wrong.__module__}.{Wrong.__qualname__}')

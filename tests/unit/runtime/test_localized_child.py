@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmman import LocalLearningError
-from mmman.planning.fit import Changes
+from mmman.planning.choice import Changes
 from mmman.runtime.localized_child import ChildConfig, check_source, child_text, localize
 from mmman.runtime.stock_config import StockConfig
 

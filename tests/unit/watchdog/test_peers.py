@@ -1,14 +1,8 @@
 """Which process is lost or stuck, from the heartbeats of all."""
 
-import sys
-import threading
-import types
-
 import pytest
 
-from mmman.watchdog import monitor
 from mmman.watchdog.peers import LOST_S, Beat, Peers
-from mmman.watchdog.progress import code_of_thread
 
 TIMEOUT = 60.0
 
@@ -103,31 +97,3 @@ def test_marks_of_all_others():
 def test_a_beat_survives_the_store():
     sent = beat(code='é', waits=True, left=True)
     assert Beat.decode(sent.encode().encode()) == sent
-
-
-def code_while(function):
-    """The code that a thread shows while it waits inside ``function``."""
-    ready, done = threading.Event(), threading.Event()
-    thread = threading.Thread(target=function, args=(ready, done))
-    thread.start()
-    ready.wait()
-    code = code_of_thread(thread.ident)
-    done.set()
-    thread.join()
-    return code
-
-
-def loads(ready, done):
-    ready.set()
-    done.wait()
-
-
-def test_code_of_a_thread_skips_libraries():
-    code = code_while(loads)
-    assert code.text.startswith('watchdog/test_peers.py:') and code.text.endswith(' in loads')
-    assert not code.waits and sys.modules['threading'].__file__ not in code.text
-
-
-def test_a_thread_that_waits_for_the_watchdog_shows_no_code():
-    waits = types.FunctionType(loads.__code__.replace(co_filename=monitor.__file__), globals())
-    assert code_while(waits).text == ''

@@ -3,8 +3,8 @@
 import pytest
 
 from mmman.errors import CostError
+from mmman.planning.choice import LOCAL, SAME, Changes, FitRow, Limits, choose_row, images_that_fit, what_would_fit
 from mmman.planning.costs import Peak
-from mmman.planning.fit import LOCAL, SAME, Changes, FitRow, Limits, choose_row, images_that_fit, what_would_fit
 
 
 def row(name, total, flops, trains=SAME, static=100):

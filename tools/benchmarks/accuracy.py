@@ -1,0 +1,150 @@
+"""Train rows of a table, with several seeds each, and compare them on validation images that they haven't seen.
+
+    python tools/benchmarks/accuracy.py detection --data-root BCCD --rows e2e manpp light --seeds 0 1 2
+    python tools/benchmarks/accuracy.py segmentation --data-root CAMVID --rows e2e infopro manpp light --seeds 0 1 2
+    python tools/benchmarks/accuracy.py classification --data-root CIFAR10 --rows e2e dgl ema man manpp light --seeds 0 1
+    python tools/benchmarks/accuracy.py paper --rows configs/paper/table1/svhn_*.py --epochs 10 --train-images 2000
+
+A row is a config of this project: a name that its task knows, or the path of a config file. Detection, segmentation and
+classification replace its data and its recipe, so that all rows of a table get the same; ``paper`` keeps both, and scales the
+schedule to --epochs. An ablation is another row with overrides in the syntax of --cfg-options:
+
+    --ablation light_m999 light custom_hooks.0.momentum=0.999
+
+A run is a row with a seed: a process of ``tools/train.py`` in WORK_DIR/<task and budget>/<row>/seed<k>, with its output in
+``log.txt`` and, once it has finished, ``result.json``. The same command goes on where it was interrupted, and on a CPU the
+resumed run is bitwise the uninterrupted one. ``table.md`` and ``curves.png`` have all rows of the folder that have results,
+which share one budget. A result is that of the last iteration, never of the best one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+from collections import Counter
+from pathlib import Path
+
+import torch
+from mmengine.config import DictAction
+from rich.console import Console
+
+import mmman  # noqa: F401  registers its parts
+from training_rows import classification, detection, paper, segmentation
+from training_rows.environment import commit
+from training_rows.progress import measure_costs, train
+from training_rows.report import report
+from training_rows.rows import RowRequest, build_row, check_equal_budgets, store_config
+from training_rows.runs import Run
+from training_rows.task import RowSource, Task
+
+TASKS = {module.TASK.name: module.TASK for module in (detection, segmentation, classification, paper)}
+
+
+def parse_args(args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('task', choices=[*TASKS])
+    parser.add_argument('--data-root', type=Path, help="folder of the task's data")
+    parser.add_argument('--rows', nargs='+', default=[], metavar='ROW', help='names of the task, or config files')
+    parser.add_argument(
+        '--ablation', nargs='+', action='append', default=[], metavar=('NAME', 'ROW'), help='NAME ROW KEY=VALUE [KEY=VALUE ...]'
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0])
+    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
+    parser.add_argument('--force', action='store_true', help='delete what the rows have at this budget, and start anew')
+    budget = parser.add_argument_group('budget', "default: the task's, or the row's own; the same for all rows")
+    for name, kind in (('iterations', int), ('epochs', int), ('train-images', int), ('val-images', int), ('batch-size', int)):
+        budget.add_argument(f'--{name}', type=kind, metavar='N')
+    budget.add_argument('--lr', type=float, help='learning rate')
+    budget.add_argument('--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='any other')
+    machine = parser.add_argument_group('machine')
+    machine.add_argument('--jobs', type=int, help='runs at once; default: one a GPU, or as many as there are cores for')
+    machine.add_argument('--gpus', nargs='+', help='ids of the GPUs that the runs share; default: all that are visible')
+    machine.add_argument('--threads', type=int, default=1, help='threads of a run')
+    machine.add_argument('--workers', type=int, default=0, help='data loaders of a run')
+    given = parser.parse_args(args)
+    task = TASKS[given.task]
+    try:
+        given.requests = read_rows(given.rows, given.ablation, task)
+        check_data(given.data_root, task)
+    except ValueError as error:
+        parser.error(str(error))
+    if given.gpus is None and torch.cuda.is_available():
+        visible = ','.join(map(str, range(torch.cuda.device_count())))
+        given.gpus = os.environ.get('CUDA_VISIBLE_DEVICES', visible).split(',')
+    given.jobs = given.jobs or len(given.gpus or []) or max(1, len(os.sched_getaffinity(0)) // given.threads)
+    return given
+
+
+def read_rows(words: list[str], ablations: list[list[str]], task: Task) -> list[RowRequest]:
+    """The rows of the command line.
+
+    Raises:
+        ValueError: No row, a name that the task doesn't know, two rows of one name, or an ablation without overrides.
+    """
+    requests = [RowRequest(word if word in task.rows else Path(word).stem, _source(word, task)) for word in words]
+    for name, *rest in ablations:
+        if len(rest) < 2 or '=' in name or '=' in rest[0] or not all('=' in word for word in rest[1:]):
+            raise ValueError(f'--ablation {" ".join([name, *rest])}: give NAME ROW KEY=VALUE [KEY=VALUE ...]')
+        reader = argparse.ArgumentParser()
+        reader.add_argument('--options', nargs='+', action=DictAction)
+        overrides = reader.parse_args(['--options', *rest[1:]]).options
+        requests.append(RowRequest(name, _source(rest[0], task), overrides))
+    if not requests:
+        raise ValueError(f'--rows: none given; {task.name} knows {", ".join(task.rows) or "config files"}')
+    repeated = [name for name, count in Counter(request.name for request in requests).items() if count > 1]
+    if repeated:
+        raise ValueError(f'several rows are called {repeated[0]}')
+    return requests
+
+
+def _source(word: str, task: Task) -> RowSource:
+    if word in task.rows:
+        return task.rows[word]
+    if not Path(word).is_file():
+        names = f'{", ".join(task.rows)}, ' if task.rows else ''
+        raise ValueError(f'there is no row {word}; {task.name} knows {names}and the path of any config file')
+    return RowSource(Path(word))
+
+
+def check_data(root: Path | None, task: Task) -> None:
+    """Raise ValueError if the task's data isn't there."""
+    if task.files and root is None:
+        raise ValueError(f"--data-root: give the folder of {task.name}'s data, with {', '.join(task.files)}")
+    if missing := [name for name in task.files if not (root / name).exists()]:
+        raise ValueError(f'--data-root: {root} has no {missing[0]}')
+
+
+def main() -> None:
+    args = parse_args()
+    task = TASKS[args.task]
+    console = Console(soft_wrap=True, markup=False, highlight=False)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(ending, signal.default_int_handler)  # like Ctrl-C
+    rows = [build_row(request, task, args) for request in args.requests]
+    check_equal_budgets(rows)
+    for row in rows:
+        if args.force:
+            shutil.rmtree(row.folder, ignore_errors=True)
+        store_config(row)
+    if commit().endswith('-dirty'):
+        console.print(f'tracked files differ from the commit: results will be marked {commit()}')
+    runs = [Run(row, seed, task.metrics) for seed in args.seeds for row in rows]
+    for run in runs:
+        if run.result.exists() or run.finish():
+            run.state = 'done'
+    try:
+        measure_costs(rows, args, console)
+        train(runs, args, console)
+    except KeyboardInterrupt:
+        raise SystemExit('interrupted; the same command goes on') from None
+    table_folder = rows[0].folder.parent
+    if table := report(table_folder, task, [*task.rows, *(row.name for row in rows)]):
+        console.print(f'{table}\n{table_folder / "table.md"}, {table_folder / "curves.png"}')
+    raise SystemExit(any(run.state != 'done' for run in runs))
+
+
+if __name__ == '__main__':
+    main()
