@@ -159,6 +159,6 @@ def test_a_row_of_the_paper_is_scaled(npz, tmp_path):
     config.write_text('\n'.join([f'_base_ = {str(row)!r}', *loaders]))
     budget = ('--epochs', 10, '--train-images', 24, '--batch-size', 8, '--lr', 0.05)
     (row,) = rows_of('paper', '--rows', config, '--work-dir', tmp_path, *budget)
-    assert row.cfg.param_scheduler[0].T_max == 10 and row.cfg.optim_wrapper.optimizer.lr == 0.05
+    assert row.cfg.param_scheduler[-1].T_max == 10 and row.cfg.optim_wrapper.optimizer.lr == 0.05
     assert row.iterations == 30 and row.paper == {'value': '85.92', 'budget': '400 epochs, batch 1024'}
     assert str(row.budget) == '10 epochs, batch 8, lr 0.05, 24 train and 32 validation images'

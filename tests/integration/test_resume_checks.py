@@ -310,7 +310,7 @@ CHANGED_CONFIGS = {
     'no average': ({'ema': False}, 'the class of the averaged weights: ExponentialMovingAverage in the checkpoint, missing in'),
     'no scaler': (
         {'wrapper': {'loss_scale': None}},
-        r'loss scaler \(dtype\?\): a dict in the checkpoint, missing in this run',
+        r'loss scaler \(does dtype or loss_scale differ\?\): a dict in the checkpoint, missing in this run',
     ),
     'accumulation': ({'wrapper': {'accumulative_counts': 3}}, 'accumulative_counts: 4 in the checkpoint, 3 in this run'),
     'groups': (

@@ -139,7 +139,7 @@ def start_of(cfg: Config) -> dict[str, Tensor]:
 
 def said(work_dir: Path) -> list[str]:
     (log,) = work_dir.glob('*/*.log')
-    return [line.partition(' - taken ')[2] for line in log.read_text().splitlines() if ' - taken ' in line]
+    return [line.partition(' - loaded ')[2] for line in log.read_text().splitlines() if ' backbone tensors from ' in line]
 
 
 @pytest.fixture(scope='module')

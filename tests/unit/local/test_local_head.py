@@ -34,13 +34,15 @@ def test_a_boundary_returns_its_input_where_no_gradient_is_wanted():
         assert head.at_boundary(None, (), torch.ones(1)) is None
 
 
-def boundary(block=1, num_blocks=5):
-    return Boundary(block, num_blocks, 'layer1', Unit.single('layer2', 1), Feature(4, 2), Feature(8, 4), False, (4,))
+def boundary(block=1, num_blocks=5, unit='layer1', stage=1):
+    return Boundary(block, num_blocks, unit, Unit.single('layer2', stage), Feature(4, 2), Feature(8, 4), False, (4,))
 
 
-@pytest.mark.parametrize(('value', 'expected'), [(2.0, [2, 2, 2, 2]), ((5.0, 2.0), [5, 4, 3, 2])])
-def test_weights_are_interpolated_linearly_from_the_first_head_to_the_last(value, expected):
-    assert [boundary(block).interpolate(value) for block in (1, 2, 3, 4)] == expected
+@pytest.mark.parametrize(('value', 'expected'), [(2.0, [2, 2, 2, 2, 2]), ((5.0, 2.0), [5, 4, 3, 2, 2])])
+def test_weights_are_interpolated_linearly_by_stage(value, expected):
+    """From the end of the stem on; never beyond the last value."""
+    units = [('stem', 0), ('u', 0), ('u', 1), ('u', 2), ('u', 3)]
+    assert [boundary(unit=unit, stage=stage).interpolate(value) for unit, stage in units] == expected
     assert boundary(num_blocks=2).interpolate(value) == expected[0]
 
 
