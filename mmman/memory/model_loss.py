@@ -33,8 +33,9 @@ class ModelLoss(ChunkedLoss):
 
     def _losses(self, features: list[Tensor], structure: TreeSpec, inputs: Tensor, data_samples: list) -> Losses:
         model, backbone = self.model, self.model.backbone
-        modules = [part for part in model.children() if part not in (backbone, model.data_preprocessor)]
-        check_norms(type(model).__name__, modules)
+        check_norms(type(model).__name__, [part for part in model.children() if part is not backbone])
+        in_backbone = {*backbone.parameters()}
+        parameters = [p for p in model.parameters() if p.requires_grad and p not in in_backbone]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
             outputs = _Outputs(tree_unflatten(leaves, structure))
@@ -50,7 +51,7 @@ class ModelLoss(ChunkedLoss):
             return loss * fraction, {name: value * fraction for name, value in log.items() if name != 'loss'}
 
         size = self.chunk_size or len(data_samples)
-        return run_in_chunks(compute, features, modules, size, self._scale_loss(features[-1].new_ones(())))
+        return run_in_chunks(compute, features, parameters, size, self._scale_loss(features[-1].new_ones(())))
 
 
 class _Outputs:

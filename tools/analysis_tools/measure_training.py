@@ -18,7 +18,7 @@ step is the second one, so that optimizer state is there. docs/results.md says w
 heads run on a few images at a time, that of all images at once.
 
 Operators are those of the device, views left out. What a GPU pays for is counted on any device, by part of the step: launches
-(operators that start kernels, an optimizer step as one), how often the CPU waits for the GPU, with the source lines, and the bytes
+(operators that start kernels, an optimizer step as one), how often the CPU waits for the GPU, with the source lines, and bytes
 that operators read and write. Copies to the GPU are not seen.
 
 On a CPU mmdet's focal loss is a chain of operators that keeps several maps of (anchors x classes). With --fused-focal-loss it

@@ -162,7 +162,8 @@ class ChunkedLoss:
             return loss, {n: v if 'loss' in n else v * fraction for n, v in log.items() if n != 'loss'}
 
         losses = self._make_loss(owner, head, data_samples, sizes, features[-1])
-        return run_in_chunks(compute, features, modules, chunk_size, self._scale_loss(features[-1].new_ones(())))
+        parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.requires_grad]
+        return run_in_chunks(compute, features, parameters, chunk_size, self._scale_loss(features[-1].new_ones(())))
 
     def _relative_positions(self, dense: nn.Module) -> float:
         """Positions on the maps of the model's own dense head (or RPN), as a multiple of those of a local head's."""

@@ -41,10 +41,10 @@ def test_features_that_the_neck_does_not_read_are_freed_and_probed_once(monkeypa
     ran, held = [], features()
     monkeypatch.setattr(dense_loss, 'run_in_chunks', lambda *args: ran.append(args[1:]) or {})
     dense.neck_and_head(held, None, [None] * 5)
-    ((freed, *read), modules, size, factor) = ran[0]
+    ((freed, *read), parameters, size, factor) = ran[0]
     assert freed.shape == (5, 2, 8, 8) and freed.untyped_storage().nbytes() == 4  # one number, expanded
     assert [level.untyped_storage().nbytes() for level in read] == [4 * 5 * 2 * 4 * 4, 4 * 5 * 2 * 2 * 2]
-    assert (modules, size, factor) == ([model.bbox_head], 2, torch.tensor(1.0)) and held[0] is freed
+    assert (parameters, size, factor) == ([*model.bbox_head.parameters()], 2, torch.tensor(1.0)) and held[0] is freed
 
 
 def test_a_view_of_a_tensor_is_no_read():
