@@ -1,3 +1,0 @@
-_base_ = './resnet32_cifar.py'
-
-model = dict(backbone=dict(depth=110))
