@@ -3,12 +3,6 @@ _base_ = ['mmpretrain::_base_/datasets/cifar10_bs16.py', 'mmpretrain::_base_/def
 # The paper's recipe: one GPU, 400 epochs, batch 1024, Nesterov momentum, a cosine.
 # Not given in the paper, so as in the authors' code: 10 warm-up epochs from a learning rate of 0.01, normalisation, and crops
 # of images padded by reflection.
-model = dict(
-    type='ImageClassifier',
-    backbone=dict(type='mmman.CIFARResNet', depth=32),
-    neck=dict(type='GlobalAveragePooling'),
-    head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss')),
-)
 data_preprocessor = dict(mean=[125.3, 123.0, 113.9], std=[63.0, 62.1, 66.7])
 train_pipeline = [
     dict(type='RandomCrop', crop_size=32, padding=4, padding_mode='reflect'),
@@ -29,3 +23,10 @@ train_cfg = dict(by_epoch=True, max_epochs=max_epochs, val_interval=10)
 val_cfg = dict()
 test_cfg = dict()
 default_hooks = dict(checkpoint=dict(interval=10, max_keep_ckpts=3))
+
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(type='mmman.CIFARResNet', depth=32),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=10, in_channels=64, loss=dict(type='CrossEntropyLoss')),
+)

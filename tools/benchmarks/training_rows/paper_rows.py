@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-PAPER = Path(__file__).resolve().parents[3] / 'configs' / 'paper'
+from training_rows.environment import ROOT
+
+PAPER = ROOT / 'configs' / 'paper'
 
 OWN_HEAD = {'mmpretrain': ('head',), 'mmdet': ('bbox_head', 'train_cfg'), 'mmseg': ('decode_head',)}
 """What a local head copies from the model, by library."""
@@ -95,12 +96,15 @@ def _base(name: str) -> Config:
 
 def _local_backbone(row: PaperRow, network: ConfigDict, cfg: Config) -> dict:
     """The config of ``LocalBackbone`` around the model's own backbone."""
-    local_head = copy.deepcopy({key: cfg.model[key] for key in OWN_HEAD[cfg.default_scope]})
-    for key, value in network.heads[row.heads].items():
-        local_head[key] = {**local_head[key], **value} if key in local_head else value
-    options = {'num_blocks': row.num_blocks, 'local_head': local_head}
+    head = network.heads[row.heads]
+    own = copy.deepcopy({key: cfg.model[key] for key in OWN_HEAD[cfg.default_scope]})
+    local_head = {'type': head.type, **own}
+    for key, value in head.items():
+        local_head[key] = {**own[key], **value} if key in own else value
+    options = {'type': 'mmman.LocalBackbone', 'backbone': cfg.model.backbone, 'num_blocks': row.num_blocks}
     if cuts := network.get('cuts'):
         options['partition'] = cuts[row.num_blocks]
+    options['local_head'] = local_head
     if transfer := _table().transfers[row.transfer]:
         options['transfer'] = copy.deepcopy(transfer)
-    return {'type': 'mmman.LocalBackbone', 'backbone': cfg.model.backbone, **options}
+    return options
