@@ -67,6 +67,12 @@ def _read(table: str, columns: str, line: str) -> PaperRow:
     return PaperRow(name, table, network, int(num_blocks), heads, transfer, start, numbers)
 
 
+def list_rows() -> str:
+    """The tables as text."""
+    titles = {'release': "The authors' code"}
+    return '\n\n'.join(f'{titles.get(name, f"Table {name}")}{text.rstrip()}' for name, text in _table().tables.items())
+
+
 def expand(name: str) -> Config:
     """The config of a row: the base config of its network, the changes of the network, and the local learning of the row.
 
