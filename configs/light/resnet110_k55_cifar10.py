@@ -1,4 +1,4 @@
-_base_ = '../paper/cifar10_resnet32.py'
+_base_ = '../paper/_base_/cifar10_resnet32.py'
 
 # Light local heads: of the next unit's copies the momentum copy alone. Not the paper's: accuracy at the paper's budget has not
 # been measured.

@@ -1,4 +1,4 @@
-_base_ = '../paper/imagenet_resnext101.py'
+_base_ = '../paper/_base_/imagenet_resnext101.py'
 
 # Light local heads, and the cuts with the smallest peak for 64 images of 224x224. tools/fit_memory.py
 # --max-overhead 0.1 finds some that take less memory and more time. Not the paper's heads: accuracy at the paper's budget has

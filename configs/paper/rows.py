@@ -45,7 +45,7 @@ vgg13_cuts = {10: 'uniform'}  # one convolution a block
 deeplab_r50_cuts = {2: ['layer3.2']}  # the middle of layer3, as InfoPro's of ResNet-101: not given anywhere
 deeplab_r101_cuts = {2: ['layer3.12']}  # InfoPro's
 
-# A network is a config of this folder, trained end to end, with `changes`; of rows from scratch also with `scratch`, and of
+# A network is a config of `_base_`, trained end to end, with `changes`; of rows from scratch also with `scratch`, and of
 # rows with local heads with `local`.
 resnet110 = dict(model=dict(backbone=dict(depth=110)))
 networks = {

@@ -6,12 +6,11 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from mmengine.config import Config, ConfigDict
 
-from training_rows.environment import ROOT
-
-PAPER = ROOT / 'configs' / 'paper'
+PAPER = Path(__file__).resolve().parents[3] / 'configs' / 'paper'
 
 OWN_HEAD = {'mmpretrain': ('head',), 'mmdet': ('bbox_head', 'train_cfg'), 'mmseg': ('decode_head',)}
 """What a local head copies from the model, by library."""
@@ -97,7 +96,7 @@ def expand(name: str) -> Config:
 
 @cache
 def _base(name: str) -> Config:
-    return Config.fromfile(PAPER / name)
+    return Config.fromfile(PAPER / '_base_' / name)
 
 
 def _local_backbone(row: PaperRow, network: ConfigDict, cfg: Config) -> dict:

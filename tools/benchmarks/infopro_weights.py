@@ -1,7 +1,7 @@
 """Print the weights of InfoPro's two losses, lambda_1 and lambda_2, at every local head of the given configs.
 
-python tools/analysis_tools/infopro_weights.py    # every row of the paper with InfoPro's local heads
-python tools/analysis_tools/infopro_weights.py configs/deeplabv3_r50_manpp_k2.py
+python tools/benchmarks/infopro_weights.py    # every row of the paper with InfoPro's local heads
+python tools/benchmarks/infopro_weights.py table1/cifar10_resnet32_k8_infopro configs/deeplabv3_r50_manpp_k2.py
 
 The heads are built as for training. Neighbouring blocks with equal weights share a line.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import difflib
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -24,8 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mmman  # noqa: F401  registers its components
-
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
+from training_rows.paper_rows import expand, paper_rows
 
 Weights = list[tuple[int, float, float]]
 """For each local head its block, lambda_1 (reconstruction) and lambda_2 (task)."""
@@ -57,30 +57,38 @@ def merge_equal(weights: Weights) -> Iterator[tuple[str, float, float]]:
         yield (f'{blocks[0]} to {blocks[-1]}' if len(blocks) > 1 else str(blocks[0])), rec, task
 
 
-def make_table(paths: Iterable[Path]) -> Table:
+def make_table(names: Iterable[str]) -> Table:
+    """The weights of rows of the paper, by name, and of config files."""
     table = Table('row', 'block', 'λ1, reconstruction', 'λ2, task')
-    for path in paths:
-        lines = [*merge_equal(loss_weights(Config.fromfile(path)))]
-        path = path.resolve()
-        name = str(path.relative_to(CONFIGS) if path.is_relative_to(CONFIGS) else path)
+    for name in names:
+        cfg = expand(name) if name in paper_rows() else Config.fromfile(name)
+        lines = [*merge_equal(loss_weights(cfg))]
         for i, (blocks, rec, task) in enumerate(lines, start=1):
             table.add_row(name if i == 1 else '', blocks, f'{rec:.4g}', f'{task:.4g}', end_section=i == len(lines))
     return table
 
 
-def default_rows() -> list[Path]:
-    """The paper's rows with InfoPro's local heads: those named so, and Table VII's on ImageNet."""
-    paper = CONFIGS / 'paper'
-    return sorted({*paper.glob('*/*infopro*.py'), *paper.glob('table7/imagenet_*.py')})
+def default_rows() -> list[str]:
+    """The paper's rows with InfoPro's local heads."""
+    return [name for name, row in paper_rows().items() if row.heads == 'infopro']
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', type=Path, nargs='*', help="default: the paper's rows with InfoPro's local heads")
+    parser.add_argument(
+        'rows',
+        nargs='*',
+        metavar='ROW_OR_CONFIG',
+        help="rows of the paper by name, or config files; default: the paper's rows with InfoPro's local heads",
+    )
     args = parser.parse_args()
     MMLogger.get_instance('mmengine').setLevel(logging.ERROR)
-    paths = args.configs or default_rows()
-    table = make_table(track(paths, 'Reading configs', console=Console(stderr=True), transient=True))
+    for name in args.rows:
+        if name not in paper_rows() and not Path(name).is_file():
+            nearest = difflib.get_close_matches(name, paper_rows(), 3, cutoff=0)
+            parser.error(f'{name} is no config file and no row of the paper; the nearest rows are {", ".join(nearest)}')
+    rows = args.rows or default_rows()
+    table = make_table(track(rows, 'Reading configs', console=Console(stderr=True), transient=True))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 

@@ -1,6 +1,6 @@
-"""Hashes of resolved configs, to hold that the expansion of a row of the paper stays what it was.
+"""Configs of this project by name, and the recorded hashes of the rows of the paper.
 
-``tests/paper_rows.txt`` has the hash of every row, and the versions of the libraries whose configs the rows inherit.
+``tests/paper_rows.txt`` has the hash of every row's config, and the versions of the libraries whose configs the rows inherit.
 """
 
 from __future__ import annotations
@@ -12,8 +12,16 @@ from pprint import pformat
 
 from mmengine.config import Config
 
+from tools.benchmarks.training_rows.paper_rows import expand, paper_rows
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 FILE = Path(__file__).with_name('paper_rows.txt')
 LIBRARIES = ('mmdet', 'mmsegmentation', 'mmpretrain')
+
+
+def read_config(name: str) -> Config:
+    """A config by its path below ``configs``, or a row of the paper by its name."""
+    return expand(name) if name in paper_rows() else Config.fromfile(CONFIGS / name)
 
 
 def digest(cfg: Config) -> str:
