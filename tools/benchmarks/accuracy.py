@@ -61,6 +61,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
     parser.add_argument('--force', action='store_true', help='delete what the rows have at this budget, and start anew')
     table = parser.add_argument_group('rows of the paper', 'for the task paper; nothing is trained')
+    table = table.add_mutually_exclusive_group()
     table.add_argument('--list', action='store_true', help='print the rows by table, with the numbers of the paper')
     table.add_argument(
         '--write', nargs='+', metavar=('ROW', 'FILE'), help='write the config of a row; default: to its name in this folder'
@@ -93,9 +94,15 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_table_options(given: argparse.Namespace) -> None:
-    """Raise ValueError if ``--list`` or ``--write`` cannot be done; add the suffix to ``given.write``."""
+    """Make a row and a path of ``given.write``.
+
+    Raises:
+        ValueError: ``--list`` or ``--write`` cannot be done, or something is to be trained, too.
+    """
     if given.task != paper.TASK.name:
         raise ValueError(f'--list and --write are for the task {paper.TASK.name}')
+    if given.rows or given.ablation:
+        raise ValueError('--list and --write train nothing: leave out --rows and --ablation')
     if given.write:
         row, *file = given.write
         if len(file) > 1:
@@ -105,6 +112,8 @@ def check_table_options(given: argparse.Namespace) -> None:
         path = Path(*file) if file else Path(f'{Path(row).name}.py')
         if path.suffix != '.py':
             raise ValueError(f'--write: {path} is not a .py file')
+        if not path.parent.is_dir():
+            raise ValueError(f'--write: there is no folder {path.parent}')
         if path.exists():
             raise ValueError(f'--write: {path} exists; give another file')
         given.write = row, path
@@ -143,7 +152,7 @@ def _source(word: str, task: Task) -> RowSource:
 
 def _unknown(word: str, task: Task) -> str:
     nearest = difflib.get_close_matches(word, task.rows, 3, cutoff=0)
-    return f'{task.name} has no row {word}, and it is no config file; the nearest rows are {", ".join(nearest)}'
+    return f'there is no row or file {word}; the nearest rows of {task.name} are {", ".join(nearest)}'
 
 
 def check_data(root: Path | None, task: Task) -> None:

@@ -43,8 +43,13 @@ class PaperRow:
 @cache
 def paper_rows() -> dict[str, PaperRow]:
     """All rows by name, in the order of the tables."""
-    rows = [_read(table, *lines) for table, text in _table().tables.items() for lines in _pairs(text)]
-    return {row.name: row for row in rows}
+    rows = {}
+    for table, text in _table().tables.items():
+        columns, *lines = text.strip().splitlines()
+        for line in lines:
+            row = _row(table, dict(zip(columns.split(), line.split(), strict=True)))
+            rows[row.name] = row
+    return rows
 
 
 @cache
@@ -52,14 +57,8 @@ def _table() -> Config:
     return Config.fromfile(PAPER / 'rows.py')
 
 
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """Each line of a table with the line of its column names."""
-    columns, *lines = text.strip().splitlines()
-    return [(columns, line) for line in lines]
-
-
-def _read(table: str, columns: str, line: str) -> PaperRow:
-    cells = dict(zip(columns.split(), line.split(), strict=True))
+def _row(table: str, cells: dict[str, str]) -> PaperRow:
+    """A row by its cells: the columns that all tables have, ``start`` where there are both, and numbers of the paper."""
     name, network, num_blocks, heads, transfer = (cells.pop(key) for key in ('name', 'network', 'K', 'heads', 'transfer'))
     start = cells.pop('start', 'scratch')
     numbers = {key: float(value) for key, value in cells.items() if value != '-'}

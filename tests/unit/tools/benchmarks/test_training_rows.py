@@ -238,11 +238,11 @@ def test_a_failed_run_shows_the_end_of_its_log(tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--rows', 'lihgt'], 'detection has no row lihgt, and it is no config file; the nearest rows are light,'),
+        (['--rows', 'lihgt'], 'there is no row or file lihgt; the nearest rows of detection are light,'),
         ([], '--rows: none given; detection knows e2e'),
         (['--rows', 'e2e', 'e2e'], 'several rows are called e2e'),
         (['--ablation', 'a', 'light'], 'give NAME ROW KEY=VALUE'),
-        (['--ablation', 'a', 'lihgt', 'b=1'], 'detection has no row lihgt'),
+        (['--ablation', 'a', 'lihgt', 'b=1'], 'there is no row or file lihgt'),
         (['--rows', 'e2e', '--data-root', '/nowhere'], '/nowhere has no annotations/instances_train.json'),
         (['--rows', 'e2e'], "--data-root: give the folder of detection's data"),
     ],
@@ -256,13 +256,15 @@ def test_misuse_is_one_line(arguments, message, capsys):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--rows', 'cifar10_resnet32_k8_infpro'], 'the nearest rows are table1/cifar10_resnet32_k8_infopro,'),
+        (['--rows', 'cifar10_resnet32_k8_infpro'], 'the nearest rows of paper are table1/cifar10_resnet32_k8_infopro,'),
         ([], '--rows: none given; paper knows table1/cifar10_resnet32_e2e,'),
         (['--rows', 'table[17]/cifar10_*_k16_*'], 'several rows are called cifar10_resnet32_k16_dgl'),
-        (['--write', 'table1/cifar10'], 'paper has no row table1/cifar10'),
+        (['--write', 'table1/cifar10'], 'there is no row or file table1/cifar10;'),
         (['--write', 'table1/cifar10_resnet32_e2e', 'a.yml'], 'a.yml is not a .py file'),
         (['--write', 'table1/cifar10_resnet32_e2e', str(ROOT / 'setup.py')], 'setup.py exists; give another file'),
         (['--write', 'table1/cifar10_resnet32_e2e', 'a.py', 'b.py'], '--write takes a row and a file'),
+        (['--write', 'table1/cifar10_resnet32_e2e', '/nowhere/a.py'], '--write: there is no folder /nowhere'),
+        (['--list', '--rows', 'table1/*'], '--list and --write train nothing'),
     ],
 )
 def test_misuse_of_the_papers_rows_is_one_line(arguments, message, capsys):
