@@ -1,4 +1,4 @@
-_base_ = '../paper/_base_/imagenet_vit-tiny.py'
+_base_ = '../_base_/vit_imagenet_paper.py'
 
 # Light local heads: of a layer's copy the class token alone, and no further layer. With recompute=[f'layers.{i}' for i in
 # range(0, 12, 2)], of each block's two layers the first, they take less memory and more time. Not the paper's heads: accuracy

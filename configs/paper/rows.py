@@ -45,8 +45,8 @@ vgg13_cuts = {10: 'uniform'}  # one convolution a block
 deeplab_r50_cuts = {2: ['layer3.2']}  # the middle of layer3, as InfoPro's of ResNet-101: not given anywhere
 deeplab_r101_cuts = {2: ['layer3.12']}  # InfoPro's
 
-# A network is a config of `_base_`, trained end to end, with `changes`; of rows from scratch also with `scratch`, and of
-# rows with local heads with `local`.
+# A network is a config that is trained end to end (`base`, relative to `_base_`), with `changes`; of rows from scratch also
+# with `scratch`, and of rows with local heads with `local`.
 resnet110 = dict(model=dict(backbone=dict(depth=110)))
 networks = {
     'cifar10_resnet32': dict(base='cifar10_resnet32.py', cuts=resnet32_cuts, heads=cifar_heads),
@@ -64,14 +64,14 @@ networks = {
         heads=dict(infopro=dict(infopro, lambda_task=1.0)),
     ),
     'resnext101': dict(base='imagenet_resnext101.py', cuts=resnet101_cuts, heads=dict(infopro=infopro)),
-    'vit-tiny': dict(base='imagenet_vit-tiny.py', heads=vit_heads),
+    'vit-tiny': dict(base='../../_base_/vit_imagenet_paper.py', heads=vit_heads),
     'vit-small': dict(
-        base='imagenet_vit-tiny.py',
+        base='../../_base_/vit_imagenet_paper.py',
         changes=dict(model=dict(backbone=dict(arch='deit-small'), head=dict(in_channels=384))),
         heads=vit_heads,
     ),
     'vit-base': dict(
-        base='imagenet_vit-tiny.py',
+        base='../../_base_/vit_imagenet_paper.py',
         changes=dict(model=dict(backbone=dict(arch='base'), head=dict(in_channels=768))),
         heads=vit_heads,
     ),

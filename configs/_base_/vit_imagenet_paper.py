@@ -1,4 +1,4 @@
-_base_ = '../../_base_/imagenet_paper.py'
+_base_ = './imagenet_paper.py'
 
 # The paper's recipe for ViTs: Adam, learning rate 1e-3, batch 1024, 100 epochs.
 # Not given in the paper: initialisation (DeiT's), loss (no label smoothing), weight decay (none), schedule (a cosine after
