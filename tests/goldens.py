@@ -36,6 +36,7 @@ from torch import Tensor
 
 import mmman
 from mmman.analysis.dummy_model import model_config, random_batch
+from tests.configs import read_config
 from tests.parity.pipeline_runs import run_alone, run_in_processes, toy_run
 from tests.parity.ranks import run_ranks
 
@@ -50,10 +51,10 @@ DET = (2, 64, 96)
 
 
 def own(
-    path: str, optim_wrapper: dict | None = None, optimizer: dict = SGD, local_head: dict | None = None, **model: Any
+    name: str, optim_wrapper: dict | None = None, optimizer: dict = SGD, local_head: dict | None = None, **model: Any
 ) -> Config:
     """A config of this project with changes to its optim wrapper, another local head, and changes to its model."""
-    cfg = Config.fromfile(ROOT / 'configs' / path)
+    cfg = read_config(name)
     if local_head is not None:
         cfg.model.backbone.local_head = {**local_head, 'head': cfg.model.head}
     cfg.merge_from_dict({f'model.{key.replace("__", ".")}': value for key, value in model.items()})
@@ -101,7 +102,7 @@ def swin() -> Config:
 
 R18 = 'retinanet_r18_manpp_k4.py'
 LIGHT = 'light/retinanet_r18_k4.py'
-CIFAR = 'paper/table1/cifar10_resnet32_k16_{}.py'
+CIFAR = 'table1/cifar10_resnet32_k16_{}'
 CASES: dict[str, tuple[Callable[[], Config], tuple[int, int, int], bool]] = {
     'retinanet': (partial(own, R18), DET, True),
     'retinanet, frozen, adam': (

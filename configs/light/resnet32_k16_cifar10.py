@@ -1,7 +1,11 @@
-_base_ = '../paper/table1/cifar10_resnet32_k16_dgl_manpp.py'
+_base_ = ['../_base_/cifar10_paper.py', '../_base_/resnet32_cifar_k16.py']
 
 # Light local heads: of the next unit's copies the momentum copy alone. Not the paper's: accuracy at the paper's budget has not
 # been measured.
-model = dict(backbone=dict(transfer=dict(bias='depthwise')))
-optim_wrapper = dict(update='immediate')
-paper = dict(_delete_=True)
+model = dict(
+    backbone=dict(
+        transfer=dict(bias='depthwise'),
+        local_head=dict(type='mmman.DGLLocalHead', head=_base_.model.head),
+    )
+)
+optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper', update='immediate')

@@ -27,8 +27,9 @@ from mmman.engine.config_check import check_config
 from mmman.errors import ConfigError
 from mmman.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.alive import without_gradient
-from tests.conftest import ROOT
+from tests.configs import CONFIGS, read_config
 from tests.transfer_effect import assert_transfer_has_effect
+from tools.benchmarks.training_rows.paper_rows import paper_rows
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
@@ -38,20 +39,18 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:.*(build_loss|avg_non_ignore|draw is False):UserWarning'),  # any segmentor of mmseg
 ]
 
-CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
 PIPELINES = [path.name for path in FILES if path.stem.endswith('_pipeline')]
 LEAN = [path.name for path in FILES if path.stem.endswith('_lean')]
 SHIPPED = [
     str(path.relative_to(CONFIGS))
     for path in FILES
-    if path.parent.name not in ('_base_', 'light') and path.name not in PIPELINES + LEAN
-]
+    if path.parent.name not in ('_base_', 'light') and path.name not in ['rows.py', *PIPELINES, *LEAN]
+] + [*paper_rows()]
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
 SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
 CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS + SEGMENTORS]
-PAPER = [name for name in CLASSIFIERS if name.startswith('paper')]
-FLAGSHIPS = [name for name in CLASSIFIERS if not name.startswith('paper')]
+FLAGSHIPS = [name for name in CLASSIFIERS if name not in paper_rows()]
 FROM_MANPP = [name for name in SHIPPED if 'from_manpp' in name]
 END_TO_END = [name for name in SHIPPED if '_e2e' in name]
 
@@ -68,7 +67,7 @@ find_base_path = Config._get_cfg_path
 @functools.cache
 def config(name: str) -> Config:
     with patch.object(Config, '_get_cfg_path', base_path):
-        return Config.fromfile(CONFIGS / name)
+        return read_config(name)
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -97,7 +96,7 @@ def end_to_end_twin(name: str) -> str:
     """The config of the same model and recipe, trained end to end."""
     if name in SEGMENTORS:
         network, start = re.search(r'deeplabv3(plus)?_r\d+', name)[0], 'scratch' if 'scratch' in name else 'pretrained'
-        return f'paper/table5/{network}_e2e_{start}.py'
+        return f'table5/{network}_e2e_{start}'
     name = name.replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
     return re.sub(r'manpp_k\d+', 'e2e', name) if name in DETECTORS else re.sub(r'_k\d+_\w+', '_e2e', name)
 
@@ -266,7 +265,7 @@ def test_recipe_of_the_classifiers(name: str) -> None:
 
 def test_learning_rates_of_cifar_are_those_of_the_authors() -> None:
     """Their warm-up multiplies the cosine, from 0.01, and steps by epochs; ours by iterations, here two an epoch."""
-    schedule = copy.deepcopy(config('paper/table1/cifar10_resnet32_e2e.py').param_scheduler)
+    schedule = copy.deepcopy(config('table1/cifar10_resnet32_e2e').param_scheduler)
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.8)
     schedulers = [
@@ -327,9 +326,9 @@ def test_classifier_runs_at_its_image_size(name: str) -> None:
 
 
 def test_rows_of_the_paper() -> None:
-    tables = {'paper/table1': ('I', 78), 'paper/table2': ('II', 34), 'paper/table7': ('VII', 8)}
+    tables = {'table1': ('I', 78), 'table2': ('II', 34), 'table7': ('VII', 8)}
     for folder, (table, count) in tables.items():
-        rows = {name: config(name).paper for name in PAPER if name.startswith(f'{folder}/')}
+        rows = {name: config(name).paper for name in paper_rows() if name.startswith(f'{folder}/')}
         assert len(rows) == count
         for name, paper in rows.items():
             on_imagenet = 'table2' in name or 'imagenet' in name
@@ -373,7 +372,7 @@ def test_local_segmentor_is_what_its_name_says(name: str) -> None:
     head.check_model(model)
 
 
-@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name in END_TO_END or not name.startswith('paper')])
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name in END_TO_END or name not in paper_rows()])
 def test_recipe_of_the_segmentors(name: str) -> None:
     cfg = config(name)
     (schedule,) = cfg.param_scheduler
@@ -391,7 +390,7 @@ def test_recipe_of_the_segmentors(name: str) -> None:
 
 
 def test_rows_of_table_5() -> None:
-    rows = {name: config(name).paper for name in SEGMENTORS if name.startswith('paper/table5/')}
+    rows = {name: config(name).paper for name in SEGMENTORS if name.startswith('table5/')}
     assert len(rows) == 32
     accuracies = {'mean_iou', 'mean_acc', 'overall_acc'}
     for name in [name for name in rows if '_manpp' in name]:
@@ -424,7 +423,7 @@ def test_backbone_from_a_classifier_trained_locally(name: str, tmp_path: Path) -
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.items())
 
 
-@pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('paper/table4')])
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('table4')])
 def test_recipe_of_table_4(name: str) -> None:
     cfg = config(name)
     backbone = cfg.model.backbone.get('backbone', cfg.model.backbone)
@@ -678,7 +677,7 @@ def smaller_segmentor(name: str, size: int) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize('name', [name for name in SEGMENTORS if not name.startswith('paper') and name not in FROM_MANPP])
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name not in paper_rows() and name not in FROM_MANPP])
 def test_step_of_a_segmentor_reaches_every_parameter(name: str) -> None:
     from mmseg.structures import SegDataSample
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from mmman.engine.config_check import check_config
 from mmman.errors import LocalLearningError
+from tests.configs import read_config
 from tests.conftest import ROOT
 
 pytest.importorskip('mmdet')
@@ -98,7 +99,7 @@ OPTIONS = {
         'custom_hooks.0.momentum': lambda v: is_number(v) and 0 <= v <= 1,
         'custom_hooks.0.interval': is_count,
     },
-    'paper/table1/cifar10_resnet32_k16_dgl_manpp.py': {
+    'table1/cifar10_resnet32_k16_dgl_manpp': {
         'model.backbone.local_head.pool_size': is_count,
         'model.backbone.local_head.conv_channels': is_count,
         'model.backbone.local_head.fc_channels': is_count,
@@ -106,7 +107,7 @@ OPTIONS = {
         'model.backbone.local_head.head': is_dict,
         'model.backbone.backbone.depth': is_int,
     },
-    'paper/table1/cifar10_resnet32_k16_infopro_manpp.py': {
+    'table1/cifar10_resnet32_k16_infopro_manpp': {
         'model.backbone.local_head.lambda_rec': is_weight,
         'model.backbone.local_head.lambda_task': is_weight,
         'model.backbone.local_head.contrast': is_bool,
@@ -130,7 +131,7 @@ assert COUNT >= 300
 
 @pytest.fixture(scope='module')
 def configs():
-    return {name: Config.fromfile(ROOT / 'configs' / name) for name in OPTIONS}
+    return {name: read_config(name) for name in OPTIONS}
 
 
 def replaced(cfg: Config, key: str, value: object) -> Config:

@@ -5,13 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from mmengine.config import Config
 
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
-from tests.conftest import ROOT
+from tests.configs import read_config
 
 pytestmark = pytest.mark.whole_models
 
@@ -26,7 +25,7 @@ SMALL_DEEPLAB = {
     'model.auxiliary_head': {'in_channels': 128, 'channels': 16},
 }
 CASES = {
-    'infopro': ('paper/table1/cifar10_resnet32_k16_infopro_manpp.py', {}),
+    'infopro': ('table1/cifar10_resnet32_k16_infopro_manpp', {}),
     'recomputed, immediate': ('resnet32_manpp_k16_cifar10.py', {f'{B}.recompute': True, 'optim_wrapper.update': 'immediate'}),
     'stem in parts': (
         'light/resnet101_k4_imagenet.py',
@@ -39,7 +38,7 @@ CASES = {
 
 def measured(case: str, sizes_only: SizesOnly | None) -> tuple:
     name, options = CASES[case]
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = read_config(name)
     cfg.merge_from_dict(copy.deepcopy(options))
     model, optim_wrapper = build_dummy_model(cfg, 32, 32, sizes_only)
     data = random_batch(model, cfg.default_scope, 2, 32, 32)

@@ -12,13 +12,13 @@ from mmman.errors import ConfigError
 from mmman.planning.costs import MemoryPlan, RecomputeMode, peak_of
 from mmman.planning.profile import Profile, profile_step
 from mmman.planning.search import smallest_peak
-from tests.conftest import ROOT
+from tests.configs import read_config
 
 pytestmark = pytest.mark.whole_models
 
 
 def load(name: str, **options: object) -> Config:
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = read_config(name)
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
     return cfg
 
@@ -59,7 +59,7 @@ CASES = {
     'image by image': ('retinanet_r18_manpp_k4.py', (3, 256, 320), 2, {**NARROW, **LEAN}),
     'stem by image': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, R18),
     'selective': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, SELECTIVE),
-    'tokens': ('paper/table2/vit-tiny_k4_manpp.py', (3, 224, 224), 4, {}),
+    'tokens': ('table2/vit-tiny_k4_manpp', (3, 224, 224), 4, {}),
 }
 
 
