@@ -1,7 +1,7 @@
 """Print the weights of InfoPro's two losses, lambda_1 and lambda_2, at every local head of the given configs.
 
 python tools/analysis_tools/infopro_weights.py    # every row of the paper with InfoPro's local heads
-python tools/analysis_tools/infopro_weights.py configs/deeplabv3_r50_manpp_k2.py
+python tools/analysis_tools/infopro_weights.py configs/paper/deeplabv3_r50_manpp_k2.py
 
 The heads are built as for training. Neighbouring blocks with equal weights share a line.
 """

@@ -15,7 +15,7 @@ ROWS = {
     'man': 'paper/table7/cifar10_resnet32_k16_man.py',
     'manpp': 'paper/table7/cifar10_resnet32_k16_manpp.py',
     'infopro_manpp': 'paper/table1/cifar10_resnet32_k16_infopro_manpp.py',
-    'light': 'light/resnet32_k16_cifar10.py',
+    'light': 'resnet32_manpp_k16_cifar10.py',
 }
 
 

@@ -30,7 +30,7 @@ SOURCES = {
     'e2e': 'paper/table5/deeplabv3_r50_e2e_scratch.py',
     'infopro': 'paper/table5/deeplabv3_r50_k2_infopro_scratch.py',
     'manpp': 'paper/table5/deeplabv3_r50_k2_infopro_manpp_scratch.py',
-    'light': 'light/deeplabv3_r50_k2.py',
+    'light': 'deeplabv3_r50_manpp_k2.py',
 }
 RESNET18 = {
     'model.decode_head.in_channels': 512,
