@@ -46,7 +46,7 @@ def test_heads_are_light(name: str) -> None:
     assert len(local) == int(re.search(r'_k(\d+)', name)[1]) - 1
     for head in local.values():
         light = [head.transfer.channel_bias, head.transfer.depthwise_bias]
-        if 'upernet' not in name:  # no light bias has an effect between tokens and an FCN head
+        if 'upernet' not in name:  # tokens take no depthwise bias; one value per channel has no effect here
             assert head.transfer.bias is None and light.count(None) == 1
         assert head.transfer.delta is not None
         assert not head.uses_images
