@@ -51,7 +51,8 @@ def test_heads_are_light(name: str) -> None:
         assert head.transfer.delta is not None
         assert not head.uses_images
         head.check_model(model)
-    assert_transfer_has_effect(config(name), model)
+    if 'swin' not in name:  # the index of relative positions has no random values to try
+        assert_transfer_has_effect(config(name), model)
     assert config(name).optim_wrapper['update'] == 'immediate'
 
 
@@ -68,7 +69,7 @@ def test_a_fine_tuned_backbone_is_frozen_as_the_stock_one_and_no_other(name: str
 @pytest.mark.parametrize('name', [name for name in DETECTORS if 'retinanet' in name])
 def test_retinanets_train_the_batch_that_they_are_planned_for(name: str) -> None:
     assert config(name).train_dataloader.batch_size == 8
-    assert 'plans them for 8 images of' in re.sub(r'\s+#?\s*', ' ', (CONFIGS / name).read_text())
+    assert 'for 8 images of 416x640' in re.sub(r'\s+#?\s*', ' ', (CONFIGS / name).read_text())
 
 
 @pytest.mark.parametrize('name', FLAGSHIPS)
