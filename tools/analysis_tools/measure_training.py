@@ -5,7 +5,7 @@
 A KEY=VALUE overrides the config in front of it, in the syntax of --cfg-options; the same config may come several times. End to
 end, with activation checkpointing, under autocast, InfoPro, MAN and MAN++ in one run (num_blocks=1 is end-to-end training):
 
-    C=configs/resnet101_manpp_k4_imagenet.py B=model.backbone
+    C=configs/paper/resnet101_manpp_k4_imagenet.py B=model.backbone
     E2E="$C $B.num_blocks=1 $B.partition=stage"
     python tools/analysis_tools/measure_training.py \\
         $E2E  $E2E $B.backbone.with_cp=True  $E2E optim_wrapper.dtype=bfloat16 \\

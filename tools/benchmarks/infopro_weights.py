@@ -1,7 +1,7 @@
 """Print the weights of InfoPro's two losses, lambda_1 and lambda_2, at every local head of the given configs.
 
 python tools/benchmarks/infopro_weights.py    # every row of the paper with InfoPro's local heads
-python tools/benchmarks/infopro_weights.py table1/cifar10_resnet32_k8_infopro configs/deeplabv3_r50_manpp_k2.py
+python tools/benchmarks/infopro_weights.py table1/cifar10_resnet32_k8_infopro configs/paper/deeplabv3_r50_manpp_k2.py
 
 The heads are built as for training. Neighbouring blocks with equal weights share a line.
 """

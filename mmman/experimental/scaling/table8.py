@@ -2,7 +2,7 @@
 
 Times and batches are from the paper and its recipes; all times are on A100 GPUs. FLOPs and sizes of the blocks were counted
 with torch's FLOP counter on this project's configs: the rows ``table2/*`` of ``configs/paper/rows.py`` at 224x224,
-``configs/retinanet_*`` at 608x1024, ``configs/deeplabv3_*`` at 768x768.
+``configs/paper/retinanet_*`` at 608x1024, ``configs/paper/deeplabv3_*`` at 768x768.
 """
 
 from __future__ import annotations

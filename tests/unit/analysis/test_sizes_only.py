@@ -26,13 +26,16 @@ SMALL_DEEPLAB = {
 }
 CASES = {
     'infopro': ('table1/cifar10_resnet32_k16_infopro_manpp', {}),
-    'recomputed, immediate': ('resnet32_manpp_k16_cifar10.py', {f'{B}.recompute': True, 'optim_wrapper.update': 'immediate'}),
+    'recomputed, immediate': (
+        'paper/resnet32_manpp_k16_cifar10.py',
+        {f'{B}.recompute': True, 'optim_wrapper.update': 'immediate'},
+    ),
     'stem in parts': (
-        'light/resnet101_k4_imagenet.py',
+        'resnet101_manpp_k4_imagenet.py',
         {f'{B}.backbone.base_channels': 8, 'model.head.in_channels': 256, f'{B}.recompute': ['stem']},
     ),
-    'ViT, Adam': ('light/vit-base_k6_imagenet.py', SMALL_VIT),
-    'segmentor': ('deeplabv3_r50_manpp_k2.py', SMALL_DEEPLAB),
+    'ViT, Adam': ('vit-base_manpp_k6_imagenet.py', SMALL_VIT),
+    'segmentor': ('paper/deeplabv3_r50_manpp_k2.py', SMALL_DEEPLAB),
 }
 
 

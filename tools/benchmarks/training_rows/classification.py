@@ -15,7 +15,7 @@ ROWS = {
     'man': 'table7/cifar10_resnet32_k16_man',
     'manpp': 'table7/cifar10_resnet32_k16_manpp',
     'infopro_manpp': 'table1/cifar10_resnet32_k16_infopro_manpp',
-    'light': CONFIGS / 'light/resnet32_k16_cifar10.py',
+    'light': CONFIGS / 'resnet32_manpp_k16_cifar10.py',
 }
 
 

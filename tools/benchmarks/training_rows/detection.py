@@ -17,9 +17,9 @@ ROWS = {
     f'{prefix}{name}': RowSource(CONFIGS / path.format(depth))
     for prefix, depth in (('', 'r18'), ('r50_', 'r50'))
     for name, path in (
-        ('e2e', 'retinanet_{}_e2e.py'),
-        ('manpp', 'retinanet_{}_manpp_k4.py'),
-        ('light', 'light/retinanet_{}_k4.py'),
+        ('e2e', 'paper/retinanet_{}_e2e.py'),
+        ('manpp', 'paper/retinanet_{}_manpp_k4.py'),
+        ('light', 'retinanet_{}_manpp_k4.py'),
     )
 }
 

@@ -30,7 +30,7 @@ SOURCES = {
     'e2e': 'table5/deeplabv3_r50_e2e_scratch',
     'infopro': 'table5/deeplabv3_r50_k2_infopro_scratch',
     'manpp': 'table5/deeplabv3_r50_k2_infopro_manpp_scratch',
-    'light': CONFIGS / 'light/deeplabv3_r50_k2.py',
+    'light': CONFIGS / 'deeplabv3_r50_manpp_k2.py',
 }
 RESNET18 = {
     'model.decode_head.in_channels': 512,

@@ -290,8 +290,8 @@ def test_ablation_is_a_row_with_overrides():
     assert [row.name for row in rows] == ['e2e', 'm999']
     assert rows[1].source == detection.TASK.rows['light']
     assert rows[1].ablation == {'custom_hooks.0.momentum': 0.999, 'a.b': [1, 2]}
-    path = str(ROOT / 'configs/retinanet_r34_e2e.py')
-    assert accuracy.read_rows([path], [], detection.TASK)[0].name == 'retinanet_r34_e2e'
+    path = str(ROOT / 'configs/paper/retinanet_r18_e2e.py')
+    assert accuracy.read_rows([path], [], detection.TASK)[0].name == 'retinanet_r18_e2e'
 
 
 def test_rows_of_tasks_exist():
