@@ -8,9 +8,11 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-# mmcv: mmdet 3.3 and mmseg 1.2 refuse 2.2. mmdet: the losses in chunks are written for the dense heads of 3.3. mmseg and mmpretrain:
-# local heads call the decode heads and classifiers of 1.2; a 2.0 may change them. setuptools 82 has no pkg_resources, which
-# mmengine imports for `mmdet::` configs. The last names are imported by these libraries, which don't all declare them.
+# mmcv: mmdet 3.3 and mmseg 1.2 refuse 2.2.
+# mmdet: the losses of `images_per_chunk` are written for the dense heads of 3.3.
+# mmseg, mmpretrain: local heads call the decode heads and classifiers of 1.2, the only ones tested; a 2.0 may change them.
+# setuptools: 82 has no pkg_resources, which mmengine imports to read `mmdet::` configs.
+# six, ftfy, regex, importlib_metadata: imported by these libraries, which don't declare them.
 COMMON = ['mmcv>=2.0.0,<2.2.0', 'setuptools<82']
 DET = [*COMMON, 'mmdet>=3.3.0,<3.4.0', 'pycocotools', 'six']
 SEG = [*COMMON, 'mmsegmentation>=1.2.0,<2.0.0', 'ftfy', 'regex']
@@ -46,8 +48,8 @@ setup(
     cmdclass={'build_py': BuildWithMim},
     entry_points={'console_scripts': ['mmman = mmman.__main__:main']},
     python_requires='>=3.10,<3.13',
-    # torch: since 2.6 torch.load(weights_only=True) reads training checkpoints of mmengine. mmengine: the checkpoint loaders that
-    # mmman replaces are those of 0.10.
+    # torch: since 2.6 names in a checkpoint can be bound to functions that check it, which reading training checkpoints needs.
+    # mmengine: the checkpoint loaders that mmman replaces are those of 0.10.
     install_requires=['torch>=2.6', 'mmengine>=0.10.0,<0.11.0'],
     extras_require={'det': DET, 'seg': SEG, 'cls': CLS, 'all': sorted({*DET, *SEG, *CLS})},
     classifiers=['License :: OSI Approved :: Apache Software License', 'Programming Language :: Python :: 3'],

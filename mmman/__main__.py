@@ -44,7 +44,7 @@ def main(args: list[str] | None = None) -> None:
     given = parser.parse_args(args)
     tool = TOOLS / COMMANDS[given.command][0]
     if not tool.is_file():
-        parser.error(f'there is no {tool}: install the package (pip install -e . in a checkout), or run the file of tools/ itself')
+        parser.error(f'there is no {tool}: install mmman (in a checkout: pip install -e .)')
     sys.argv = [f'mmman {given.command}', *given.arguments]  # argparse names the program by the first
     _load(tool).main()
 

@@ -24,6 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 import mmman  # noqa: F401  registers its components
+from mmman.runtime.launch import config_argument
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 
@@ -76,7 +77,7 @@ def default_rows() -> list[Path]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('configs', type=Path, nargs='*', help="default: the paper's rows with InfoPro's local heads")
+    parser.add_argument('configs', type=config_argument, nargs='*', help="default: the paper's rows with InfoPro's local heads")
     args = parser.parse_args()
     MMLogger.get_instance('mmengine').setLevel(logging.ERROR)
     paths = args.configs or default_rows()
