@@ -183,6 +183,7 @@ def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
         LocalLearningError: The config is invalid. The message says what to change.
     """
     check_config(cfg)
+    _set_log_processor(cfg)
     if cfg.launcher != 'none' and not is_pipeline(cfg):
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':
@@ -207,6 +208,13 @@ def leave_process_group() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _set_log_processor(cfg: Config) -> None:
+    """Keep the local losses out of the console line, unless the config has a log processor of its own."""
+    processor = cfg.get('log_processor') or {}
+    if type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING and type_name(processor, 'LogProcessor') == 'LogProcessor':
+        cfg.log_processor = dict(processor, type='mmman.LocalLogProcessor')
 
 
 def _set_model_wrapper(cfg: Config) -> None:
