@@ -18,6 +18,7 @@ from mmman.parallel import LocalDistributedDataParallel, PipelineRunner
 from mmman.partition import register_chain
 from mmman.runtime.allowed_types import allow_training_checkpoints
 from mmman.runtime.checkpoint import read_all_checkpoints
+from mmman.runtime.stock_config import resolve_own_configs
 from mmman.version import __version__ as __version__
 
 __all__ = [
@@ -44,3 +45,4 @@ __all__ = [
 
 allow_training_checkpoints()
 read_all_checkpoints()
+resolve_own_configs()

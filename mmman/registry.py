@@ -5,6 +5,7 @@ mmengine imports this module by name the first time a config names the scope ``m
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import LOG_PROCESSORS as MMENGINE_LOG_PROCESSORS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODEL_WRAPPERS as MMENGINE_MODEL_WRAPPERS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -24,6 +25,7 @@ OPTIM_WRAPPERS = Registry('optimizer wrapper', parent=MMENGINE_OPTIM_WRAPPERS, s
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmman', locations=['mmman.engine', 'mmman.runtime', 'mmman.watchdog'])
 RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, scope='mmman', locations=['mmman.parallel'])
 DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, scope='mmman', locations=['mmman.datasets'])
+LOG_PROCESSORS = Registry('log_processor', parent=MMENGINE_LOG_PROCESSORS, scope='mmman', locations=['mmman.engine'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='mmman', locations=['mmman.runtime'])
 TRANSFORMS = Registry('transform', parent=MMENGINE_TRANSFORMS, scope='mmman', locations=['mmman.datasets'])
 

@@ -1,8 +1,8 @@
 """Fit a config of mmdet, mmseg or mmpretrain into the memory of a GPU.
 
-    python tools/fit_memory.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --memory 8GB -o retinanet_8gb.py
-    python tools/fit_memory.py my_config.py --as-small-as-possible --batch 4 --shape 608 1024
-    python tools/fit_memory.py my_config.py --max-overhead 0.1 --choose 3 -o smaller.py --check
+    mmman fit mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --memory 8GB -o retinanet_8gb.py
+    mmman fit my_config.py --as-small-as-possible --batch 4 --shape 608 1024
+    mmman fit my_config.py --max-overhead 0.1 --choose 3 -o smaller.py --check
 
 It predicts the peak memory of a training step for the config as it is, for options that train the same, and for local learning
 (MAN++), and writes a config that inherits from yours for the first that fits. Batch and image size are read from the config.
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> tuple[list[FitRow], FitRow]:
             args.out.write_text(text, encoding='utf-8')
         except OSError as error:
             raise SystemExit(f'{args.out} cannot be written ({error})') from None
-        CONSOLE.print(f'{args.out} is written; train it:  python tools/train.py {args.out}', highlight=False, soft_wrap=True)
+        CONSOLE.print(f'{args.out} is written; train it:  mmman train {args.out}', highlight=False, soft_wrap=True)
     for one in {'chosen': [row], 'all': rows}.get(args.check, []):
         if one.peak is not None:
             print_measured(fit, one, rows)

@@ -44,7 +44,7 @@ DEFAULT_TTA = {
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Test a detector, a segmentor or a classifier')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or library::path of one that a library brings')
     parser.add_argument('checkpoint', help='path or URL of a checkpoint')
     add_common_arguments(parser)
     parser.add_argument('--out', metavar='PKL', help='write the predictions to this pickle file')

@@ -3,6 +3,7 @@
 Examples:
 
     python tools/train.py configs/demo/retinanet_r18_manpp_k4_shapes.py
+    mmman train mmman::retinanet_r50_manpp_k4.py             # the same, with an installed config
     tools/dist_train.sh configs/retinanet_r50_manpp_k4.py 8 --amp
 """
 
@@ -31,7 +32,7 @@ from mmman.runtime.resume import use_exact_resume
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Train a detector, a segmentor or a classifier')
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='config file, or library::path of one that a library brings')
     add_common_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate by the batch size')

@@ -16,13 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.utils import digit_version
-from mmengine.utils.dl_utils import TORCH_VERSION
 
 from mmman.errors import CheckpointError
 
-READS_TRAINING_CHECKPOINTS = digit_version(TORCH_VERSION) >= digit_version('2.6')
-"""Whether torch can bind names in a checkpoint to the stand-ins. With an older torch, only weights can be read."""
 _SIMPLE_DTYPE = re.compile(r'[biufc]\d{1,2}|[US]\d{1,6}')
 _ORDERS = ('<', '>', '|', '=')
 
@@ -138,5 +134,4 @@ def is_allowed(name: str) -> bool:
 
 def allow_training_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read the content of mmengine's message hub, with the stand-ins of this module."""
-    if READS_TRAINING_CHECKPOINTS:
-        torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])
+    torch.serialization.add_safe_globals([(stand_in, name) for name, stand_in in STAND_INS.items()])

@@ -31,7 +31,6 @@ from torch import Tensor
 
 from mmman.errors import CheckpointError
 from mmman.messages import one_line
-from mmman.runtime.allowed_types import READS_TRAINING_CHECKPOINTS
 from mmman.runtime.archive import check_archive, format_path
 from mmman.runtime.checkpoint_content import plain_checkpoint
 
@@ -66,8 +65,6 @@ def load_from_local(path: str | os.PathLike, map_location: Any = None) -> dict |
         reason = str(error).partition('\n')[0]
         if isinstance(error, pickle.UnpicklingError) or 'weights_only' in reason:  # torch's message advises disabling the check
             reason = 'its pickle holds more than weights and plain data'
-            if not READS_TRAINING_CHECKPOINTS:
-                reason += ', or an mmengine log, which requires torch 2.6'
         raise CheckpointError(
             one_line(f'{format_path(path)} cannot be read: {type(error).__name__}: {reason}; {REMEDY}')
         ) from None

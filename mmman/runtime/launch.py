@@ -24,6 +24,7 @@ from mmman.engine.config_check import check_config
 from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError, LocalLearningError, PeerError
 from mmman.messages import one_line
 from mmman.runtime.checkpoint_files import check_training_checkpoint, latest_checkpoint, previous_checkpoint
+from mmman.runtime.stock_config import config_path
 from mmman.runtime.weights_hook import WeightsHook
 from mmman.watchdog.hook import WatchdogHook, start_watchdog, timeout_of
 from mmman.watchdog.monitor import Watchdog
@@ -47,18 +48,28 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help='set by torch.distributed.launch')
 
 
+def config_argument(name: str) -> Path:
+    """Argument type of a config: ``library::path`` of a library's config, or the path of a file, as the path of the file."""
+    try:
+        return config_path(name)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read the config named on the command line, and apply the arguments of :func:`add_common_arguments` to it."""
-    if not Path(args.config).is_file():
-        raise SystemExit(f'no config at {args.config}; give the path of a .py, .json or .yaml file')
-    cfg = Config.fromfile(args.config)
+    try:
+        path = config_path(args.config)
+    except ConfigError as error:
+        raise SystemExit(str(error)) from None
+    cfg = Config.fromfile(path)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
-        cfg.work_dir = str(Path('work_dirs', Path(args.config).stem))
+        cfg.work_dir = str(Path('work_dirs', path.stem))
     if cfg.get('default_scope') == 'mmpretrain':
         _set_mmpretrain_loaders(cfg)
     # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, all MPI processes would have rank 0.
@@ -172,6 +183,7 @@ def build_runner(cfg: Config, watchdog: Watchdog | None = None) -> Runner:
         LocalLearningError: The config is invalid. The message says what to change.
     """
     check_config(cfg)
+    _set_log_processor(cfg)
     if cfg.launcher != 'none' and not is_pipeline(cfg):
         _set_model_wrapper(cfg)
         if get_device() == 'cpu':
@@ -196,6 +208,13 @@ def leave_process_group() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _set_log_processor(cfg: Config) -> None:
+    """Keep the local losses out of the console line, unless the config has a log processor of its own."""
+    processor = cfg.get('log_processor') or {}
+    if type_name(cfg.get('optim_wrapper') or {}) == LOCAL_LEARNING and type_name(processor, 'LogProcessor') == 'LogProcessor':
+        cfg.log_processor = dict(processor, type='mmman.LocalLogProcessor')
 
 
 def _set_model_wrapper(cfg: Config) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 
 from mmman.errors import ConfigError
 
@@ -45,7 +46,7 @@ class StockConfig:
         Raises:
             ConfigError: The config doesn't exist, or can't be read.
         """
-        path = _library_file(name) if '::' in name else _file(name)
+        path = config_path(name)
         base = _library_base(name, path) if '::' in name else str(path)
         try:
             return cls(name, path, read_text(f'_base_ = {base!r}\n'), is_new_style=False)
@@ -90,6 +91,27 @@ class StockConfig:
             'from mmengine.config import read_base\n\n'
             f'with read_base():\n    from {"." * (levels + 1)}{".".join(modules)} import *  # noqa: F403'
         )
+
+
+def config_path(name: str) -> Path:
+    """Return the path of a config.
+
+    Args:
+        name: ``library::path`` of a library's config, or the path of a file.
+
+    Raises:
+        ConfigError: The config doesn't exist.
+    """
+    return _library_file(name) if '::' in name else _file(name)
+
+
+def resolve_own_configs() -> None:
+    """Let mmengine resolve ``_base_ = 'mmman::...'`` in this process: it does so for the packages of its table alone.
+
+    mmengine looks for the distribution that the table names and, if there is none, for the module. The distribution of an
+    editable install is in another folder than the package, so the table names a module.
+    """
+    MODULE2PACKAGE['mmman'] = 'mmman.version'
 
 
 def read_text(text: str, folder: Path | None = None) -> Config:

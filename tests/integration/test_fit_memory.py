@@ -66,7 +66,7 @@ def test_a_small_retinanet(tmp_path, capsys):
     capsys.readouterr()
     rows, chosen = fit(*words, '--choose', len(rows), '--check', 'all', '-o', out)
     text = capsys.readouterr().out
-    assert chosen is rows[-1] and f'python tools/train.py {out}' in text
+    assert chosen is rows[-1] and f'mmman train {out}' in text
     assert off(text) < 3
     model, cfg = stepped(out, 160, 224)
     assert len(model.backbone.local) == 1 and cfg.optim_wrapper.images_per_chunk == 1

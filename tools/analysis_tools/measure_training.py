@@ -52,6 +52,7 @@ from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
 from mmman.memory.detection.focal_loss import fused_focal_loss
+from mmman.runtime.stock_config import config_path
 
 CONSOLE = Console(width=140)
 MB = 1e6
@@ -71,7 +72,8 @@ def read_configs(words: list[str], names: list[str] | None = None) -> list[Asked
     """Configs from the words of the command line, each followed by its overrides.
 
     Raises:
-        ValueError: An override without a config, a config without a file, or another number of names than of configs.
+        ValueError: An override without a config, or another number of names than of configs.
+        ConfigError: A config doesn't exist.
     """
     groups: list[tuple[str, list[str]]] = []
     for word in words:
@@ -81,8 +83,8 @@ def read_configs(words: list[str], names: list[str] | None = None) -> list[Asked
             groups[-1][1].append(word)
         else:
             raise ValueError(f'{word} overrides the config in front of it, and there is none')
-    if missing := [path for path, _ in groups if not Path(path).is_file()]:
-        raise ValueError(f'{missing[0]} is no file')
+    for name, _ in groups:
+        config_path(name)
     if names and len(names) != len(groups):
         raise ValueError(f'--names gives {len(names)} names for {len(groups)} configs')
     names = names or [' '.join([Path(path).stem, *(word.split('.')[-1] for word in words)]) for path, words in groups]
@@ -98,7 +100,7 @@ def build_meters(
     """A meter for every config. Where a model has no blocks, they are those of the first model that has some and fits."""
     trials = []
     for one in asked:
-        cfg = Config.fromfile(one.path)
+        cfg = Config.fromfile(config_path(one.path))
         cfg.merge_from_dict(one.options)
         model, optim_wrapper = build_dummy_model(cfg, height, width, sizes_only)
         if sizes_only is None and torch.cuda.is_available():
@@ -288,7 +290,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(args)
     try:
         given.asked = read_configs(given.configs, given.names)
-    except ValueError as error:
+    except (ValueError, LocalLearningError) as error:
         parser.error(str(error))
     return given
 

@@ -18,6 +18,7 @@ import mmman
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.engine.block_groups import BlockGroups
 from mmman.memory.chunks import replaced
+from mmman.runtime.launch import config_argument
 
 PACKAGE = str(Path(mmman.__file__).parent)
 REPLACING = (replaced.__wrapped__.__code__, BlockGroups.restrict.__wrapped__.__code__)
@@ -54,7 +55,7 @@ class Trace:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config')
+    parser.add_argument('config', type=config_argument, help='config file, or library::path of one that a library brings')
     parser.add_argument('--shape', type=int, nargs=2, default=(128, 160), metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--batch', type=int, default=2)
     parser.add_argument('--functions', action='store_true', help='list them')

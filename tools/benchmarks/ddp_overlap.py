@@ -28,6 +28,7 @@ from torch.futures import Future
 from mmman import LocalDistributedDataParallel
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.experimental.scaling.network import parse_bandwidth
+from mmman.runtime.launch import config_argument
 
 WRAPPERS = {
     'ours': lambda model: LocalDistributedDataParallel(model, broadcast_buffers=False),
@@ -116,13 +117,13 @@ def print_table(rounds: list[dict[str, float]]) -> None:
 
 
 def row(name: str, values: list[float]) -> str:
-    low, median, high = statistics.quantiles(values, n=4)
+    low, median, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return f'| {name} | {median:.3f} | {low:.3f} to {high:.3f} |'
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='a config with local learning')
+    parser.add_argument('config', type=config_argument, help='a config with local learning')
     parser.add_argument('--shape', nargs=2, type=int, default=(224, 224), metavar=('H', 'W'), help='pixels of an image')
     parser.add_argument('--batch', type=int, default=2, help='images a process')
     parser.add_argument('--ranks', type=int, default=2, help='processes')
@@ -136,6 +137,8 @@ def main() -> None:
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override settings of the config'
     )
     args = parser.parse_args()
+    if args.rounds < 1:
+        raise SystemExit(f'--rounds {args.rounds}: give at least 1')
     if args.device == 'cuda' and (args.ranks > 1 or args.bandwidth):
         raise SystemExit('--device cuda: NCCL takes one process a GPU, set --ranks 1 and leave --bandwidth out')
     os.environ.setdefault('OMP_NUM_THREADS', str(args.threads))

@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.hub import get_config
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -30,6 +29,7 @@ from mmman.memory.recompute import recompute_, temporary_buffers
 from mmman.memory.selective import should_save
 from mmman.partition import chain_of
 from mmman.partition.chain import STEM
+from mmman.runtime.stock_config import config_path
 
 ROWS = ('plain', 'mmman', 'torch', 'mmman, selective', 'torch, selective')
 
@@ -74,9 +74,7 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
 
 def build(config: str, row: str, batch: int, height: int, width: int) -> StepMeter:
     """A stock model whose units are recomputed as ``row`` says."""
-    library, _, _ = config.partition('::')
-    cfg = get_config(config) if '::' in config else Config.fromfile(config)
-    cfg.setdefault('default_scope', library)
+    cfg = Config.fromfile(config_path(config))
     model, optim_wrapper = build_dummy_model(cfg, height, width)
     if row != 'plain':
         chain, selective = chain_of(model.backbone), 'selective' in row

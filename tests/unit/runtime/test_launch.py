@@ -10,8 +10,10 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError
 from mmman.runtime.launch import (
+    _set_log_processor,
     add_common_arguments,
     check_checkpoint,
+    config_argument,
     end_on_error,
     is_pipeline,
     load_config,
@@ -166,3 +168,31 @@ def test_a_single_process_and_a_pipeline_have_no_watchdog(monkeypatch):
     monkeypatch.delenv('RANK')
     with pytest.raises(SystemExit, match="'RANK' is not set"), watch_peers(Config({'launcher': 'pytorch'})):
         pass
+
+
+@pytest.mark.parametrize(
+    ('optim_wrapper', 'processor', 'expected'),
+    [
+        ('mmman.LocalLearningOptimWrapper', None, {'type': 'mmman.LocalLogProcessor'}),
+        ('mmman.LocalLearningOptimWrapper', {'by_epoch': False}, {'type': 'mmman.LocalLogProcessor', 'by_epoch': False}),
+        ('mmman.LocalLearningOptimWrapper', {'type': 'LogProcessor'}, {'type': 'mmman.LocalLogProcessor'}),
+        ('mmman.LocalLearningOptimWrapper', {'type': 'MyProcessor'}, {'type': 'MyProcessor'}),
+        ('OptimWrapper', {'type': 'LogProcessor'}, {'type': 'LogProcessor'}),
+        ('OptimWrapper', None, None),
+    ],
+)
+def test_local_losses_are_kept_out_of_the_console_line(optim_wrapper, processor, expected):
+    cfg = Config({'optim_wrapper': {'type': optim_wrapper}, **({} if processor is None else {'log_processor': processor})})
+    _set_log_processor(cfg)
+    assert cfg.get('log_processor') == expected
+
+
+def test_a_library_config_is_a_file_on_the_command_line():
+    pytest.importorskip('mmdet')
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    add_common_arguments(parser)
+    cfg = load_config(parser.parse_args(['mmdet::retinanet/retinanet_r18_fpn_1x_coco.py']))
+    assert cfg.model.backbone.depth == 18 and cfg.work_dir == os.path.join('work_dirs', 'retinanet_r18_fpn_1x_coco')
+    with pytest.raises(argparse.ArgumentTypeError, match="no installed library 'mmlib'"):
+        config_argument('mmlib::a/b.py')

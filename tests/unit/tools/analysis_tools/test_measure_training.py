@@ -38,7 +38,7 @@ def test_overrides_belong_to_the_config_in_front():
     'words, says',
     [
         ([f'{K}=2', CONFIG], 'there is none'),
-        ([CONFIG, 'nowhere.py'], 'nowhere.py is no file'),
+        ([CONFIG, 'nowhere.py'], 'no config at nowhere.py; give the path of a file'),
         ([CONFIG, '--names', 'x', 'y'], '2 names for 1 configs'),
     ],
 )
