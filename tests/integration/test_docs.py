@@ -48,6 +48,11 @@ TOOLS = {
 """The files that the subcommands of ``mmman`` run."""
 
 
+SMALL = """
+model = dict(backbone=dict(depth=18, init_cfg=None), neck=dict(in_channels=[64, 128, 256, 512]))
+"""
+
+
 @dataclass
 class Block:
     """A code block: its language, its text, the file name that the text before it gives, and the comment in front of it."""
@@ -140,9 +145,9 @@ def run_tool(tool, arguments):
 
 
 def child_of(stock, folder):
-    """A file that inherits from a stock config and downloads no weights."""
+    """A file that inherits from a stock detector with ResNet-50, in small, without weights to download."""
     path = folder / f'{Path(stock.partition("::")[2]).stem}.py'
-    path.write_text(f"_base_ = '{stock}'\nmodel = dict(backbone=dict(init_cfg=None))\n")
+    path.write_text(f"_base_ = '{stock}'\n{SMALL}")
     return str(path)
 
 
