@@ -73,7 +73,7 @@ def test_retinanets_train_the_batch_that_they_are_planned_for(name: str) -> None
 
 
 @pytest.mark.parametrize('name', FLAGSHIPS)
-def test_a_flagship_becomes_a_pipeline_by_one_option(name: str) -> None:
+def test_no_option_of_a_flagship_contradicts_the_pipeline_runner(name: str) -> None:
     cfg = copy.deepcopy(config(name))
     cfg.merge_from_dict({'runner_type': 'mmman.PipelineRunner'})
     check_config(cfg)
