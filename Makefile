@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DOCS := docs/.venv
 
-.PHONY: help setup demo test test-quick test-gpu check fmt clean
+.PHONY: help setup demo test test-quick test-gpu check docs fmt clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,9 +32,20 @@ check: setup  ## lint, format and the order of imports, changing nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
+docs: $(DOCS)/.ready  ## the documentation in docs/_build; Sphinx has an environment of its own, docs/.venv
+	$(DOCS)/bin/sphinx-build --quiet --fail-on-warning --keep-going -b html docs docs/_build
+	@echo docs/_build/index.html
+
+$(DOCS)/.ready: docs/requirements.txt $(READY)
+	$(BIN)/python -m venv $(DOCS)
+	SITE='import site; print(site.getsitepackages()[0])' && \
+		$(BIN)/python -c "$$SITE" > "$$($(DOCS)/bin/python -c "$$SITE")/tested_environment.pth"
+	$(DOCS)/bin/pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	@touch $@
+
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment; mmcv's built wheel stays in the user's cache
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(DOCS) docs/_build *.egg-info

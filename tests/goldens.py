@@ -36,6 +36,7 @@ from torch import Tensor
 
 import mmman
 from mmman.analysis.dummy_model import model_config, random_batch
+from tests.configs import read_config
 from tests.parity.pipeline_runs import run_alone, run_in_processes, toy_run
 from tests.parity.ranks import run_ranks
 
@@ -50,10 +51,10 @@ DET = (2, 64, 96)
 
 
 def own(
-    path: str, optim_wrapper: dict | None = None, optimizer: dict = SGD, local_head: dict | None = None, **model: Any
+    name: str, optim_wrapper: dict | None = None, optimizer: dict = SGD, local_head: dict | None = None, **model: Any
 ) -> Config:
     """A config of this project with changes to its optim wrapper, another local head, and changes to its model."""
-    cfg = Config.fromfile(ROOT / 'configs' / path)
+    cfg = read_config(name)
     if local_head is not None:
         cfg.model.backbone.local_head = {**local_head, 'head': cfg.model.head}
     cfg.merge_from_dict({f'model.{key.replace("__", ".")}': value for key, value in model.items()})
@@ -99,13 +100,13 @@ def swin() -> Config:
     return stock('mmdet::swin/retinanet_swin-t-p4-w7_fpn_1x_coco.py', 3, dense, ADAM, drop_path_rate=0.0)
 
 
-R18 = 'retinanet_r18_manpp_k4.py'
-LIGHT = 'light/retinanet_r18_k4.py'
-CIFAR = 'paper/table1/cifar10_resnet32_k16_{}.py'
+R18 = 'paper/retinanet_r18_manpp_k4.py'
+LIGHT = 'retinanet_r18_manpp_k4.py'
+CIFAR = 'table1/cifar10_resnet32_k16_{}'
 CASES: dict[str, tuple[Callable[[], Config], tuple[int, int, int], bool]] = {
     'retinanet': (partial(own, R18), DET, True),
     'retinanet, frozen, adam': (
-        partial(own, 'retinanet_r50_manpp_k4.py', None, ADAM, backbone__backbone__frozen_stages=1),
+        partial(own, 'paper/retinanet_r50_manpp_k4.py', None, ADAM, backbone__backbone__frozen_stages=1),
         DET,
         True,
     ),
@@ -126,11 +127,11 @@ CASES: dict[str, tuple[Callable[[], Config], tuple[int, int, int], bool]] = {
     'atss, chunks': (atss, (3, 64, 96), True),
     'faster r-cnn': (faster_rcnn, (1, 96, 128), False),
     'deeplabv3, infopro': (
-        partial(own, 'deeplabv3_r50_manpp_k2.py', pretrained=None),
+        partial(own, 'paper/deeplabv3_r50_manpp_k2.py', pretrained=None),
         (2, 64, 64),
         True,
     ),
-    'deeplabv3plus, light': (partial(own, 'light/deeplabv3plus_r50_k2.py', pretrained=None), (2, 64, 64), True),
+    'deeplabv3plus, light': (partial(own, 'deeplabv3plus_r50_manpp_k2.py', pretrained=None), (2, 64, 64), True),
     'resnet-32, infopro': (partial(own, CIFAR.format('infopro_manpp')), (8, 32, 32), True),
     'resnet-32, dgl': (partial(own, CIFAR.format('dgl_manpp')), (8, 32, 32), True),
     'resnet-32, auglocal': (
@@ -151,7 +152,7 @@ CASES: dict[str, tuple[Callable[[], Config], tuple[int, int, int], bool]] = {
         (8, 32, 32),
         True,
     ),
-    'vit, light': (partial(own, 'light/vit-tiny_k6_imagenet.py', None, ADAM), (2, 224, 224), True),
+    'vit, light': (partial(own, 'vit-tiny_manpp_k6_imagenet.py', None, ADAM), (2, 224, 224), True),
     'swin, retinanet': (swin, (1, 128, 160), True),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseModel, revert_sync_batchnorm
@@ -12,6 +14,7 @@ from torch import nn
 
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.errors import ConfigError
+from mmman.heads.dry_run import box_masks
 from mmman.local.blocks import LocalBlocks
 
 OBJECTS = 10
@@ -79,7 +82,10 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
     Raises:
         ConfigError: ``scope`` is another library, or no module of the model has ``num_classes``.
     """
-    annotate = {'mmdet': _boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
+    has_masks = any('mask' in name for name, _ in model.named_modules())
+    has_stuff = any('semantic' in name or 'panoptic' in name for name, _ in model.named_modules())
+    boxes = partial(_boxes, has_masks=has_masks, has_stuff=has_stuff)
+    annotate = {'mmdet': boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
     if annotate is None:
         raise ConfigError(f'no random data for default_scope={scope!r}: choose mmdet, mmseg or mmpretrain')
     heads = [getattr(model, name) for name in ('bbox_head', 'roi_head', 'decode_head', 'head') if hasattr(model, name)]
@@ -95,7 +101,9 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
     return {'inputs': torch.stack(inputs) if scope == 'mmpretrain' else inputs, 'data_samples': samples}
 
 
-def _boxes(height: int, width: int, classes: int, generator: torch.Generator) -> object:
+def _boxes(
+    height: int, width: int, classes: int, generator: torch.Generator, has_masks: bool = False, has_stuff: bool = False
+) -> object:
     from mmdet.structures import DetDataSample
 
     corners = torch.rand(OBJECTS, 2, 2, generator=generator).sort(dim=1).values * torch.tensor([width, height])
@@ -103,6 +111,10 @@ def _boxes(height: int, width: int, classes: int, generator: torch.Generator) ->
     sample = DetDataSample(metainfo={'img_shape': shape, 'scale_factor': (1.0, 1.0)})
     labels = torch.randint(classes, (OBJECTS,), generator=generator)
     sample.gt_instances = InstanceData(bboxes=corners.flatten(1), labels=labels)
+    if has_masks:
+        sample.gt_instances.masks = box_masks(corners.flatten(1), height, width)
+    if has_stuff:
+        sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, height, width), generator=generator))
     return sample
 
 

@@ -16,10 +16,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mmman.analysis.attribute_memory import attribute_memory, block_outputs
+from mmman.analysis.gpu_work import GPUWork, PartWork
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.local.blocks import LocalBlocks
 from mmman.memory.chunks import replaced
-from mmman.memory.detection.dense_loss import DenseLoss
+from mmman.memory.model_loss import chunked_loss
 
 EMA_MOMENTUM = 0.995
 
@@ -35,6 +36,7 @@ class Memory:
             addition are two. Operators of mmcv (deformable convolution) are not counted.
         operators: Number of operators that the step ran, without views.
         curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
+        work: What a GPU would pay for, by part.
     """
 
     peak: int
@@ -42,6 +44,7 @@ class Memory:
     flops: int
     operators: int
     curves: dict[str, np.ndarray]
+    work: dict[str, PartWork]
 
 
 class StepMeter:
@@ -84,10 +87,11 @@ class StepMeter:
             replaced(self.optim_wrapper, 'cuda_graphs', False),
             LiveParts(held, part='input') as live,
             attribute_memory(live, self.model, self.optim_wrapper, self.outputs),
+            GPUWork(lambda: live.part) as work,
         ):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}
-        return Memory(live.peak, parts, live.flops, live.operators, live.curves())
+        return Memory(live.peak, parts, live.flops, live.operators, live.curves(), work.parts)
 
     def floor(self, in_chunks: bool = True) -> int:
         """Peak bytes of a step that doesn't run the backbone.
@@ -114,8 +118,8 @@ class StepMeter:
                     stack.enter_context(replaced(backbone, 'forward', lambda inputs: features))
                     losses = self.model(**batch, mode='loss')
                 else:
-                    dense = DenseLoss(self.model, size, lambda loss: loss)
-                    losses = dense.neck_and_head([*features], batch['data_samples'])
+                    chunked = chunked_loss(self.model, size, lambda loss: loss)
+                    losses = chunked.neck_and_head([*features], **batch)
                 self.model.parse_losses(losses)[0].backward()
         wrapper.zero_grad()
         return live.peak

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper
 from mmengine.runner.amp import autocast
@@ -19,11 +20,13 @@ from mmman.engine.checks import check_model
 from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
+from mmman.engine.stride_check import check_strides_once
 from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDAGraphCapturer, StepGraphs
 from mmman.local.blocks import localized_backbone
 from mmman.local.session import Session
-from mmman.memory.detection.dense_loss import DenseLoss
+from mmman.memory.detection.dense_loss import ChunkedLoss, why_not_dense
+from mmman.memory.model_loss import chunked_loss
 from mmman.options import Count, Positive, checked
 from mmman.registry import OPTIM_WRAPPERS
 
@@ -49,10 +52,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
             training at the next boundary, when its gradients are reduced. Both give the same parameters if the optimizer
             updates each parameter independently, as torch's do. With ``'immediate'``, a non-finite local loss is detected
             after the first K-1 blocks have stepped.
-        images_per_chunk: Number of images for which a detector's neck and dense head run forward and backward at a time. The
-            dense heads of its blocks run on as many images as have no more positions. Losses and gradients are those of the
-            whole batch, but only one chunk's activations are alive. For heads like RetinaNet's, FCOS's and ATSS's, without
-            BatchNorm. None: the whole batch in one pass.
+        images_per_chunk: Number of images for which everything behind the backbone runs forward and backward at a time, so that
+            only one chunk's activations are alive; BatchNorm in training mode is refused there. With heads like RetinaNet's,
+            FCOS's and ATSS's, losses and gradients are those of the whole batch. Other models (two-stage, mask, query-based)
+            normalise the losses of each chunk by itself, as if the images were spread over more GPUs. The dense heads of
+            blocks run on as many images as have no more positions, exactly. None: the whole batch in one pass.
         cuda_graphs: Run the steps of a detector with RetinaNet-like heads as CUDA graphs, on one GPU. Graphs are captured once
             for each batch shape and replayed from then on, so that kernel launches on the CPU don't limit a fast GPU. Not
             with gradient accumulation or a loss scaler.
@@ -112,7 +116,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._backbone: nn.Module | None = None
         self._ddp: LocalDistributedDataParallel | None = None
         self._blocks: BlockGroups | None = None
-        self._dense: DenseLoss | None = None
+        self._chunked: ChunkedLoss | None = None
         self._graphs: StepGraphs | None = None
         self._pending_block: int | None = None  # the block whose gradients are being reduced; it steps at the next boundary
         self._local_log: dict[str, Tensor] = {}
@@ -133,10 +137,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
         module = model.module if is_model_wrapper(model) else model
         if module is not self._model:
             check_model(model, self.update)
+            check_strides_once(module)
             self._model, self._backbone = module, localized_backbone(module)
             *blocks, _ = parameters_by_block(module)
             self._blocks = BlockGroups(self.optimizer, [block.values() for block in blocks])
-            self._dense = None if self.images_per_chunk is None else DenseLoss(module, self.images_per_chunk, self._scale)
+            self._chunked = self._chunked_loss(module)
             self._graphs = None
         if self.cuda_graphs and self._graphs is None:
             self._graphs = self._step_graphs(model)
@@ -145,7 +150,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
-        session = Session(module, local, self.local_backward, self._dense)
+        session = Session(module, local, self.local_backward, self._chunked)
         if self.cuda_graphs:
             session.strategy = self._graphs.strategy_for(session)
         with super().optim_context(model), precision, session:
@@ -254,6 +259,17 @@ class LocalLearningOptimWrapper(OptimWrapper):
             self.step()
             self.zero_grad()
         self.steps = steps  # an iteration counts one step: the one after the task loss
+
+    def _chunked_loss(self, model: nn.Module) -> ChunkedLoss | None:
+        if self.images_per_chunk is None:
+            return None
+        if reason := why_not_dense(model):
+            print_log(
+                f'images_per_chunk={self.images_per_chunk}: losses are normalised chunk by chunk and averaged, as if the '
+                f'images were spread over more GPUs: {reason}',
+                logger='current',
+            )
+        return chunked_loss(model, self.images_per_chunk, self._scale)
 
     def _step_graphs(self, model: nn.Module) -> StepGraphs:
         device = next(model.parameters()).device.type

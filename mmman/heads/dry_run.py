@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 
 from mmman.errors import ConfigError
 from mmman.messages import one_line
+
+if TYPE_CHECKING:
+    from mmdet.structures.mask import BitmapMasks
 
 BATCH_SIZE = 2
 """Number of images in a batch: one is too few for BatchNorm after global pooling."""
@@ -75,7 +79,6 @@ def detection_samples(
         masks: Whether the objects have masks, as in data for instance segmentation.
     """
     from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
 
     sizes = [size for size in (8, 16, 32, 64, 128, 256, 512) if size <= side]
     boxes = torch.cat([_grid_boxes(size, side, objects_per_side) for size in sizes])
@@ -87,7 +90,7 @@ def detection_samples(
         labels = torch.arange(len(boxes)) % classes
         sample.gt_instances = InstanceData(bboxes=boxes.to(device), labels=labels.to(device))
         if masks:
-            sample.gt_instances.masks = BitmapMasks(_box_masks(boxes, side).numpy().astype('uint8'), side, side)
+            sample.gt_instances.masks = box_masks(boxes, side, side)
         sample.ignored_instances = InstanceData(bboxes=boxes[:0].to(device), labels=labels[:0].to(device))
         sample.gt_sem_seg = PixelData(sem_seg=torch.randint(2, (1, side, side)).to(device))
         samples.append(sample)
@@ -101,8 +104,12 @@ def _grid_boxes(size: int, side: int, objects_per_side: int) -> Tensor:
     return torch.cat([corners, corners + size], 1)
 
 
-def _box_masks(boxes: Tensor, side: int) -> Tensor:
-    """Mask of each box in a square image, (N, side, side)."""
-    centres = torch.arange(side) + 0.5
-    across, down = ((centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None]) for i in (0, 1))
-    return down[:, :, None] & across[:, None]
+def box_masks(boxes: Tensor, height: int, width: int) -> BitmapMasks:
+    """Masks that fill the boxes (N, 4) in an image."""
+    from mmdet.structures.mask import BitmapMasks
+
+    across, down = (
+        (centres >= boxes[:, i, None]) & (centres < boxes[:, i + 2, None])
+        for i, centres in enumerate((torch.arange(width) + 0.5, torch.arange(height) + 0.5))
+    )
+    return BitmapMasks((down[:, :, None] & across[:, None]).numpy().astype('uint8'), height, width)

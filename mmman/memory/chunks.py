@@ -21,20 +21,20 @@ Losses = dict[str, Tensor]
 def run_in_chunks(
     compute: Callable[[list[Tensor], slice], tuple[Tensor, Losses]],
     features: Sequence[Tensor],
-    modules: Sequence[nn.Module],
+    parameters: Sequence[nn.Parameter],
     chunk_size: int,
     factor: Tensor,
 ) -> Losses:
     """Compute the losses of a batch for ``chunk_size`` images at a time. All gradients are computed before this returns.
 
-    Back-propagating the sum of the returned losses passes the gradients to ``features`` and to the parameters of ``modules``,
-    as if the losses had been computed in one pass. It is possible only once.
+    Back-propagating the sum of the returned losses passes the gradients to ``features`` and to ``parameters``, as if the losses
+    had been computed in one pass. It is possible only once.
 
     Args:
         compute: ``compute(features, span)`` for the images ``span`` of the batch. Returns the total loss, a scalar, and its
             terms by name, normalised over the whole batch.
         features: Inputs of the part, each (B, ...). Those that don't require a gradient get none.
-        modules: All modules that the part runs.
+        parameters: All trainable parameters of the part.
         chunk_size: Images per chunk.
         factor: Factor on a loss before it is back-propagated, so that float16 gradients don't underflow; a scalar.
 
@@ -44,7 +44,6 @@ def run_in_chunks(
     count = len(features[0])
     grads = [torch.zeros_like(feature) if feature.requires_grad else None for feature in features]
     total: Losses = {}
-    parameters = [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
     parameter_grads: list[Tensor | None] = [None] * len(parameters)
     with torch.enable_grad():
         for start in range(0, count, chunk_size):

@@ -11,6 +11,7 @@ from mmman.planning.costs import Peak
 
 SAME = 'the same'
 LOCAL = 'MAN++'
+BY_CHUNK = 'as on more GPUs'
 END_TO_END = 'end to end'
 AS_IT_IS = 'the config as it is'
 
@@ -40,8 +41,8 @@ class FitRow:
 
     Attributes:
         name: What is changed, in a few words.
-        trains: How it trains: :data:`SAME` as the config, :data:`LOCAL`, for a localised config :data:`END_TO_END`, or what
-            else differs.
+        trains: How it trains: :data:`SAME` as the config; :data:`BY_CHUNK`, with losses normalised chunk by chunk;
+            :data:`LOCAL`; for a localised config :data:`END_TO_END`; or what else differs.
         changes: The changes of the config.
         peak: The peak of a training step. None if it can't be predicted.
         flops: FLOPs of a training step, without the optimizer.

@@ -12,11 +12,11 @@ from mmengine.config import Config, ConfigDict
 
 from mmman.analysis.dummy_model import build_dummy_model
 from mmman.errors import ConfigError, CostError, PartitionError
-from mmman.memory.detection.dense_loss import DenseLoss
-from mmman.memory.detection.losses import check_adapter, check_norms
+from mmman.memory.detection.dense_loss import why_not_dense
+from mmman.memory.detection.losses import check_norms
 from mmman.messages import one_line
 from mmman.partition import chain_of, plan_blocks
-from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, Changes, FitRow, Limits
+from mmman.planning.choice import AS_IT_IS, BY_CHUNK, END_TO_END, LOCAL, SAME, Changes, FitRow, Limits
 from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, peak_of
 from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
 from mmman.planning.search import fewest_flops, smallest_peak
@@ -94,8 +94,8 @@ def predict_rows(
         LocalLearningError: The model can't be profiled.
     """
     cfg = _without_checkpointing(case.localized)
-    obstacle = chunk_obstacle(cfg, case.height, case.width) if case.is_detector else ''
-    if case.is_detector and not obstacle:
+    chunks = chunk_support(cfg, case.height, case.width)
+    if case.is_detector and not chunks.obstacle:
         cfg.optim_wrapper.images_per_chunk = case.chunk_size
     report('the config as it is, and what recomputing costs', 0.0)
     profile = profile_step(cfg, *case.shape, may_recompute=True)
@@ -105,7 +105,7 @@ def predict_rows(
     shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
     report("the stock backbone's with_cp", 0.2)
-    exact = _exact_rows(case, profile, obstacle)
+    exact = _exact_rows(case, profile, chunks)
     if not case.is_localized:
         yield from sorted(exact, key=_work)
         if case.localized.optim_wrapper.get('dtype') is None:
@@ -125,18 +125,26 @@ def predict_rows(
         yield from (replace(row, trains=END_TO_END) for row in sorted([whole, *exact], key=_work))
 
 
-def chunk_obstacle(cfg: Config, height: int, width: int) -> str:
-    """Say why neck and head of a detector can't run on a few images at a time. Empty if they can."""
+@dataclass(frozen=True)
+class ChunkSupport:
+    """Whether neck and heads of a model run on a few images at a time.
+
+    Attributes:
+        trains: How they then train: :data:`SAME` or :data:`BY_CHUNK`.
+        obstacle: Why they can't. Empty if they can.
+    """
+
+    trains: str
+    obstacle: str = ''
+
+
+def chunk_support(cfg: Config, height: int, width: int) -> ChunkSupport:
     model, _ = build_dummy_model(as_single_block(cfg), height, width)
-    if hasattr(model, 'roi_head'):
-        return 'not available for two-stage detectors yet'
     try:
-        DenseLoss(model, 1, lambda loss: loss)
-        check_adapter(model.bbox_head)
-        check_norms(model.bbox_head, [part for name, part in model.named_children() if name != 'backbone'])
+        check_norms(type(model).__name__, [part for name, part in model.named_children() if name != 'backbone'])
+        return ChunkSupport(BY_CHUNK if why_not_dense(model) else SAME)
     except ConfigError as error:
-        return one_line(str(error), 120)
-    return ''
+        return ChunkSupport(SAME, one_line(str(error), 120))
 
 
 def _without_checkpointing(cfg: Config) -> Config:
@@ -179,7 +187,7 @@ def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryP
     return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan))
 
 
-def _exact_rows(case: FitCase, profile: Profile, obstacle: str) -> Iterator[FitRow]:
+def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterator[FitRow]:
     """Ways to train the same: recompute, the stock ``with_cp``, chunks, and chunks with recompute."""
     stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
     wrapper = {key: value for key, value in case.local_wrapper.items() if key != 'update'}
@@ -191,12 +199,12 @@ def _exact_rows(case: FitCase, profile: Profile, obstacle: str) -> Iterator[FitR
         if profile.step.in_chunks:
             name = f'{name}, {_chunks(case)}'
             changes = Changes(stock, _options(case, profile, plan), wrapper)
-            yield _row(name, SAME, changes, profile.step, plan)
+            yield _row(name, chunks.trains, changes, profile.step, plan)
     if profile.step.in_chunks:
         changes = Changes(stock, _options(case, profile, MemoryPlan()), wrapper)
-        yield _row(_chunks(case), SAME, changes, profile.step, MemoryPlan())
+        yield _row(_chunks(case), chunks.trains, changes, profile.step, MemoryPlan())
     elif case.is_detector:
-        yield FitRow('images in chunks', SAME, Changes(), note=obstacle, is_available=False)
+        yield FitRow('images in chunks', SAME, Changes(), note=chunks.obstacle, is_available=False)
     if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):
         cfg = copy.deepcopy(case.localized)
         cfg.model.backbone.backbone.with_cp = True

@@ -115,14 +115,14 @@ class HeadCosts:
 
     def _cost(self, head: LocalHead, cut: int) -> HeadCost:
         model = self.runs.model
-        dense = self.runs.dense
-        losses = head.loss if dense is None else partial(dense.local_losses, head)
+        chunked = self.runs.chunked
+        losses = head.loss if chunked is None else partial(chunked.local_losses, head)
         outputs = {id(batch): own[cut] for batch, own in zip(self.runs.batches, self._outputs, strict=True)}
 
         def run(batch: ProbeBatch, trace: Trace) -> None:
             x = outputs[id(batch)].detach().requires_grad_()
             head.zero_grad()
-            if dense is not None:
+            if chunked is not None:
                 with torch.no_grad(), self.runs.precision():
                     losses(head.apply_transfer(x, batch.inputs), batch.inputs, batch.samples, dry_run=True)
             trace.begin()

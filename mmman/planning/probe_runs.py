@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Extrapolation, Trace
-from mmman.memory.detection.dense_loss import DenseLoss
+from mmman.memory.detection.dense_loss import ChunkedLoss
+from mmman.memory.model_loss import chunked_loss
 from mmman.partition import Chain, chain_of
 from mmman.partition.chain import STEM
 
@@ -43,7 +44,7 @@ class ProbeRuns:
         chain: The units of its backbone.
         batches: The two probe batches.
         pixels: Pixels of each probe batch and of the requested batch.
-        dense: Runs dense heads on a few images at a time. None if the config doesn't set ``images_per_chunk``.
+        chunked: Runs neck and heads on a few images at a time. None if the config doesn't set ``images_per_chunk``.
     """
 
     model: BaseModel
@@ -51,7 +52,7 @@ class ProbeRuns:
     chain: Chain
     batches: list[ProbeBatch]
     pixels: tuple[int, int, int]
-    dense: DenseLoss | None
+    chunked: ChunkedLoss | None
 
     @classmethod
     def of(cls, cfg: Config, batch: int, height: int, width: int) -> ProbeRuns:
@@ -71,8 +72,8 @@ class ProbeRuns:
         sizes = probe_sizes(chain, height, width, batch if by_image else None, cfg.default_scope, has_proposals)
         batches = [random_probe_batch(model, cfg.default_scope, *size) for size in sizes]
         pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
-        dense = None if chunk is None else DenseLoss(model, chunk, lambda loss: loss)
-        return cls(model, optim_wrapper, chain, batches, pixels, dense)
+        chunked = None if chunk is None else chunked_loss(model, chunk, lambda loss: loss)
+        return cls(model, optim_wrapper, chain, batches, pixels, chunked)
 
     def precision(self) -> AbstractContextManager:
         dtype = getattr(self.optim_wrapper, 'dtype', None)

@@ -281,8 +281,8 @@ def _task_loss(runs: ProbeRuns, batch: ProbeBatch, features: object) -> Tensor:
     """The model's loss, computed from the given outputs of the backbone."""
     model = runs.model
     with runs.precision():
-        if runs.dense is not None:
-            return model.parse_losses(runs.dense.neck_and_head([*features], batch.samples))[0]
+        if runs.chunked is not None:
+            return model.parse_losses(runs.chunked.neck_and_head([*features], batch.inputs, batch.samples))[0]
         with replaced(model.backbone, 'forward', lambda *_, **__: features):
             return model.parse_losses(model(inputs=batch.inputs, data_samples=batch.samples, mode='loss'))[0]
 
@@ -296,9 +296,9 @@ def _task_cost(runs: ProbeRuns) -> HeadCost:
         with torch.no_grad(), runs.precision():
             features = backbone(batch.inputs)
         _last_tensor(features).requires_grad_()
-        if runs.dense is not None:
+        if runs.chunked is not None:
             with runs.precision():
-                runs.dense.neck_and_head([*features], batch.samples, dry_run=True)
+                runs.chunked.neck_and_head([*features], batch.inputs, batch.samples, dry_run=True)
         trace.begin()
         _task_loss(runs, batch, features).backward()
         trace.mark('end')

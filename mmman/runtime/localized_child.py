@@ -32,7 +32,7 @@ COMMENTS = {
     'with_cp': "the stock backbone's own activation checkpointing",
     'frozen_stages': 'asked for by --frozen-stages',
     'update': 'a block takes its optimizer step, and frees its gradients, before the next block runs',
-    'images_per_chunk': 'neck and dense heads run on so many images at a time; the losses of the whole batch',
+    'images_per_chunk': 'neck and heads run on so many images at a time',
     'dtype': 'mixed precision: not the same numbers as in single precision',
     'batch_size': 'asked for by --batch; the learning rate is not scaled',
 }

@@ -121,7 +121,7 @@ def meter(name, options):
 def test_live_bytes_are_what_the_allocator_holds():
     """Beside what operators take inside, and the allocator's rounding."""
     peaks = []
-    for name, backbone in (('retinanet_r18_e2e.py', 'backbone'), ('light/retinanet_r18_k4.py', 'backbone.backbone')):
+    for name, backbone in (('paper/retinanet_r18_e2e.py', 'backbone'), ('retinanet_r18_manpp_k4.py', 'backbone.backbone')):
         one = meter(name, {f'model.{backbone}.norm_eval': False})
         peak, allocated = one.memory().peak, one.allocator_peak()
         on_host = sum(image.nbytes for image in one.data['inputs'])
@@ -156,7 +156,7 @@ def test_a_sum_of_the_focal_loss_is_that_of_the_cpu(dtype, rtol):
 
 
 def test_graphs_have_memory_that_counts():
-    one = meter('light/retinanet_r18_k4.py', test_cuda_graphs.GRAPHS)
+    one = meter('retinanet_r18_manpp_k4.py', test_cuda_graphs.GRAPHS)
     one.step()
     recorded, peak = one.optim_wrapper.graph_bytes, one.allocator_peak()
     assert 0 < recorded == one.optim_wrapper.graph_bytes < peak

@@ -12,10 +12,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
+from rich.console import Console
 
 from mmman.analysis.dummy_model import build_dummy_model
 from tests.conftest import ROOT
 from tools.benchmarks import accuracy
+from training_rows.paper import write_row
 from training_rows.rows import build_row, check_equal_budgets, store_config
 from training_rows.runs import Run, resume_from
 
@@ -150,7 +152,8 @@ def test_iterations_and_epochs_are_not_confused(npz, tmp_path):
 
 def test_a_row_of_the_paper_is_scaled(npz, tmp_path):
     pytest.importorskip('mmpretrain')
-    config, row = tmp_path / 'dgl.py', ROOT / 'configs/paper/table1/cifar10_resnet32_k16_dgl.py'
+    config, row = tmp_path / 'dgl.py', tmp_path / 'row.py'
+    write_row('table1/cifar10_resnet32_k16_dgl', row, Console())
     dataset = "dict(_delete_=True, type='mmman.PackedImageDataset', ann_file={!r}, pipeline=[dict(type='PackInputs')])"
     loaders = [
         f'{loader} = dict(dataset={dataset.format(str(npz / f"{split}.npz"))})'

@@ -27,8 +27,9 @@ from mmman.engine.config_check import check_config
 from mmman.errors import ConfigError
 from mmman.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
 from tests.alive import without_gradient
-from tests.conftest import ROOT
+from tests.configs import CONFIGS, read_config
 from tests.transfer_effect import assert_transfer_has_effect
+from tools.benchmarks.training_rows.paper_rows import paper_rows
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
@@ -38,21 +39,18 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:.*(build_loss|avg_non_ignore|draw is False):UserWarning'),  # any segmentor of mmseg
 ]
 
-CONFIGS = ROOT / 'configs'
 FILES = sorted(CONFIGS.rglob('*.py'))
-PIPELINES = [path.name for path in FILES if path.stem.endswith('_pipeline')]
-LEAN = [path.name for path in FILES if path.stem.endswith('_lean')]
+# flagships are in test_flagships.py
 SHIPPED = [
     str(path.relative_to(CONFIGS))
     for path in FILES
-    if path.parent.name not in ('_base_', 'light') and path.name not in PIPELINES + LEAN
-]
+    if path.parent != CONFIGS and path.parent.name != '_base_' and path.name != 'rows.py'
+] + [*paper_rows()]
 DETECTORS = [name for name in SHIPPED if 'retinanet' in name]
 SEGMENTORS = [name for name in SHIPPED if 'deeplab' in name]
 CLASSIFIERS = [name for name in SHIPPED if name not in DETECTORS + SEGMENTORS]
-PAPER = [name for name in CLASSIFIERS if name.startswith('paper')]
-FLAGSHIPS = [name for name in CLASSIFIERS if not name.startswith('paper')]
-FROM_MANPP = [name for name in SHIPPED if 'from_manpp' in name]
+PAPER = [name for name in CLASSIFIERS if name in paper_rows()]
+STOCK_RECIPES = [name for name in CLASSIFIERS if name not in paper_rows()]
 END_TO_END = [name for name in SHIPPED if '_e2e' in name]
 
 
@@ -68,7 +66,7 @@ find_base_path = Config._get_cfg_path
 @functools.cache
 def config(name: str) -> Config:
     with patch.object(Config, '_get_cfg_path', base_path):
-        return Config.fromfile(CONFIGS / name)
+        return read_config(name)
 
 
 def build_model(cfg: Config) -> BaseModel:
@@ -97,7 +95,7 @@ def end_to_end_twin(name: str) -> str:
     """The config of the same model and recipe, trained end to end."""
     if name in SEGMENTORS:
         network, start = re.search(r'deeplabv3(plus)?_r\d+', name)[0], 'scratch' if 'scratch' in name else 'pretrained'
-        return f'paper/table5/{network}_e2e_{start}.py'
+        return f'table5/{network}_e2e_{start}'
     name = name.replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
     return re.sub(r'manpp_k\d+', 'e2e', name) if name in DETECTORS else re.sub(r'_k\d+_\w+', '_e2e', name)
 
@@ -132,7 +130,7 @@ def test_local_detector(name: str) -> None:
     assert_transfer_has_effect(config(name), model)
 
 
-@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END + FLAGSHIPS + FROM_MANPP])
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name not in END_TO_END + STOCK_RECIPES])
 def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     local, twin = copy.deepcopy(config(name)), copy.deepcopy(config(end_to_end_twin(name)))
     keys = {key for key in meta_model(name).state_dict() if not key.startswith('backbone.local.')}
@@ -144,14 +142,6 @@ def test_local_config_is_its_twin_and_three_keys(name: str) -> None:
     for cfg in (local, twin):  # over which parameters one norm clips is a question of blocks
         cfg.merge_from_dict({'optim_wrapper.type': None, 'optim_wrapper.clip_scope': None, 'custom_hooks': None, 'paper': None})
     assert local.to_dict() == twin.to_dict()
-
-
-@pytest.mark.parametrize('name', PIPELINES)
-def test_pipeline_is_another_config_with_another_runner(name: str) -> None:
-    pipeline, whole = config(name).to_dict(), config(name.replace('_pipeline', '')).to_dict()
-    assert pipeline.pop('runner_type') == 'mmman.PipelineRunner'
-    assert pipeline == whole
-    assert f'{name} {whole["model"]["backbone"]["num_blocks"]},' in (CONFIGS / name).read_text()
 
 
 # The last units of the first K-1 blocks, by network and K.
@@ -238,7 +228,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize('name', [name for name in CLASSIFIERS if name in END_TO_END or name in FLAGSHIPS])
+@pytest.mark.parametrize('name', [name for name in CLASSIFIERS if name in END_TO_END or name in STOCK_RECIPES])
 def test_recipe_of_the_classifiers(name: str) -> None:
     cfg = config(name)
     optimizer, batch, gpus, epochs = next(recipe for word, recipe in RECIPES.items() if word in name)
@@ -249,7 +239,7 @@ def test_recipe_of_the_classifiers(name: str) -> None:
     assert cfg.train_dataloader.batch_size * gpus == cfg.auto_scale_lr.base_batch_size == batch
     assert cfg.train_cfg.max_epochs == schedule[-1].get('end', epochs) == epochs
     assert schedule[-1].type == 'CosineAnnealingLR'
-    if name in FLAGSHIPS:
+    if name in STOCK_RECIPES:
         return  # the rest is the stock config's
     warm_up = 10 if 'table1' in name else 5 if 'vit' in name else 0
     assert [step.type for step in schedule] == ['LinearLR', 'CosineAnnealingLR'][not warm_up :]
@@ -266,7 +256,7 @@ def test_recipe_of_the_classifiers(name: str) -> None:
 
 def test_learning_rates_of_cifar_are_those_of_the_authors() -> None:
     """Their warm-up multiplies the cosine, from 0.01, and steps by epochs; ours by iterations, here two an epoch."""
-    schedule = copy.deepcopy(config('paper/table1/cifar10_resnet32_e2e.py').param_scheduler)
+    schedule = copy.deepcopy(config('table1/cifar10_resnet32_e2e').param_scheduler)
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.8)
     schedulers = [
@@ -327,9 +317,9 @@ def test_classifier_runs_at_its_image_size(name: str) -> None:
 
 
 def test_rows_of_the_paper() -> None:
-    tables = {'paper/table1': ('I', 78), 'paper/table2': ('II', 34), 'paper/table7': ('VII', 8)}
+    tables = {'table1': ('I', 78), 'table2': ('II', 34), 'table7': ('VII', 8)}
     for folder, (table, count) in tables.items():
-        rows = {name: config(name).paper for name in PAPER if name.startswith(f'{folder}/')}
+        rows = {name: config(name).paper for name in paper_rows() if name.startswith(f'{folder}/')}
         assert len(rows) == count
         for name, paper in rows.items():
             on_imagenet = 'table2' in name or 'imagenet' in name
@@ -373,7 +363,7 @@ def test_local_segmentor_is_what_its_name_says(name: str) -> None:
     head.check_model(model)
 
 
-@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name in END_TO_END or not name.startswith('paper')])
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name in END_TO_END or name not in paper_rows()])
 def test_recipe_of_the_segmentors(name: str) -> None:
     cfg = config(name)
     (schedule,) = cfg.param_scheduler
@@ -386,12 +376,11 @@ def test_recipe_of_the_segmentors(name: str) -> None:
     assert cfg.train_cfg.max_iters % cfg.train_cfg.val_interval == 0
     assert [cfg.model.data_preprocessor.size] == crops == [(768, 768)]
     depth = 101 if 'r101' in name else 50
-    is_random = 'scratch' in name or name in FROM_MANPP
-    assert cfg.model.pretrained == (None if is_random else f'open-mmlab://resnet{depth}_v1c')
+    assert cfg.model.pretrained == (None if 'scratch' in name else f'open-mmlab://resnet{depth}_v1c')
 
 
 def test_rows_of_table_5() -> None:
-    rows = {name: config(name).paper for name in SEGMENTORS if name.startswith('paper/table5/')}
+    rows = {name: config(name).paper for name in SEGMENTORS if name.startswith('table5/')}
     assert len(rows) == 32
     accuracies = {'mean_iou', 'mean_acc', 'overall_acc'}
     for name in [name for name in rows if '_manpp' in name]:
@@ -405,26 +394,7 @@ def test_rows_of_table_5() -> None:
         assert infopro.memory_gb < man.memory_gb < e2e.memory_gb
 
 
-@pytest.mark.parametrize('name', FROM_MANPP)
-def test_backbone_from_a_classifier_trained_locally(name: str, tmp_path: Path) -> None:
-    cfg = copy.deepcopy(config(name))
-    backbone = cfg.model.backbone.backbone
-    source = copy.deepcopy(config(f'{Path(backbone.init_cfg.checkpoint).parent.name}.py'))
-    narrow = {'base_channels': 4, 'stem_channels': 4}
-    source.merge_from_dict({'model.backbone.backbone': narrow, 'model.head.in_channels': 128})
-    cfg.merge_from_dict({'model.backbone.backbone': {**narrow, 'init_cfg': {'checkpoint': str(tmp_path / 'epoch_90.pth')}}})
-    classifier = build_model(source)
-    torch.save({'state_dict': classifier.state_dict()}, tmp_path / 'epoch_90.pth')
-    init_default_scope(cfg.default_scope)
-    ours = MODELS.build(cfg.model.backbone)
-    ours.init_weights()
-
-    theirs = {key: value for key, value in classifier.backbone.state_dict().items() if not key.startswith('local.')}
-    assert theirs.keys() == {key for key in ours.state_dict() if not key.startswith('local.')}
-    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in theirs.items())
-
-
-@pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('paper/table4')])
+@pytest.mark.parametrize('name', [name for name in SHIPPED if name.startswith('table4')])
 def test_recipe_of_table_4(name: str) -> None:
     cfg = config(name)
     backbone = cfg.model.backbone.get('backbone', cfg.model.backbone)
@@ -598,23 +568,25 @@ def test_step_reaches_every_parameter(name: str) -> None:
     assert {f'train/local/{j}/loss' for j in range(1, len(levels) + 1)} <= hub.log_scalars.keys()
 
 
-@pytest.mark.parametrize('name', LEAN)
-def test_lean_configs_change_how_much_is_kept_and_nothing_else(name: str) -> None:
-    expected = copy.deepcopy(config(name.replace('_lean', '')))
-    expected.model.backbone.recompute = ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
-    expected.model.backbone.backbone.out_indices = (1, 2, 3)
-    expected.model.neck.update(in_channels=expected.model.neck.in_channels[1:], start_level=0)
-    expected.optim_wrapper.update(images_per_chunk=1, update='immediate')
-    assert config(name).to_dict() == expected.to_dict()
+def exact_options(in_channels: list[int]) -> dict:
+    """The options of docs/howto/fit_memory.md that train the same in less memory."""
+    return {
+        'model.backbone.recompute': ['stem', 'layer1', 'layer2', 'layer3', 'layer4'],
+        'model.backbone.backbone.out_indices': (1, 2, 3),
+        'model.neck.in_channels': in_channels,
+        'model.neck.start_level': 0,
+        'optim_wrapper.images_per_chunk': 1,
+        'optim_wrapper.update': 'immediate',
+    }
 
 
-@pytest.mark.parametrize('name', ['retinanet_r18_manpp_k4_lean.py', 'retinanet_r50_manpp_k4_lean.py'])
-def test_a_lean_config_trains_the_same(name: str) -> None:
+@pytest.mark.parametrize(('network', 'in_channels'), [('r18', [128, 256, 512]), ('r50', [512, 1024, 2048])])
+def test_the_options_that_save_memory_train_the_same(network: str, in_channels: list[int]) -> None:
     batch = {key: 2 * value for key, value in image_batch(96, 160).items()}
     states = []
-    for one in (name, name.replace('_lean', '')):
-        cfg = copy.deepcopy(config(one))
-        cfg.merge_from_dict({'model.backbone.backbone.init_cfg': None})
+    for options in (exact_options(in_channels), {}):
+        cfg = copy.deepcopy(config(f'paper/retinanet_{network}_manpp_k4.py'))
+        cfg.merge_from_dict({'model.backbone.backbone.init_cfg': None, **options})
         model = build_for_training(cfg)
         model.train_step(copy.deepcopy(batch), build_optim_wrapper(model, cfg.optim_wrapper))
         states.append(model.state_dict())
@@ -624,21 +596,12 @@ def test_a_lean_config_trains_the_same(name: str) -> None:
 
 # Smaller models and images of the same kind, and how many local heads they have.
 CLASSIFIER_STEPS = {
-    'resnet32_manpp_k16_cifar10.py': ({}, 32, 15),
-    'resnet101_manpp_k4_imagenet.py': ({}, 64, 3),
-    'vit-base_manpp_k4_imagenet.py': (
-        {
-            'model.backbone.backbone.arch': 'deit-tiny',
-            'model.backbone.backbone.img_size': 64,
-            'model.head.in_channels': 192,
-        },
-        64,
-        3,
-    ),
+    'paper/resnet32_manpp_k16_cifar10.py': ({}, 32, 15),
+    'paper/resnet101_manpp_k4_imagenet.py': ({}, 64, 3),
 }
 
 
-@pytest.mark.parametrize('name', FLAGSHIPS)
+@pytest.mark.parametrize('name', STOCK_RECIPES)
 def test_step_of_a_classifier_reaches_every_parameter(name: str) -> None:
     from mmpretrain.structures import DataSample
 
@@ -678,7 +641,7 @@ def smaller_segmentor(name: str, size: int) -> Config:
     return cfg
 
 
-@pytest.mark.parametrize('name', [name for name in SEGMENTORS if not name.startswith('paper') and name not in FROM_MANPP])
+@pytest.mark.parametrize('name', [name for name in SEGMENTORS if name not in paper_rows()])
 def test_step_of_a_segmentor_reaches_every_parameter(name: str) -> None:
     from mmseg.structures import SegDataSample
 
@@ -700,7 +663,7 @@ def test_step_of_a_segmentor_reaches_every_parameter(name: str) -> None:
 
 
 def test_segmentor_trains_on_images_laid_out_as_cityscapes(test_data: Path, tmp_path: Path) -> None:
-    cfg = smaller_segmentor('deeplabv3_r50_manpp_k2.py', 96)
+    cfg = smaller_segmentor('paper/deeplabv3_r50_manpp_k2.py', 96)
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         loader.merge({'num_workers': 0, 'persistent_workers': False})
         loader.dataset.merge({'data_root': str(test_data / 'camvid'), 'indices': 4})

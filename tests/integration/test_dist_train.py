@@ -18,7 +18,7 @@ pytest.importorskip('mmdet')
 def dist_train(work_dir, values, *arguments):
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}', 'PORT': '29633'}
     options = [f'{key}={value}'.replace(' ', '') for key, value in values.items()]
-    command = ['tools/dist_train.sh', 'configs/retinanet_r18_manpp_k4.py', '2', '--work-dir', work_dir, *arguments]
+    command = ['tools/dist_train.sh', 'configs/paper/retinanet_r18_manpp_k4.py', '2', '--work-dir', work_dir, *arguments]
     run = subprocess.run(
         [*map(str, command), '--cfg-options', *options], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 pytest.importorskip('mmpretrain')
 
-# stock config, K; what the README's table says of it is made from here
+# stock config, K; what the table of docs/supported_models.md says of it is made from here
 STOCK = {
     'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py': 4,
     'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py': 4,
@@ -99,7 +99,7 @@ def batch_of(cfg):
     return classification_batch(224 if cfg.model.backbone.backbone.type in ('SwinTransformer', 'VGG') else 64)
 
 
-def readme_row(stock, head):
+def table_row(stock, head):
     task = next(module for name in ('bbox_head', 'decode_head', 'head') if (module := getattr(head, name, None)))
     library, _, path = stock.partition('::')
     return f'| {library} | `{path}` | {STOCK[stock]} | `{type(head).__name__}`, {type(task).__name__} |'
@@ -118,7 +118,7 @@ def test_inheritance_alone_localises(stock, tmp_path):
     model = model.double() if is_double else model
     backbone = model.backbone
     assert len(backbone.local) == STOCK[stock] - 1
-    assert readme_row(stock, next(iter(backbone.local.values()))) in (ROOT / 'README.md').read_text()
+    assert table_row(stock, next(iter(backbone.local.values()))) in (ROOT / 'docs' / 'supported_models.md').read_text()
     backbone.local.init_weights()
     for module in backbone.local.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.any():  # a ViT's classifier passes no gradient on

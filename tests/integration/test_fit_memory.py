@@ -16,7 +16,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 pytestmark = pytest.mark.whole_models
 
-CIFAR = str(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
+CIFAR = str(ROOT / 'configs' / 'paper' / 'resnet32_manpp_k16_cifar10.py')
 RETINANET = """
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 model = dict(

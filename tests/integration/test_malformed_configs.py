@@ -19,6 +19,7 @@ from torch import nn
 
 from mmman.engine.config_check import check_config
 from mmman.errors import LocalLearningError
+from tests.configs import read_config
 from tests.conftest import ROOT
 
 pytest.importorskip('mmdet')
@@ -70,7 +71,7 @@ def is_dict(value):
 
 # For each option, whether a value alone is valid. Options whose values depend on the model are tried below.
 OPTIONS = {
-    'retinanet_r18_manpp_k4.py': {
+    'paper/retinanet_r18_manpp_k4.py': {
         'model.backbone.num_blocks': is_optional(is_count),
         'model.backbone.loss_weight': lambda v: is_positive(v) or (is_pair(v) and min(v) > 0) or v in ([], [4], (1, 2, 3)),
         'model.backbone.recompute': lambda v: is_bool(v) or (isinstance(v, list) and all(type(x) is str for x in v)),
@@ -98,7 +99,7 @@ OPTIONS = {
         'custom_hooks.0.momentum': lambda v: is_number(v) and 0 <= v <= 1,
         'custom_hooks.0.interval': is_count,
     },
-    'paper/table1/cifar10_resnet32_k16_dgl_manpp.py': {
+    'table1/cifar10_resnet32_k16_dgl_manpp': {
         'model.backbone.local_head.pool_size': is_count,
         'model.backbone.local_head.conv_channels': is_count,
         'model.backbone.local_head.fc_channels': is_count,
@@ -106,19 +107,19 @@ OPTIONS = {
         'model.backbone.local_head.head': is_dict,
         'model.backbone.backbone.depth': is_int,
     },
-    'paper/table1/cifar10_resnet32_k16_infopro_manpp.py': {
+    'table1/cifar10_resnet32_k16_infopro_manpp': {
         'model.backbone.local_head.lambda_rec': is_weight,
         'model.backbone.local_head.lambda_task': is_weight,
         'model.backbone.local_head.contrast': is_bool,
         'model.backbone.local_head.temperature': is_positive,
         'model.backbone.local_head.classifier': lambda v: False,
     },
-    'deeplabv3_r50_manpp_k2.py': {
+    'paper/deeplabv3_r50_manpp_k2.py': {
         'model.backbone.local_head.lambda_rec': is_weight,
         'model.backbone.local_head.lambda_task': is_weight,
         'model.backbone.local_head.network': is_optional(is_dict),
     },
-    'vit-base_manpp_k4_imagenet.py': {
+    'vit-base_manpp_k6_imagenet.py': {
         'model.backbone.local_head.layers': lambda v: is_int(v) and v >= 0,
         'model.backbone.local_head.pool': is_optional(lambda v: False),
     },
@@ -130,7 +131,7 @@ assert COUNT >= 300
 
 @pytest.fixture(scope='module')
 def configs():
-    return {name: Config.fromfile(ROOT / 'configs' / name) for name in OPTIONS}
+    return {name: read_config(name) for name in OPTIONS}
 
 
 def replaced(cfg: Config, key: str, value: object) -> Config:
@@ -214,7 +215,7 @@ MISSPELLED = {
 
 @pytest.mark.parametrize('option', MISSPELLED)
 def test_an_unknown_option_leads_to_the_right_one(configs, option):
-    message = error_of(lambda: check_config(replaced(configs['retinanet_r18_manpp_k4.py'], option, 2)))
+    message = error_of(lambda: check_config(replaced(configs['paper/retinanet_r18_manpp_k4.py'], option, 2)))
     assert message is not None and MISSPELLED[option] in message
 
 
@@ -241,7 +242,7 @@ CONTRADICTIONS = [
 
 @pytest.mark.parametrize(('changes', 'expected'), CONTRADICTIONS)
 def test_options_that_contradict_each_other(configs, changes, expected):
-    cfg = configs['retinanet_r18_manpp_k4.py']
+    cfg = configs['paper/retinanet_r18_manpp_k4.py']
     for key, value in changes.items():
         cfg = replaced(cfg, key, value)
     message = error_of(lambda: check_config(cfg))
@@ -275,7 +276,7 @@ WRAPPERS = [
 @pytest.mark.parametrize(('option', 'case'), WRAPPERS)
 def test_nested_options_of_the_optim_wrapper(configs, option, case):
     value, expected = case
-    cfg = replaced(configs['retinanet_r18_manpp_k4.py'], option, value)
+    cfg = replaced(configs['paper/retinanet_r18_manpp_k4.py'], option, value)
     cfg.optim_wrapper.dtype = 'bfloat16'
     init_default_scope('mmdet')
     optimizer = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
@@ -288,7 +289,7 @@ def test_a_tool_ends_with_one_line():
     command = [
         sys.executable,
         'tools/train.py',
-        'configs/retinanet_r18_manpp_k4.py',
+        'configs/paper/retinanet_r18_manpp_k4.py',
         '--cfg-options',
         'model.backbone.num_blocks=0',
     ]

@@ -25,7 +25,7 @@ def start(model):
 
 @pytest.mark.parametrize('stock', SWINS)
 def test_first_local_losses(stock, tmp_path):
-    """The configs of the README's table."""
+    """The configs of the table in docs/supported_models.md."""
     torch.manual_seed(0)
     cfg = child_of(stock, STOCK[stock], tmp_path)
     if cfg.default_scope == 'mmseg':

@@ -172,8 +172,8 @@ def assert_same(ours: object, theirs: object, path: str = '') -> None:
         assert ours == theirs, path
 
 
-LOCAL = 'retinanet_r18_manpp_k4.py'
-END_TO_END = 'retinanet_r18_e2e.py'
+LOCAL = 'paper/retinanet_r18_manpp_k4.py'
+END_TO_END = 'paper/retinanet_r18_e2e.py'
 SOURCES = {'layer1_1': 'backbone.layer2.0', 'layer2_1': 'backbone.layer3.0', 'layer3_1': 'backbone.layer4.0'}
 ONE_ITERATION = {'train_cfg__max_epochs': 1, 'train_dataloader__dataset__indices': 2}
 
@@ -197,7 +197,7 @@ def end_to_end_run(dataset: dict, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_the_stock_train_script_runs_the_flagship(dataset: dict, tmp_path: Path) -> None:
     script = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
     options = overrides(dataset, is_local=True, expansion=4, train_cfg__max_epochs=1, train_dataloader__dataset__indices=4)
-    run_script(script, ROOT / 'configs' / 'retinanet_r50_manpp_k4.py', '--work-dir', tmp_path, options=options)
+    run_script(script, ROOT / 'configs' / 'paper' / 'retinanet_r50_manpp_k4.py', '--work-dir', tmp_path, options=options)
 
     scalars = [line for line in logged(tmp_path) if 'epoch' in line]
     assert len(scalars) == 2

@@ -1,11 +1,14 @@
 """Dense heads on a few images at a time: losses and gradients are those of the whole batch."""
 
+import copy
 import weakref
 
 import pytest
 import torch
+from mmengine.hub import get_config
 
 from mmman import LocalDistributedDataParallel, LocalLearningOptimWrapper
+from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
 from tests.parity import test_ddp_models
@@ -17,6 +20,13 @@ CONFIGS = {
     'RetinaNet': 'retinanet/retinanet_r18_fpn_1x_coco.py',
     'FCOS': 'fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
     'ATSS': 'atss/atss_r50_fpn_1x_coco.py',
+}
+
+
+BY_CHUNK = {
+    'Cascade Mask R-CNN': 'cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
+    'GFL': 'gfl/gfl_r50_fpn_1x_coco.py',
+    'Deformable DETR': 'deformable_detr/deformable-detr_r50_16xb2-50e_coco.py',
 }
 
 
@@ -199,16 +209,14 @@ def test_refused():
     with pytest.raises(ConfigError, match='images_per_chunk=0: expected'):
         one_step(detector('RetinaNet'), images(), images_per_chunk=0)
     model = detector('RetinaNet')
-    model.__class__ = type('Distiller', (type(model),), {'loss': lambda self: None})
-    with pytest.raises(ConfigError, match='images_per_chunk requires a model.*SingleStageDetector.*not Distiller'):
+    model.__class__ = type('Distiller', (type(model),), {'loss': lambda self, *batch: {'loss': torch.ones(())}})
+    with pytest.raises(ConfigError, match='loss runs its backbone once, but Distiller ran it 0 times'):
         one_step(model, images(), images_per_chunk=1)
     model = detector('RetinaNet')
     model.neck.lateral_convs[0].bn = torch.nn.BatchNorm2d(4)
-    with pytest.raises(ConfigError, match='BatchNorm in training mode, which mixes the images.*images_per_chunk=None'):
-        one_step(model, images(), images_per_chunk=1)
-    model = detector('RetinaNet')
-    model.bbox_head.__class__ = type('OtherHead', (type(model.bbox_head),), {'loss_by_feat': lambda self: None})
-    with pytest.raises(ConfigError, match='OtherHead cannot run on a few images at a time.*AnchorHead.*images_per_chunk=None'):
+    with pytest.raises(
+        ConfigError, match='BatchNorm in training mode behind the backbone .*lateral_convs.0.bn.*images_per_chunk=None'
+    ):
         one_step(model, images(), images_per_chunk=1)
 
 
@@ -228,10 +236,69 @@ def test_two_ranks(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_a_head_with_a_loss_of_its_own_is_refused(name):
-    """Its loss would be left out."""
+def test_a_loss_of_its_own_is_computed_chunk_by_chunk(name):
+    """The adapters don't know it."""
     model = detector(name)
     head = model.bbox_head
-    head.__class__ = type('Mine', (type(head),), {'loss': lambda self, *args: {}})
-    with pytest.raises(ConfigError, match='Mine cannot run on a few images at a time'):
-        one_step(model, images(), images_per_chunk=1)
+    sizes = []
+
+    def loss(self, features, samples):
+        sizes.append(len(samples))
+        return {'loss_mine': features[-1].mean()}
+
+    head.__class__ = type('Mine', (type(head),), {'loss': loss})
+    one_step(model, images(), images_per_chunk=2)
+    assert sizes == [2, 2, 1]
+
+
+@pytest.mark.parametrize('name', BY_CHUNK)
+def test_other_detectors_train_as_if_spread_over_more_gpus(name):
+    """Each chunk's loss is that of a batch of its own, and counts by its number of images."""
+    cfg = get_config(f'mmdet::{BY_CHUNK[name]}')
+    cfg.model.backbone.update(init_cfg=None, depth=50, base_channels=64)
+    cfg.model.backbone = {'type': 'mmman.LocalBackbone', 'backbone': cfg.model.backbone, 'num_blocks': 1, 'partition': 'stage'}
+    model, _ = build_dummy_model(cfg, 64, 96)
+    batch = random_batch(model, 'mmdet', 3, 64, 96)
+    batch = {'inputs': batch['inputs'], 'data_samples': batch['data_samples']}
+    torch.manual_seed(1)
+    log, gradients = one_step(model, copy.deepcopy(batch), images_per_chunk=2)
+    torch.manual_seed(1)
+    model.zero_grad()
+    expected = {}
+    for span in (slice(2), slice(2, 3)):
+        own = {key: copy.deepcopy(value[span]) for key, value in batch.items()}
+        loss, losses = model.parse_losses(model(**model.data_preprocessor(own, True), mode='loss'))
+        share = len(own['inputs']) / 3
+        (loss * share).backward()
+        for key, value in losses.items():
+            expected[key] = expected.get(key, 0.0) + share * value.item()
+    assert log == pytest.approx(expected, rel=1e-4)
+    trained = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients.keys() == trained.keys()
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(gradient, trained[key], rtol=1e-3, atol=1e-5 * max(1.0, trained[key].abs().max().item()))
+
+
+def test_a_two_stage_detector_trains_its_blocks_in_chunks():
+    """Local losses and the gradients of blocks don't depend on the chunks."""
+    results = []
+    for options in ({}, {'images_per_chunk': 1}):
+        cfg = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+        local_head = {'type': 'mmman.DetLocalHead', 'num_classes': 80, 'stacked_convs': 1}
+        cfg.model.backbone.update(init_cfg=None)
+        cfg.model.backbone = {
+            'type': 'mmman.LocalBackbone',
+            'backbone': cfg.model.backbone,
+            'num_blocks': 2,
+            'local_head': local_head,
+        }
+        torch.manual_seed(0)
+        model, _ = build_dummy_model(cfg, 64, 96)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02) if parameter.dim() > 1 else None
+        results.append(one_step(model, random_batch(model, 'mmdet', 3, 64, 96), **options)[1])
+    whole, chunks = results
+    blocks = [key for key in whole if key.startswith('backbone.local')]
+    assert blocks and whole.keys() == chunks.keys()
+    for key in blocks:
+        torch.testing.assert_close(chunks[key], whole[key], rtol=1e-3, atol=1e-5)

@@ -12,11 +12,13 @@ SIZE = (160, 160)
 
 
 def config(root, work_dir):
-    cfg = Config.fromfile(ROOT / 'configs' / 'retinanet_r18_manpp_k4_pipeline.py')
+    cfg = Config.fromfile(ROOT / 'configs' / 'retinanet_r18_manpp_k4.py')
     images = {'data_root': str(root), 'ann_file': 'annotations/instances_train2017.json', 'indices': IMAGES}
     options = {
+        'runner_type': 'mmman.PipelineRunner',
         'work_dir': str(work_dir),
         'model.backbone.backbone.init_cfg': None,
+        'train_dataloader.batch_size': 2,
         'train_dataloader.num_workers': 0,
         'train_dataloader.persistent_workers': False,
         'train_cfg.max_epochs': 2,

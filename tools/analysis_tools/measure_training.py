@@ -5,7 +5,7 @@
 A KEY=VALUE overrides the config in front of it, in the syntax of --cfg-options; the same config may come several times. End to
 end, with activation checkpointing, under autocast, InfoPro, MAN and MAN++ in one run (num_blocks=1 is end-to-end training):
 
-    C=configs/resnet101_manpp_k4_imagenet.py B=model.backbone
+    C=configs/paper/resnet101_manpp_k4_imagenet.py B=model.backbone
     E2E="$C $B.num_blocks=1 $B.partition=stage"
     python tools/analysis_tools/measure_training.py \\
         $E2E  $E2E $B.backbone.with_cp=True  $E2E optim_wrapper.dtype=bfloat16 \\
@@ -17,8 +17,9 @@ peak of torch's allocator is told as well, and how long kernels take without the
 step is the second one, so that optimizer state is there. docs/results.md says what the floor is; in brackets, where neck and
 heads run on a few images at a time, that of all images at once.
 
-Operators, views left out, are about as many as the kernels that a GPU has to start, but for the optimizer's: on a CPU they are
-some for every parameter, on a GPU some for all.
+Operators are those of the device, views left out. What a GPU pays for is counted on any device, by part of the step: launches
+(operators that start kernels, an optimizer step as one), how often the CPU waits for the GPU, with the source lines, and bytes
+that operators read and write. Copies to the GPU are not seen.
 
 On a CPU mmdet's focal loss is a chain of operators that keeps several maps of (anchors x classes). With --fused-focal-loss it
 has, in all that is measured, the memory of the one operator that a GPU runs. Seconds then say nothing about the loss.
@@ -32,6 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,14 @@ def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], b
         'parts': {part: memory.parts[part] for part in in_order(memory.parts)},
         'flops': memory.flops,
         'operators': memory.operators,
+        'gpu': {
+            part: {
+                'launches': memory.work[part].launches,
+                'moved': memory.work[part].moved,
+                'waits': dict(memory.work[part].waits),
+            }
+            for part in in_order({*memory.work})
+        },
     }
     if seconds:
         row['seconds'] = median_and_quartiles(seconds)
@@ -205,7 +215,28 @@ def tables(rows: list[dict], title: str) -> list[Table]:
         parts.add_row(part, *(f'{row["parts"][part] / MB:.1f}' if part in row['parts'] else '' for row in rows))
     parts.add_section()
     parts.add_row('peak', *(f'{row["peak"] / MB:.1f}' for row in rows))
-    return [memory, work, parts]
+    return [memory, work, parts, *gpu_tables(rows)]
+
+
+def gpu_tables(rows: list[dict]) -> list[Table]:
+    """What a GPU pays for: launches, waits and bytes by part, and the source lines that wait."""
+    names = in_order({part for row in rows for part in row['gpu']})
+    work = _table('launches / waits for the GPU / GB moved', 'part', *(row['config'] for row in rows))
+    for part in names:
+        cells = (row['gpu'].get(part) for row in rows)
+        work.add_row(part, *(_gpu_cell([cell]) if cell else '' for cell in cells))
+    work.add_section()
+    work.add_row('step', *(_gpu_cell([*row['gpu'].values()]) for row in rows))
+    waits = [sum((Counter(part['waits']) for part in row['gpu'].values()), Counter()) for row in rows]
+    lines = _table('waits for the GPU by source line', 'line', *(row['config'] for row in rows))
+    for line, _ in sum(waits, Counter()).most_common():
+        lines.add_row(line, *(str(own[line] or '') for own in waits))
+    return [work, lines] if lines.rows else [work]
+
+
+def _gpu_cell(parts: list[dict]) -> str:
+    launches, moved = (sum(part[key] for part in parts) for key in ('launches', 'moved'))
+    return f'{launches} / {sum(sum(part["waits"].values()) for part in parts)} / {moved / 1e9:.2f}'
 
 
 def _table(title: str, *columns: str) -> Table:

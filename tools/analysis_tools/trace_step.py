@@ -1,6 +1,6 @@
 """Count what a reader of one training step has to follow: files, functions, changes of file, replaced attributes.
 
-python tools/analysis_tools/trace_step.py configs/light/retinanet_r18_k4.py --shape 128 160 --batch 2
+python tools/analysis_tools/trace_step.py configs/retinanet_r18_manpp_k4.py --shape 128 160 --batch 2
 """
 
 from __future__ import annotations

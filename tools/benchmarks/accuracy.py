@@ -3,11 +3,14 @@
     python tools/benchmarks/accuracy.py detection --data-root BCCD --rows e2e manpp light --seeds 0 1 2
     python tools/benchmarks/accuracy.py segmentation --data-root CAMVID --rows e2e infopro manpp light --seeds 0 1 2
     python tools/benchmarks/accuracy.py classification --data-root CIFAR10 --rows e2e dgl ema man manpp light --seeds 0 1
-    python tools/benchmarks/accuracy.py paper --rows configs/paper/table1/svhn_*.py --epochs 10 --train-images 2000
+    python tools/benchmarks/accuracy.py paper --list
+    python tools/benchmarks/accuracy.py paper --rows 'table1/svhn_*' --epochs 10 --train-images 2000
+    python tools/benchmarks/accuracy.py paper --write table1/svhn_resnet32_k16_dgl_manpp svhn.py
 
-A row is a config of this project: a name that its task knows, or the path of a config file. Detection, segmentation and
-classification replace its data and its recipe, so that all rows of a table get the same; ``paper`` keeps both, and scales the
-schedule to --epochs. An ablation is another row with overrides in the syntax of --cfg-options:
+A row is a config: a name that its task knows, a pattern of names, or the path of a config file. Detection, segmentation and
+classification replace its data and its recipe, so that all rows of a table get the same; ``paper``, whose rows are those of
+``configs/paper/rows.py``, keeps both, and scales the schedule to --epochs. An ablation is another row with overrides in the
+syntax of --cfg-options:
 
     --ablation light_m999 light custom_hooks.0.momentum=0.999
 
@@ -20,9 +23,12 @@ which share one budget. A result is that of the last iteration, never of the bes
 from __future__ import annotations
 
 import argparse
+import difflib
+import fnmatch
 import os
 import shutil
 import signal
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -33,6 +39,7 @@ from rich.console import Console
 import mmman  # noqa: F401  registers its parts
 from training_rows import classification, detection, paper, segmentation
 from training_rows.environment import commit
+from training_rows.paper_rows import list_rows
 from training_rows.progress import measure_costs, train
 from training_rows.report import report
 from training_rows.rows import RowRequest, build_row, check_equal_budgets, store_config
@@ -46,13 +53,19 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('task', choices=[*TASKS])
     parser.add_argument('--data-root', type=Path, help="folder of the task's data")
-    parser.add_argument('--rows', nargs='+', default=[], metavar='ROW', help='names of the task, or config files')
+    parser.add_argument('--rows', nargs='+', default=[], metavar='ROW', help='names of the task, patterns, or config files')
     parser.add_argument(
         '--ablation', nargs='+', action='append', default=[], metavar=('NAME', 'ROW'), help='NAME ROW KEY=VALUE [KEY=VALUE ...]'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0])
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/accuracy'))
     parser.add_argument('--force', action='store_true', help='delete what the rows have at this budget, and start anew')
+    table = parser.add_argument_group('rows of the paper', 'for the task paper; nothing is trained')
+    table = table.add_mutually_exclusive_group()
+    table.add_argument('--list', action='store_true', help='print the rows by table, with the numbers of the paper')
+    table.add_argument(
+        '--write', nargs='+', metavar=('ROW', 'FILE'), help='write the config of a row; default: to its name in this folder'
+    )
     budget = parser.add_argument_group('budget', "default: the task's, or the row's own; the same for all rows")
     for name, kind in (('iterations', int), ('epochs', int), ('train-images', int), ('val-images', int), ('batch-size', int)):
         budget.add_argument(f'--{name}', type=kind, metavar='N')
@@ -66,6 +79,9 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     given = parser.parse_args(args)
     task = TASKS[given.task]
     try:
+        if given.list or given.write:
+            check_table_options(given)
+            return given
         given.requests = read_rows(given.rows, given.ablation, task)
         check_data(given.data_root, task)
     except ValueError as error:
@@ -77,13 +93,40 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def check_table_options(given: argparse.Namespace) -> None:
+    """Make a row and a path of ``given.write``.
+
+    Raises:
+        ValueError: ``--list`` or ``--write`` cannot be done, or something is to be trained, too.
+    """
+    if given.task != paper.TASK.name:
+        raise ValueError(f'--list and --write are for the task {paper.TASK.name}')
+    if given.rows or given.ablation:
+        raise ValueError('--list and --write train nothing: leave out --rows and --ablation')
+    if given.write:
+        row, *file = given.write
+        if len(file) > 1:
+            raise ValueError(f'--write takes a row and a file, not {" ".join(given.write)}')
+        if row not in paper.TASK.rows:
+            raise ValueError(_unknown(row, paper.TASK))
+        path = Path(*file) if file else Path(f'{Path(row).name}.py')
+        if path.suffix != '.py':
+            raise ValueError(f'--write: {path} is not a .py file')
+        if not path.parent.is_dir():
+            raise ValueError(f'--write: there is no folder {path.parent}')
+        if path.exists():
+            raise ValueError(f'--write: {path} exists; give another file')
+        given.write = row, path
+
+
 def read_rows(words: list[str], ablations: list[list[str]], task: Task) -> list[RowRequest]:
     """The rows of the command line.
 
     Raises:
         ValueError: No row, a name that the task doesn't know, two rows of one name, or an ablation without overrides.
     """
-    requests = [RowRequest(word if word in task.rows else Path(word).stem, _source(word, task)) for word in words]
+    names = [name for word in words for name in fnmatch.filter(task.rows, word) or [word]]
+    requests = [RowRequest(Path(name).stem, _source(name, task)) for name in names]
     for name, *rest in ablations:
         if len(rest) < 2 or '=' in name or '=' in rest[0] or not all('=' in word for word in rest[1:]):
             raise ValueError(f'--ablation {" ".join([name, *rest])}: give NAME ROW KEY=VALUE [KEY=VALUE ...]')
@@ -92,7 +135,7 @@ def read_rows(words: list[str], ablations: list[list[str]], task: Task) -> list[
         overrides = reader.parse_args(['--options', *rest[1:]]).options
         requests.append(RowRequest(name, _source(rest[0], task), overrides))
     if not requests:
-        raise ValueError(f'--rows: none given; {task.name} knows {", ".join(task.rows) or "config files"}')
+        raise ValueError(f'--rows: none given; {task.name} knows {textwrap.shorten(", ".join(task.rows), 100)}')
     repeated = [name for name, count in Counter(request.name for request in requests).items() if count > 1]
     if repeated:
         raise ValueError(f'several rows are called {repeated[0]}')
@@ -103,9 +146,13 @@ def _source(word: str, task: Task) -> RowSource:
     if word in task.rows:
         return task.rows[word]
     if not Path(word).is_file():
-        names = f'{", ".join(task.rows)}, ' if task.rows else ''
-        raise ValueError(f'there is no row {word}; {task.name} knows {names}and the path of any config file')
+        raise ValueError(_unknown(word, task))
     return RowSource(Path(word))
+
+
+def _unknown(word: str, task: Task) -> str:
+    nearest = difflib.get_close_matches(word, task.rows, 3, cutoff=0)
+    return f'there is no row or file {word}; the nearest rows of {task.name} are {", ".join(nearest)}'
 
 
 def check_data(root: Path | None, task: Task) -> None:
@@ -120,6 +167,10 @@ def main() -> None:
     args = parse_args()
     task = TASKS[args.task]
     console = Console(soft_wrap=True, markup=False, highlight=False)
+    if args.list:
+        return console.print(list_rows())
+    if args.write:
+        return paper.write_row(*args.write, console)
     for ending in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(ending) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(ending, signal.default_int_handler)  # like Ctrl-C

@@ -1,8 +1,8 @@
 """Table VIII of the paper, training time per epoch in seconds, and the simulator's predictions for its rows.
 
 Times and batches are from the paper and its recipes; all times are on A100 GPUs. FLOPs and sizes of the blocks were counted
-with torch's FLOP counter on this project's configs: ``configs/paper/table2`` at 224x224, ``configs/retinanet_*`` at 608x1024,
-``configs/deeplabv3_*`` at 768x768.
+with torch's FLOP counter on this project's configs: the rows ``table2/*`` of ``configs/paper/rows.py`` at 224x224,
+``configs/paper/retinanet_*`` at 608x1024, ``configs/paper/deeplabv3_*`` at 768x768.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Run dense heads, the model's own and those of local heads, on a few images at a time."""
+"""Run what follows the backbone, and the dense heads of local heads, on a few images at a time."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mmman.memory.detection.losses import (
     BatchLoss,
     Sizes,
     batch_loss,
-    check_adapter,
     check_norms,
     dense_head_losses,
+    has_adapter,
     map_sizes,
 )
 
@@ -77,19 +77,16 @@ def make_batch_loss(owner: DenseLocalHead | None, head: nn.Module, data_samples:
     return batch_loss(head, sizes, data_samples if owner is None else owner.filter_gt(data_samples), like)
 
 
-class DenseLoss:
-    """Computes the losses of single-stage detectors in chunks of a batch. Gradients and values equal those of the whole batch.
+class ChunkedLoss:
+    """Computes the losses of a model and of its local heads in chunks of a batch.
 
-    A :class:`mmman.local.session.StepStrategy`.
+    A :class:`mmman.local.session.StepStrategy`. Values and gradients of local heads equal those of the whole batch.
 
     Args:
-        model: The detector.
-        chunk_size: Images per chunk of the model's own neck and head. None: the whole batch in one pass.
+        model: The model.
+        chunk_size: Images per chunk of what follows the backbone. None: the whole batch in one pass.
         scale_loss: Scales a loss as the loss scaler does.
-        make_loss: Makes the loss of a batch.
-
-    Raises:
-        ConfigError: The model is not a single-stage detector.
+        make_loss: Makes the loss of a batch of a dense head.
     """
 
     def __init__(
@@ -99,40 +96,23 @@ class DenseLoss:
         scale_loss: Callable[[Tensor], Tensor],
         make_loss: MakeLoss = make_batch_loss,
     ) -> None:
-        for method in ('loss', 'extract_feat'):
-            owner = next((cls.__name__ for cls in type(model).__mro__ if method in vars(cls)), None)
-            if owner != 'SingleStageDetector':
-                raise ConfigError(
-                    f'images_per_chunk requires a model that computes its loss as SingleStageDetector does, not '
-                    f'{type(model).__name__}: set optim_wrapper.images_per_chunk=None'
-                )
         self.model, self.chunk_size, self._scale_loss, self._make_loss = model, chunk_size, scale_loss, make_loss
         self._probed: dict[tuple, tuple[Sizes, list[bool]]] = {}
 
     def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:
         """Replaces the model's ``loss``. Takes the same arguments and returns the same result."""
-        return self.neck_and_head([*self.model.backbone(inputs)], data_samples)
+        return self.neck_and_head([*self.model.backbone(inputs)], inputs, data_samples)
 
-    def neck_and_head(self, features: list[Tensor], data_samples: list, dry_run: bool = False) -> Losses:
+    def neck_and_head(self, features: list[Tensor], inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
         """Compute the model's losses from the outputs of its backbone. Frees the ``features`` that nothing reads.
 
         Args:
             features: Each (B, C, H, W). The list is modified in place.
+            inputs: The images, (B, 3, H, W).
             data_samples: Data samples of the batch.
             dry_run: Only determine, once, which features of these shapes are needed, and return no losses.
         """
-        model = self.model
-        if self.chunk_size is None:
-            feature_maps = self._neck(features)
-            features.clear()
-            return dense_head_losses(
-                model.bbox_head, feature_maps, partial(self._make_loss, None, model.bbox_head, data_samples)
-            )
-        modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
-        return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.chunk_size, dry_run)
-
-    def _neck(self, features: list[Tensor]) -> Sequence[Tensor]:
-        return self.model.neck(tuple(features)) if self.model.with_neck else tuple(features)
+        raise NotImplementedError
 
     def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
         """Replaces ``head.loss`` and computes it in chunks, each with as many positions as a chunk of the model's own head.
@@ -140,13 +120,11 @@ class DenseLoss:
         Takes the same arguments and returns the same result; ``dry_run`` is as in :meth:`neck_and_head`.
         """
         dense = getattr(head, 'dense_head', None)
-        if dense is None:
+        if dense is None or not has_adapter(dense):
             return {} if dry_run else head.loss(y, inputs, data_samples)
         chunk_size = len(data_samples)
         if self.chunk_size is not None:
-            check_adapter(self.model.bbox_head)
-            check_adapter(dense)
-            chunk_size = max(1, int(self.chunk_size * _positions(self.model.bbox_head) / _positions(dense)))
+            chunk_size = max(1, int(self.chunk_size * self._relative_positions(dense)))
         if chunk_size >= len(data_samples):
             if dry_run:
                 return {}
@@ -168,8 +146,7 @@ class DenseLoss:
         chunk_size: int,
         dry_run: bool,
     ) -> Losses:
-        check_adapter(head)
-        check_norms(head, modules)
+        check_norms(type(head).__name__, modules)
         sizes, is_read = self._probe(make_feature_maps, features, head)
         if dry_run:
             return {}
@@ -185,7 +162,13 @@ class DenseLoss:
             return loss, {n: v if 'loss' in n else v * fraction for n, v in log.items() if n != 'loss'}
 
         losses = self._make_loss(owner, head, data_samples, sizes, features[-1])
-        return run_in_chunks(compute, features, modules, chunk_size, self._scale_loss(features[-1].new_ones(())))
+        parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.requires_grad]
+        return run_in_chunks(compute, features, parameters, chunk_size, self._scale_loss(features[-1].new_ones(())))
+
+    def _relative_positions(self, dense: nn.Module) -> float:
+        """Positions on the maps of the model's own dense head (or RPN), as a multiple of those of a local head's."""
+        own = getattr(self.model, 'bbox_head', None) or getattr(self.model, 'rpn_head', None)
+        return _positions(own) / _positions(dense) if hasattr(own, 'prior_generator') else 1.0
 
     def _probe(
         self, make_feature_maps: Callable[[list[Tensor]], Sequence[Tensor]], features: list[Tensor], head: nn.Module
@@ -197,6 +180,51 @@ class DenseLoss:
                 sizes = map_sizes(make_feature_maps([feature.detach()[:1] for feature in features]))
             self._probed[key] = sizes, [feature in read for feature in features]
         return self._probed[key]
+
+
+class DenseLoss(ChunkedLoss):
+    """A :class:`ChunkedLoss` of a single-stage detector. Values and gradients equal those of the whole batch.
+
+    Raises:
+        ConfigError: The model doesn't compute its loss as mmdet's ``SingleStageDetector``.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        chunk_size: int | None,
+        scale_loss: Callable[[Tensor], Tensor],
+        make_loss: MakeLoss = make_batch_loss,
+    ) -> None:
+        super().__init__(model, chunk_size, scale_loss, make_loss)
+        if reason := why_not_dense(model):
+            raise ConfigError(reason)
+
+    def neck_and_head(self, features: list[Tensor], inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
+        model = self.model
+        if self.chunk_size is None:
+            feature_maps = self._neck(features)
+            features.clear()
+            return dense_head_losses(
+                model.bbox_head, feature_maps, partial(self._make_loss, None, model.bbox_head, data_samples)
+            )
+        modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
+        return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.chunk_size, dry_run)
+
+    def _neck(self, features: list[Tensor]) -> Sequence[Tensor]:
+        return self.model.neck(tuple(features)) if self.model.with_neck else tuple(features)
+
+
+def why_not_dense(model: BaseModel) -> str:
+    """Say why :class:`DenseLoss` can't compute the losses of a model. Empty if it can."""
+    for method in ('loss', 'extract_feat'):
+        owner = next((cls.__name__ for cls in type(model).__mro__ if method in vars(cls)), None)
+        if owner != 'SingleStageDetector':
+            return f'{type(model).__name__} does not compute its loss as SingleStageDetector does'
+    if not has_adapter(model.bbox_head):
+        name = type(model.bbox_head).__name__
+        return f'the normaliser of the losses of {name} is not known for the whole batch in advance'
+    return ''
 
 
 def _positions(head: nn.Module) -> float:

@@ -205,33 +205,34 @@ _ADAPTERS: dict[str, type[BatchLoss]] = {'AnchorHead': SummedAnchorLoss, 'ATSSHe
 
 
 def batch_loss(head: nn.Module, sizes: Sizes, data_samples: list, like: Tensor) -> BatchLoss:
-    """Make the losses of a dense head that :func:`check_adapter` accepts. Takes the arguments of :class:`BatchLoss`."""
+    """Make the losses of a dense head that :func:`has_adapter` accepts. Takes the arguments of :class:`BatchLoss`."""
     return _adapter_class(type(head))(head, sizes, data_samples, like)
 
 
-def check_adapter(head: nn.Module) -> None:
-    """Raise :class:`ConfigError` if the losses of a dense head can't be computed for a few images at a time."""
-    if _adapter_class(type(head)) is None:
-        raise ConfigError(
-            f'{type(head).__name__} cannot run on a few images at a time: the normaliser of its losses is not known for the '
-            f'whole batch in advance. Supported are heads that compute their loss as {", ".join(sorted(_ADAPTERS))} do; '
-            'set optim_wrapper.images_per_chunk=None'
-        )
+def has_adapter(head: nn.Module) -> bool:
+    """Whether the losses of a dense head can be computed for a few images at a time as those of the whole batch.
+
+    Raises:
+        ConfigError: They could, but the installed mmdet isn't the version that the adapters are written for.
+    """
+    return _adapter_class(type(head)) is not None
 
 
-def check_norms(head: nn.Module, modules: Sequence[nn.Module]) -> None:
+def check_norms(name: str, modules: Sequence[nn.Module]) -> None:
     """Raise :class:`ConfigError` if a layer mixes the images of a batch.
 
     Args:
-        head: The dense head.
+        name: What to call the modules.
         modules: All modules that would run on a few images at a time.
     """
-    norms = (part for module in modules for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
-    if any(norm.training for norm in norms):
-        raise ConfigError(
-            f'{type(head).__name__}, or the neck before it, has BatchNorm in training mode, which mixes the images of a batch: '
-            'set optim_wrapper.images_per_chunk=None, or use GroupNorm'
-        )
+    for module in modules:
+        for path, part in module.named_modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training:
+                raise ConfigError(
+                    f'{name} has BatchNorm in training mode behind the backbone ({type(module).__name__}'
+                    f'{path and "."}{path}), which mixes the images of a batch: set optim_wrapper.images_per_chunk=None, or '
+                    'use GroupNorm'
+                )
 
 
 def dense_head_losses(

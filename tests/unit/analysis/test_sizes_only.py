@@ -5,13 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from mmengine.config import Config
 
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
-from tests.conftest import ROOT
+from tests.configs import read_config
 
 pytestmark = pytest.mark.whole_models
 
@@ -26,20 +25,23 @@ SMALL_DEEPLAB = {
     'model.auxiliary_head': {'in_channels': 128, 'channels': 16},
 }
 CASES = {
-    'infopro': ('paper/table1/cifar10_resnet32_k16_infopro_manpp.py', {}),
-    'recomputed, immediate': ('resnet32_manpp_k16_cifar10.py', {f'{B}.recompute': True, 'optim_wrapper.update': 'immediate'}),
+    'infopro': ('table1/cifar10_resnet32_k16_infopro_manpp', {}),
+    'recomputed, immediate': (
+        'paper/resnet32_manpp_k16_cifar10.py',
+        {f'{B}.recompute': True, 'optim_wrapper.update': 'immediate'},
+    ),
     'stem in parts': (
-        'light/resnet101_k4_imagenet.py',
+        'resnet101_manpp_k4_imagenet.py',
         {f'{B}.backbone.base_channels': 8, 'model.head.in_channels': 256, f'{B}.recompute': ['stem']},
     ),
-    'ViT, Adam': ('light/vit-base_k6_imagenet.py', SMALL_VIT),
-    'segmentor': ('deeplabv3_r50_manpp_k2.py', SMALL_DEEPLAB),
+    'ViT, Adam': ('vit-base_manpp_k6_imagenet.py', SMALL_VIT),
+    'segmentor': ('paper/deeplabv3_r50_manpp_k2.py', SMALL_DEEPLAB),
 }
 
 
 def measured(case: str, sizes_only: SizesOnly | None) -> tuple:
     name, options = CASES[case]
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = read_config(name)
     cfg.merge_from_dict(copy.deepcopy(options))
     model, optim_wrapper = build_dummy_model(cfg, 32, 32, sizes_only)
     data = random_batch(model, cfg.default_scope, 2, 32, 32)

@@ -5,24 +5,23 @@ import logging
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
 from mmman.engine.paramwise import build_local_optim_wrapper
-from tests.conftest import ROOT
+from tests.configs import read_config
 
 pytest.importorskip('mmpretrain')
 
 SGD = {'type': 'SGD', 'lr': 0.8, 'momentum': 0.9, 'weight_decay': 1e-4}
-CONFIG = 'paper/table1/cifar10_resnet32_k8_dgl_manpp.py'
+ROW = 'table1/cifar10_resnet32_k8_dgl_manpp'
 
 
 @pytest.fixture(scope='module')
 def cfg():
-    return Config.fromfile(ROOT / 'configs' / CONFIG)
+    return read_config(ROW)
 
 
 def options_of(model, cfg, build=build_local_optim_wrapper):

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.whole_models
 
 pytest.importorskip('mmdet')
 
-R18 = 'light/retinanet_r18_k4.py'
+R18 = 'retinanet_r18_manpp_k4.py'
 GRAPHS = {'optim_wrapper.cuda_graphs': True}
 HALF = {'update': 'synchronous', 'loss_scale': 512.0, 'dtype': 'bfloat16'}
 AT_ONCE = {'optim_wrapper.update': 'synchronous', 'optim_wrapper.images_per_chunk': None}

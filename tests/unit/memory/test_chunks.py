@@ -22,7 +22,7 @@ def test_the_scale_of_a_loss_scaler_is_used_inside():
         loss.register_hook(lambda grad: seen.append(grad.item()))
         return loss, {'loss': loss}
 
-    losses = run_in_chunks(compute, [x], [layer], 1, torch.tensor(1024.0, dtype=torch.float64))
+    losses = run_in_chunks(compute, [x], [*layer.parameters()], 1, torch.tensor(1024.0, dtype=torch.float64))
     (losses['loss'] * 1024).backward()
     assert seen == [1024.0] * 4
     ours = x.grad, layer.weight.grad
@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(size):
         losses = losses_of(leaves)
         return losses['loss_a'] + losses['loss_b'], losses
 
-    ours = run_in_chunks(compute, [x, fixed], [layer, unused], size, ONE)
+    ours = run_in_chunks(compute, [x, fixed], [*layer.parameters(), *unused.parameters()], size, ONE)
     assert spans == [(start, min(start + size, 7)) for start in range(0, 7, size)]
     assert x.grad is layer.weight.grad is None  # until the returned losses are back-propagated
     sum(ours.values()).backward()

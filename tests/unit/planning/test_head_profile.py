@@ -12,7 +12,7 @@ from tests.unit.planning.test_profile import load
 
 @pytest.mark.whole_models
 def test_heads_that_are_alike_are_run_once():
-    profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 2, 32, 32)
+    profile = profile_step(load('paper/resnet32_manpp_k16_cifar10.py'), 2, 32, 32)
     heads = {id(profile.step.head(cut, None, True, False)) for cut in profile.step.candidates}
     assert len(profile.step.candidates) == 15
     assert len(heads) == 5 + 3  # a copy of a stage's first unit and of its others; the last three have fewer units behind

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.whole_models
 
-CIFAR = Config.fromfile(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
+CIFAR = Config.fromfile(ROOT / 'configs' / 'paper' / 'resnet32_manpp_k16_cifar10.py')
 MEMORY = {'type': 'memory', 'model': CIFAR.model, 'batch': 16, 'shape': (32, 32)}
 
 
@@ -66,7 +66,7 @@ def test_one_block_needs_no_plan():
 
 
 CHILD = f"""\
-_base_ = '{ROOT}/configs/retinanet_r18_manpp_k4.py'
+_base_ = '{ROOT}/configs/paper/retinanet_r18_manpp_k4.py'
 optim_wrapper = dict(update='immediate')
 model = dict(backbone=dict(num_blocks=2, partition=dict(
     type='memory', model=_base_.model, optim_wrapper=dict(_base_.optim_wrapper, **optim_wrapper), batch=2, shape=(64, 96))))

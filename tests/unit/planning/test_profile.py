@@ -12,13 +12,13 @@ from mmman.errors import ConfigError
 from mmman.planning.costs import MemoryPlan, RecomputeMode, peak_of
 from mmman.planning.profile import Profile, profile_step
 from mmman.planning.search import smallest_peak
-from tests.conftest import ROOT
+from tests.configs import read_config
 
 pytestmark = pytest.mark.whole_models
 
 
 def load(name: str, **options: object) -> Config:
-    cfg = Config.fromfile(ROOT / 'configs' / name)
+    cfg = read_config(name)
     cfg.merge_from_dict({key.replace('__', '.'): value for key, value in options.items()})
     return cfg
 
@@ -53,13 +53,13 @@ R18 = {
 SELECTIVE = {'model__backbone__recompute': ['stem'], 'model__backbone__selective_recompute': UNITS[1:]}
 SELECTIVE |= {'model__backbone__backbone__depth': 50}
 CASES = {
-    'batch': ('resnet32_manpp_k16_cifar10.py', (12, 32, 32), 6, {}),
-    'levels': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 3, NARROW),
-    'frozen units, SGD': ('retinanet_r18_manpp_k4.py', (1, 256, 384), 2, {**NARROW, **FROZEN}),
-    'image by image': ('retinanet_r18_manpp_k4.py', (3, 256, 320), 2, {**NARROW, **LEAN}),
-    'stem by image': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, R18),
-    'selective': ('resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, SELECTIVE),
-    'tokens': ('paper/table2/vit-tiny_k4_manpp.py', (3, 224, 224), 4, {}),
+    'batch': ('paper/resnet32_manpp_k16_cifar10.py', (12, 32, 32), 6, {}),
+    'levels': ('paper/retinanet_r18_manpp_k4.py', (1, 256, 384), 3, NARROW),
+    'frozen units, SGD': ('paper/retinanet_r18_manpp_k4.py', (1, 256, 384), 2, {**NARROW, **FROZEN}),
+    'image by image': ('paper/retinanet_r18_manpp_k4.py', (3, 256, 320), 2, {**NARROW, **LEAN}),
+    'stem by image': ('paper/resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, R18),
+    'selective': ('paper/resnet101_manpp_k4_imagenet.py', (4, 128, 128), 3, SELECTIVE),
+    'tokens': ('table2/vit-tiny_k4_manpp', (3, 224, 224), 4, {}),
 }
 
 
@@ -97,7 +97,7 @@ def test_the_plan_chooses_what_each_block_recomputes():
 def test_outputs_of_recomputed_units_that_something_holds_are_counted():
     """The input of a block's last unit, say, while that one runs backward: in end-to-end training nothing holds it."""
     options = {'model__backbone__recompute': True, 'model__backbone__transfer__bias': 'depthwise'}  # local heads below that
-    profile = profile_step(load('resnet32_manpp_k16_cifar10.py', **options), 12, 32, 32)
+    profile = profile_step(load('paper/resnet32_manpp_k16_cifar10.py', **options), 12, 32, 32)
     for cuts, moment in (((5,), 'block 1, backward'), ((3, 6), 'block 2, backward')):
         predicted = peak_of(profile.step, MemoryPlan(cuts))
         assert predicted.moment == moment
@@ -106,10 +106,10 @@ def test_outputs_of_recomputed_units_that_something_holds_are_counted():
 
 def test_what_is_computed_twice_is_overhead():
     """Relative to the stock step, whose peak is told as well."""
-    profile = profile_step(load('resnet32_manpp_k16_cifar10.py', model__backbone__recompute=True), 4, 32, 32)
+    profile = profile_step(load('paper/resnet32_manpp_k16_cifar10.py', model__backbone__recompute=True), 4, 32, 32)
     plan = MemoryPlan((3, 9))
     stock = measured(
-        replace(profile, config=load('resnet32_manpp_k16_cifar10.py', model__backbone__num_blocks=1)), MemoryPlan()
+        replace(profile, config=load('paper/resnet32_manpp_k16_cifar10.py', model__backbone__num_blocks=1)), MemoryPlan()
     )
     assert profile.step.overhead(plan) == pytest.approx(
         measured(profile, plan).memory().flops / stock.memory().flops - 1, abs=0.04
@@ -119,7 +119,7 @@ def test_what_is_computed_twice_is_overhead():
 
 def test_flops_are_those_of_a_real_step():
     """A block's first unit sends no gradient further, which is not told apart: a few per cent more than there are."""
-    profile = profile_step(load('resnet32_manpp_k16_cifar10.py'), 4, 32, 32)
+    profile = profile_step(load('paper/resnet32_manpp_k16_cifar10.py'), 4, 32, 32)
     plan = MemoryPlan((3, 9))
     whole = measured(profile, MemoryPlan()).memory().flops
     assert profile.step.overhead(plan) == pytest.approx(measured(profile, plan).memory().flops / whole - 1, abs=0.04)
@@ -128,6 +128,6 @@ def test_flops_are_those_of_a_real_step():
 
 
 def test_a_config_without_local_heads_is_refused():
-    cfg = load('retinanet_r18_e2e.py')
+    cfg = load('paper/retinanet_r18_e2e.py')
     with pytest.raises(ConfigError, match='fit_memory'):
         profile_step(cfg, 1, 64, 64)

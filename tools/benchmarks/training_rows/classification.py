@@ -9,13 +9,13 @@ from mmengine.config import Config
 from training_rows.task import CONFIGS, Metric, Recipe, RowSource, Task, loader
 
 ROWS = {
-    'e2e': 'paper/table1/cifar10_resnet32_e2e.py',
-    'dgl': 'paper/table7/cifar10_resnet32_k16_dgl.py',
-    'ema': 'paper/table7/cifar10_resnet32_k16_ema.py',
-    'man': 'paper/table7/cifar10_resnet32_k16_man.py',
-    'manpp': 'paper/table7/cifar10_resnet32_k16_manpp.py',
-    'infopro_manpp': 'paper/table1/cifar10_resnet32_k16_infopro_manpp.py',
-    'light': 'light/resnet32_k16_cifar10.py',
+    'e2e': 'table1/cifar10_resnet32_e2e',
+    'dgl': 'table7/cifar10_resnet32_k16_dgl',
+    'ema': 'table7/cifar10_resnet32_k16_ema',
+    'man': 'table7/cifar10_resnet32_k16_man',
+    'manpp': 'table7/cifar10_resnet32_k16_manpp',
+    'infopro_manpp': 'table1/cifar10_resnet32_k16_infopro_manpp',
+    'light': CONFIGS / 'resnet32_manpp_k16_cifar10.py',
 }
 
 
@@ -45,7 +45,7 @@ def cosine(epochs: int) -> list[dict]:
 
 TASK = Task(
     name='classification',
-    rows={name: RowSource(CONFIGS / path) for name, path in ROWS.items()},
+    rows={name: RowSource(source) for name, source in ROWS.items()},
     metrics=(Metric('accuracy/top1', 'top-1 accuracy, %'),),
     recipe=Recipe(
         unit='epochs',

@@ -17,9 +17,9 @@ ROWS = {
     f'{prefix}{name}': RowSource(CONFIGS / path.format(depth))
     for prefix, depth in (('', 'r18'), ('r50_', 'r50'))
     for name, path in (
-        ('e2e', 'retinanet_{}_e2e.py'),
-        ('manpp', 'retinanet_{}_manpp_k4.py'),
-        ('light', 'light/retinanet_{}_k4.py'),
+        ('e2e', 'paper/retinanet_{}_e2e.py'),
+        ('manpp', 'paper/retinanet_{}_manpp_k4.py'),
+        ('light', 'retinanet_{}_manpp_k4.py'),
     )
 }
 
@@ -41,8 +41,8 @@ def fit_model(cfg: Config) -> None:
 def _init_cfg(own_width: int) -> dict:
     """The head's own initialisation, with weights that give as large an output for WIDTH input channels as for ``own_width``.
 
-    mmdet's standard deviation of 0.01 is made for 256 channels. With 64, four convolutions make the signal 16 times smaller still,
-    and the levels that few images have an object on (P6, P7) may never learn anything.
+    mmdet's standard deviation of 0.01 is made for 256 channels. With 64, four convolutions make the signal 16 times smaller
+    still, and the levels that few images have an object on (P6, P7) may never learn anything.
     """
     classifier = {'type': 'Normal', 'name': 'retina_cls', 'std': 0.01, 'bias_prob': 0.01}
     return {'type': 'Normal', 'layer': 'Conv2d', 'std': 0.01 * math.sqrt(own_width / WIDTH), 'override': classifier}

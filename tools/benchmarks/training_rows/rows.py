@@ -67,8 +67,7 @@ class Row:
 
 def build_row(request: RowRequest, task: Task, args: argparse.Namespace) -> Row:
     """Read the config of a row, and apply the task and the command line to it."""
-    cfg = Config.fromfile(request.source.config)
-    cfg.merge_from_dict(dict(request.source.overrides))
+    cfg = request.source.read()
     paper = _paper(cfg, task)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     if task.recipe:

@@ -27,10 +27,10 @@ SIZE = (240, 180)  # width and height of the images, pixels
 CROP = (128, 128)  # height and width of what is trained on, pixels
 
 SOURCES = {
-    'e2e': 'paper/table5/deeplabv3_r50_e2e_scratch.py',
-    'infopro': 'paper/table5/deeplabv3_r50_k2_infopro_scratch.py',
-    'manpp': 'paper/table5/deeplabv3_r50_k2_infopro_manpp_scratch.py',
-    'light': 'light/deeplabv3_r50_k2.py',
+    'e2e': 'table5/deeplabv3_r50_e2e_scratch',
+    'infopro': 'table5/deeplabv3_r50_k2_infopro_scratch',
+    'manpp': 'table5/deeplabv3_r50_k2_infopro_manpp_scratch',
+    'light': CONFIGS / 'deeplabv3_r50_manpp_k2.py',
 }
 RESNET18 = {
     'model.decode_head.in_channels': 512,
@@ -44,9 +44,9 @@ R18_CUT = {'model.backbone.backbone.depth': 18, 'model.backbone.partition': ['la
 """The middle of layer3, as with ResNet-50."""
 
 ROWS = {
-    name: RowSource(CONFIGS / path, RESNET18 | ({'model.backbone.depth': 18} if name == 'e2e' else R18_CUT))
-    for name, path in SOURCES.items()
-} | {f'r50_{name}': RowSource(CONFIGS / path) for name, path in SOURCES.items()}
+    name: RowSource(source, RESNET18 | ({'model.backbone.depth': 18} if name == 'e2e' else R18_CUT))
+    for name, source in SOURCES.items()
+} | {f'r50_{name}': RowSource(source) for name, source in SOURCES.items()}
 
 
 def fit_model(cfg: Config) -> None:

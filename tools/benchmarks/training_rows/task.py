@@ -9,15 +9,23 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from training_rows.paper_rows import expand
+
 CONFIGS = Path(__file__).resolve().parents[3] / 'configs'
 
 
 @dataclass(frozen=True)
 class RowSource:
-    """Where the model of a row comes from: a config of the project, and overrides by dotted key."""
+    """Where the model of a row comes from: a config file or, by its name, a row of the paper; and overrides by dotted key."""
 
-    config: Path
+    config: Path | str
     overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def read(self) -> Config:
+        """The config with the overrides."""
+        cfg = expand(self.config) if isinstance(self.config, str) else Config.fromfile(self.config)
+        cfg.merge_from_dict(dict(self.overrides))
+        return cfg
 
 
 @dataclass(frozen=True)

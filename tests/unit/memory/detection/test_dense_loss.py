@@ -32,19 +32,19 @@ def features():
 
 
 def test_features_that_the_neck_does_not_read_are_freed_and_probed_once(monkeypatch):
-    monkeypatch.setattr(dense_loss, 'check_adapter', lambda head: None)
+    monkeypatch.setattr(dense_loss, 'has_adapter', lambda head: True)
     model = SingleStageDetector()
     dense = DenseLoss(model, 2, lambda loss: loss, make_loss=lambda *args: None)
     for _ in range(2):
-        assert dense.neck_and_head(features(), [None] * 5, dry_run=True) == {}
+        assert dense.neck_and_head(features(), None, [None] * 5, dry_run=True) == {}
     assert model.calls == [[(1, 2, 8, 8), (1, 2, 4, 4), (1, 2, 2, 2)]]  # one image, once
     ran, held = [], features()
     monkeypatch.setattr(dense_loss, 'run_in_chunks', lambda *args: ran.append(args[1:]) or {})
-    dense.neck_and_head(held, [None] * 5)
-    ((freed, *read), modules, size, factor) = ran[0]
+    dense.neck_and_head(held, None, [None] * 5)
+    ((freed, *read), parameters, size, factor) = ran[0]
     assert freed.shape == (5, 2, 8, 8) and freed.untyped_storage().nbytes() == 4  # one number, expanded
     assert [level.untyped_storage().nbytes() for level in read] == [4 * 5 * 2 * 4 * 4, 4 * 5 * 2 * 2 * 2]
-    assert (modules, size, factor) == ([model.bbox_head], 2, torch.tensor(1.0)) and held[0] is freed
+    assert (parameters, size, factor) == ([*model.bbox_head.parameters()], 2, torch.tensor(1.0)) and held[0] is freed
 
 
 def test_a_view_of_a_tensor_is_no_read():
@@ -57,10 +57,11 @@ def test_a_view_of_a_tensor_is_no_read():
 
 
 @pytest.mark.parametrize('method', ['loss', 'extract_feat'])
-def test_a_model_that_computes_its_loss_in_another_way_is_refused(method):
+def test_a_model_that_computes_its_loss_in_another_way_is_refused(monkeypatch, method):
+    monkeypatch.setattr(dense_loss, 'has_adapter', lambda head: True)
     DenseLoss(SingleStageDetector(), 1, lambda loss: loss)
     other = type('Distiller', (SingleStageDetector,), {method: lambda self: None})
-    with pytest.raises(ConfigError, match='not Distiller: set optim_wrapper.images_per_chunk=None'):
+    with pytest.raises(ConfigError, match='Distiller does not compute its loss as SingleStageDetector'):
         DenseLoss(other(), 1, lambda loss: loss)
 
 

@@ -20,7 +20,7 @@ from tools.analysis_tools.measure_training import (
 
 pytestmark = pytest.mark.whole_models
 
-CONFIG = str(ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py')
+CONFIG = str(ROOT / 'configs' / 'paper' / 'resnet32_manpp_k16_cifar10.py')
 K = 'model.backbone.num_blocks'
 UNIFORM = 'model.backbone.partition=uniform'
 TRANSFER = 'model.backbone.transfer'
@@ -118,7 +118,7 @@ def test_sizes_only(capsys):
 def test_the_focal_loss_of_a_gpu_holds_for_all_that_is_measured(tmp_path, capsys):
     pytest.importorskip('mmdet')
     out = tmp_path / 'rows.json'
-    config = [str(ROOT / 'configs' / 'retinanet_r18_e2e.py'), 'model.backbone.base_channels=4']
+    config = [str(ROOT / 'configs' / 'paper' / 'retinanet_r18_e2e.py'), 'model.backbone.base_channels=4']
     config += ['model.neck.in_channels=[4,8,16,32]', 'model.neck.out_channels=16']
     config += ['model.bbox_head.in_channels=16', 'model.bbox_head.feat_channels=16']
     words = [*config, '--shape', '128', '128', '--batch', '1', '--iterations', '0', '--out', str(out)]

@@ -11,7 +11,7 @@ from tools.analysis_tools.simulate_scaling import main, parse_args, run
 
 pytestmark = pytest.mark.whole_models
 
-CONFIG = ROOT / 'configs' / 'resnet32_manpp_k16_cifar10.py'
+CONFIG = ROOT / 'configs' / 'paper' / 'resnet32_manpp_k16_cifar10.py'
 SMALL = ('--shape', '32', '32', '--batch', '2', '--cfg-options', 'model.backbone.num_blocks=2')
 
 

@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 from tools.benchmarks import accuracy
 from training_rows import detection, segmentation
 from training_rows.budget import Budget, scale_scheduler, spread
+from training_rows.paper_rows import paper_rows
 from training_rows.progress import closing_words
 from training_rows.report import RowResults, collect, draw, markdown
 from training_rows.rows import Row, check_equal_budgets, merge, store_config
@@ -237,11 +238,11 @@ def test_a_failed_run_shows_the_end_of_its_log(tmp_path):
 @pytest.mark.parametrize(
     'arguments, message',
     [
-        (['--rows', 'lihgt'], 'there is no row lihgt; detection knows e2e, manpp, light'),
+        (['--rows', 'lihgt'], 'there is no row or file lihgt; the nearest rows of detection are light,'),
         ([], '--rows: none given; detection knows e2e'),
         (['--rows', 'e2e', 'e2e'], 'several rows are called e2e'),
         (['--ablation', 'a', 'light'], 'give NAME ROW KEY=VALUE'),
-        (['--ablation', 'a', 'lihgt', 'b=1'], 'there is no row lihgt'),
+        (['--ablation', 'a', 'lihgt', 'b=1'], 'there is no row or file lihgt'),
         (['--rows', 'e2e', '--data-root', '/nowhere'], '/nowhere has no annotations/instances_train.json'),
         (['--rows', 'e2e'], "--data-root: give the folder of detection's data"),
     ],
@@ -252,16 +253,49 @@ def test_misuse_is_one_line(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--rows', 'cifar10_resnet32_k8_infpro'], 'the nearest rows of paper are table1/cifar10_resnet32_k8_infopro,'),
+        ([], '--rows: none given; paper knows table1/cifar10_resnet32_e2e,'),
+        (['--rows', 'table[17]/cifar10_*_k16_*'], 'several rows are called cifar10_resnet32_k16_dgl'),
+        (['--write', 'table1/cifar10'], 'there is no row or file table1/cifar10;'),
+        (['--write', 'table1/cifar10_resnet32_e2e', 'a.yml'], 'a.yml is not a .py file'),
+        (['--write', 'table1/cifar10_resnet32_e2e', str(ROOT / 'setup.py')], 'setup.py exists; give another file'),
+        (['--write', 'table1/cifar10_resnet32_e2e', 'a.py', 'b.py'], '--write takes a row and a file'),
+        (['--write', 'table1/cifar10_resnet32_e2e', '/nowhere/a.py'], '--write: there is no folder /nowhere'),
+        (['--list', '--rows', 'table1/*'], '--list and --write train nothing'),
+    ],
+)
+def test_misuse_of_the_papers_rows_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        accuracy.parse_args(['paper', *arguments])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_papers_rows_are_those_of_its_task_alone(capsys):
+    with pytest.raises(SystemExit):
+        accuracy.parse_args(['detection', '--list'])
+    assert '--list and --write are for the task paper' in capsys.readouterr().err
+
+
+def test_rows_are_chosen_by_patterns():
+    chosen = accuracy.read_rows(['table7/imagenet_*', 'table1/svhn_resnet32_e2e'], [], accuracy.TASKS['paper'])
+    ends = ('k4_infopro', 'k4_ema', 'k4_man', 'k4_manpp')
+    assert [request.name for request in chosen] == [*(f'imagenet_resnet101_{end}' for end in ends), 'svhn_resnet32_e2e']
+
+
 def test_ablation_is_a_row_with_overrides():
     rows = accuracy.read_rows(['e2e'], [['m999', 'light', 'custom_hooks.0.momentum=0.999', 'a.b=[1,2]']], detection.TASK)
     assert [row.name for row in rows] == ['e2e', 'm999']
     assert rows[1].source == detection.TASK.rows['light']
     assert rows[1].ablation == {'custom_hooks.0.momentum': 0.999, 'a.b': [1, 2]}
-    path = str(ROOT / 'configs/retinanet_r34_e2e.py')
-    assert accuracy.read_rows([path], [], detection.TASK)[0].name == 'retinanet_r34_e2e'
+    path = str(ROOT / 'configs/paper/retinanet_r18_e2e.py')
+    assert accuracy.read_rows([path], [], detection.TASK)[0].name == 'retinanet_r18_e2e'
 
 
 def test_rows_of_tasks_exist():
     for task in accuracy.TASKS.values():
-        assert all(source.config.is_file() for source in task.rows.values())
+        for config in (source.config for source in task.rows.values()):
+            assert config in paper_rows() if isinstance(config, str) else config.is_file()
     assert len({*segmentation.CLASSES}) == 11

@@ -1,4 +1,0 @@
-_base_ = './cifar10_resnet110_k32_dgl_manpp.py'
-
-model = dict(backbone=dict(transfer=dict(scale=False)))
-paper = dict(error=9.65)

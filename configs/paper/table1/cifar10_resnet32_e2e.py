@@ -1,3 +1,0 @@
-_base_ = ['../../_base_/cifar10_paper.py', '../../_base_/resnet32_cifar.py']
-
-paper = dict(table='I', error=6.37)

@@ -1,4 +1,0 @@
-_base_ = './cifar10_resnet32_k16_dgl_manpp.py'
-
-model = dict(backbone=dict(transfer=dict(ema=False, bias=False, scale=False)))
-paper = dict(error=14.08)

@@ -1,5 +1,0 @@
-_base_ = ['../../_base_/cifar10_paper.py', '../../_base_/resnet32_cifar_k16.py']
-
-model = dict(backbone=dict(local_head=dict(type='mmman.DGLLocalHead', head=_base_.model.head)))
-optim_wrapper = dict(type='mmman.LocalLearningOptimWrapper')
-paper = dict(table='I', error=8.75)

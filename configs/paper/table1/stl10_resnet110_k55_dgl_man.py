@@ -1,4 +1,0 @@
-_base_ = './stl10_resnet110_k55_dgl_manpp.py'
-
-model = dict(backbone=dict(transfer=dict(scale=False)))
-paper = dict(error=22.69)

@@ -1,4 +1,0 @@
-_base_ = './stl10_resnet32_k16_infopro_manpp.py'
-
-model = dict(backbone=dict(transfer=dict(ema=False, bias=False, scale=False)))
-paper = dict(error=29.28)

@@ -1,4 +1,0 @@
-_base_ = './stl10_resnet32_k8_dgl_manpp.py'
-
-model = dict(backbone=dict(transfer=dict(ema=False, bias=False, scale=False)))
-paper = dict(error=25.05)

@@ -1,3 +1,0 @@
-_base_ = '../../_base_/retinanet_coco_paper.py'
-
-model = dict(backbone=dict(depth=152, init_cfg=dict(checkpoint='torchvision://resnet152')))

@@ -1,5 +1,0 @@
-_base_ = ['mmseg::_base_/models/deeplabv3_r50-d8.py', '../../_base_/cityscapes_paper.py']
-
-data_preprocessor = dict(size=_base_.crop_size)
-model = dict(data_preprocessor=data_preprocessor)
-paper = dict(table='V', mean_iou=73.30, mean_acc=80.83, overall_acc=95.27, memory_gb=23.90)

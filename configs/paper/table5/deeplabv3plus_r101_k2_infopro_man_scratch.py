@@ -1,4 +1,0 @@
-_base_ = './deeplabv3plus_r101_k2_infopro_manpp_scratch.py'
-
-model = dict(backbone=dict(transfer=dict(scale=False)))
-paper = dict(_delete_=True, table='VI', memory_gb=28.47)

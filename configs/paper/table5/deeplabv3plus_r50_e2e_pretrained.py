@@ -1,5 +1,0 @@
-_base_ = ['mmseg::_base_/models/deeplabv3plus_r50-d8.py', '../../_base_/cityscapes_paper.py']
-
-data_preprocessor = dict(size=_base_.crop_size)
-model = dict(data_preprocessor=data_preprocessor)
-paper = dict(table='V', mean_iou=74.61, mean_acc=81.89, overall_acc=95.66, memory_gb=26.81)

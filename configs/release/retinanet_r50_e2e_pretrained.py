@@ -1,1 +1,0 @@
-_base_ = '../_base_/retinanet_coco_release.py'

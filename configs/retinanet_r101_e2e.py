@@ -1,3 +1,0 @@
-_base_ = 'mmdet::retinanet/retinanet_r101_fpn_1x_coco.py'
-
-model = dict(backbone=dict(frozen_stages=-1))

@@ -1,0 +1,6 @@
+_base_ = './vit-tiny_manpp_k6_imagenet.py'
+
+model = dict(
+    backbone=dict(backbone=dict(arch='deit-small'), local_head=dict(head=dict(in_channels=384))),
+    head=dict(in_channels=384),
+)

@@ -1,0 +1,130 @@
+"""Count what a GPU pays for in one training step, on any device: kernel launches, waits of the CPU for the GPU, bytes moved."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+OPTIMIZER = 'optimizer step'
+
+ALLOCATIONS = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'resize_', 'is_same_size'}
+"""Operators, views apart, that start no kernel."""
+
+SIZED_BY_VALUES = {
+    'nonzero',
+    'masked_select',
+    '_unique2',
+    'unique_dim',
+    'unique_consecutive',
+    'unique_dim_consecutive',
+    'bincount',
+}
+"""Operators whose output has a size that depends on values, so that the CPU has to wait for it."""
+
+TO_HOST = {'cpu', 'tolist', 'numpy'}
+"""Methods of a tensor that copy it to the CPU; on a CPU no operator shows them."""
+
+_OUTSIDE = (str(Path(torch.__file__).parent), __file__)
+
+
+@dataclass
+class PartWork:
+    """The work of one part of a step.
+
+    Attributes:
+        launches: Operators that start kernels. All of an optimizer step count as one, as if it were fused.
+        moved: Bytes that operators read and write, if each reads its inputs and writes its outputs once.
+        waits: How often the CPU waits for the GPU, by source line.
+    """
+
+    launches: int = 0
+    moved: int = 0
+    waits: Counter[str] = field(default_factory=Counter)
+
+
+class GPUWork(TorchDispatchMode):
+    """Count the work of training steps by part while this mode is active.
+
+    An operator is taken for one launch, though some are several kernels. Copies from the CPU to the GPU aren't seen.
+
+    Args:
+        part: Returns the name of the running part.
+
+    Attributes:
+        parts: Work by the name of the part.
+    """
+
+    def __init__(self, part: Callable[[], str]) -> None:
+        super().__init__()
+        self._part = part
+        self.parts: dict[str, PartWork] = {}
+        self._last = ''
+
+    def __enter__(self) -> GPUWork:
+        self._profile = sys.getprofile()
+        sys.setprofile(self._on_call)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(self._profile)
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        name, work, last = func._schema.name.removeprefix('aten::'), self._work(), self._last
+        self._last = self._part()
+        work.launches += name not in ALLOCATIONS if self._last != OPTIMIZER else last != OPTIMIZER
+        if name not in ALLOCATIONS:
+            tensors = (leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor))
+            work.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        if name == '_local_scalar_dense' or name in SIZED_BY_VALUES or _has_mask(name, args):
+            work.waits[_source(sys._getframe(1))] += 1
+        return result
+
+    def _work(self) -> PartWork:
+        return self.parts.setdefault(self._part(), PartWork())
+
+    def _on_call(self, frame: FrameType, event: str, called: object) -> None:
+        if event == 'c_call' and isinstance(getattr(called, '__self__', None), Tensor) and called.__name__ in TO_HOST:
+            self._work().waits[_source(frame)] += 1
+
+
+def _has_mask(name: str, args: tuple) -> bool:
+    """Whether an indexing operator is given a mask, which it turns into as many indices as are true."""
+    if name not in ('index', 'index_put_', '_index_put_impl_', 'index_put'):
+        return False
+    return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _source(frame: FrameType | None) -> str:
+    """File and line that called torch."""
+    while frame is not None and frame.f_code.co_filename.startswith(_OUTSIDE):
+        frame = frame.f_back
+    return 'autograd' if frame is None else f'{_shortened(frame.f_code.co_filename)}:{frame.f_lineno}'
+
+
+def _shortened(file: str) -> str:
+    parts = Path(file).parts
+    start = next((i + 1 for i in reversed(range(len(parts))) if parts[i] == 'site-packages'), -3)
+    return '/'.join(parts[start:])
+
+
+def total(parts: Iterable[PartWork]) -> PartWork:
+    """The sum of the work of several parts."""
+    whole = PartWork()
+    for part in parts:
+        whole.launches += part.launches
+        whole.moved += part.moved
+        whole.waits += part.waits
+    return whole
