@@ -31,8 +31,8 @@ class BuildWithMim(build_py):
             source = ROOT / name
             if self.editable_mode:
                 (mim / name).symlink_to(os.path.relpath(source, mim))
-            elif source.is_dir():
-                shutil.copytree(source, mim / name, ignore=shutil.ignore_patterns('__pycache__'))
+            elif source.is_dir():  # not the paper's configs: mim refuses a file name that two folders have
+                shutil.copytree(source, mim / name, ignore=shutil.ignore_patterns('__pycache__', 'paper'))
             else:
                 shutil.copy(source, mim)
 

@@ -25,6 +25,7 @@ _REGISTRIES = (
     registries.HOOKS,
     registries.RUNNERS,
     registries.DATASETS,
+    registries.LOG_PROCESSORS,
     registries.LOOPS,
     registries.TRANSFORMS,
 )

@@ -8,6 +8,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import EpochBasedTrainLoop
 
+from mmman.engine.config_check import check_config
 from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError
 from mmman.runtime.launch import (
     _set_log_processor,
@@ -185,6 +186,7 @@ def test_local_losses_are_kept_out_of_the_console_line(optim_wrapper, processor,
     cfg = Config({'optim_wrapper': {'type': optim_wrapper}, **({} if processor is None else {'log_processor': processor})})
     _set_log_processor(cfg)
     assert cfg.get('log_processor') == expected
+    check_config(cfg)  # again before the first step
 
 
 def test_a_library_config_is_a_file_on_the_command_line():
