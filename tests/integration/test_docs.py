@@ -16,7 +16,6 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
