@@ -16,7 +16,6 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
@@ -46,11 +45,6 @@ TOOLS = {
     'publish': 'tools/publish_model.py',
 }
 """The files that the subcommands of ``mmman`` run."""
-
-
-SMALL = """
-model = dict(backbone=dict(depth=18, init_cfg=None), neck=dict(in_channels=[64, 128, 256, 512]))
-"""
 
 
 @dataclass
@@ -126,7 +120,7 @@ def help_of():
 def run_command(words, extra, folder):
     """Run a command from ``folder``; one that trains in a process of its own."""
     tool, arguments = tool_of(words)
-    arguments = [child_of(word, folder) if '::' in word else word for word in [*arguments, *shlex.split(extra)]]
+    arguments = [*arguments, *shlex.split(extra)]
     if tool != TOOLS['train']:
         run_tool(tool, arguments)
         return
@@ -142,13 +136,6 @@ def run_tool(tool, arguments):
             runpy.run_path(str(ROOT / tool), run_name='__main__')
         except SystemExit as ended:
             assert not ended.code, f'{tool} {shlex.join(arguments)}: {ended.code}'
-
-
-def child_of(stock, folder):
-    """A file that inherits from a stock detector with ResNet-50, in small, without weights to download."""
-    path = folder / f'{Path(stock.partition("::")[2]).stem}.py'
-    path.write_text(f"_base_ = '{stock}'\n{SMALL}")
-    return str(path)
 
 
 def build(path):
