@@ -107,7 +107,7 @@ def predict_rows(
     report("the stock backbone's with_cp", 0.2)
     exact = _exact_rows(case, profile, chunks)
     if not case.is_localized:
-        yield from sorted(exact, key=_work)
+        yield from sorted(exact, key=_risk_and_work)
         if case.localized.optim_wrapper.get('dtype') is None:
             report('mixed precision', 0.25)
             yield _mixed_precision_row(case)
@@ -122,7 +122,8 @@ def predict_rows(
     if case.is_localized:
         changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
         whole = _row('one block', SAME, changes, base, MemoryPlan())
-        yield from (replace(row, trains=END_TO_END) for row in sorted([whole, *exact], key=_work))
+        for row in sorted([whole, *exact], key=_risk_and_work):
+            yield replace(row, trains=END_TO_END if row.trains == SAME else f'{END_TO_END}, {row.trains}')
 
 
 @dataclass(frozen=True)
@@ -155,8 +156,8 @@ def _without_checkpointing(cfg: Config) -> Config:
     return cfg
 
 
-def _work(row: FitRow) -> tuple[int, int]:
-    return row.flops, row.operators
+def _risk_and_work(row: FitRow) -> tuple[bool, int, int]:
+    return row.trains != SAME, row.flops, row.operators
 
 
 def _own_row(case: FitCase) -> FitRow:

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmman import LocalLearningError
 from mmman.analysis.dummy_model import random_batch
 from mmman.engine.config_check import check_config
-from mmman.planning.choice import END_TO_END, LOCAL, SAME, Limits, choose_row
+from mmman.planning.choice import BY_CHUNK, END_TO_END, LOCAL, SAME, Limits, choose_row
 from tests.conftest import ROOT
 from tools.fit_memory import parse_args, run
 
@@ -21,6 +21,17 @@ RETINANET = """
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 model = dict(
     backbone=dict(init_cfg=None), neck=dict(out_channels=32), bbox_head=dict(in_channels=32, feat_channels=32, num_classes=3)
+)
+"""
+MASK_RCNN = """
+_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
+model = dict(
+    backbone=dict(init_cfg=None, depth=18),
+    neck=dict(in_channels=[64, 128, 256, 512], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=32), bbox_head=dict(in_channels=32, fc_out_channels=64, num_classes=3),
+        mask_roi_extractor=dict(out_channels=32), mask_head=dict(in_channels=32, conv_out_channels=32, num_classes=3)),
 )
 """
 RESNET = """
@@ -71,6 +82,22 @@ def test_a_small_retinanet(tmp_path, capsys):
     model, cfg = stepped(out, 160, 224)
     assert len(model.backbone.local) == 1 and cfg.optim_wrapper.images_per_chunk == 1
     assert cfg.model.backbone.backbone.frozen_stages == 0 and cfg.train_dataloader.batch_size == 2
+
+
+def test_a_two_stage_detector_with_masks(tmp_path, capsys):
+    stock, out = tmp_path / 'stock.py', tmp_path / 'child.py'
+    stock.write_text(MASK_RCNN)
+    words = [stock, '--max-overhead', 0.5, '--shape', 224, 256, '--batch', 3, '--images-per-chunk', 1, '--blocks', 2]
+    rows, _ = fit(*words)
+    trains = [row.trains for row in rows]
+    assert {BY_CHUNK, SAME, LOCAL} <= {*trains} and trains.index(BY_CHUNK) > max(
+        i for i, one in enumerate(trains) if one == SAME
+    )
+    capsys.readouterr()
+    fit(*words, '--choose', len(rows), '--check', '-o', out)
+    assert off(capsys.readouterr().out) < 5
+    _, cfg = stepped(out, 224, 256)
+    assert cfg.optim_wrapper.images_per_chunk == 1
 
 
 def test_a_classifier(tmp_path, capsys):
