@@ -215,7 +215,7 @@ def tables(rows: list[dict], title: str) -> list[Table]:
         parts.add_row(part, *(f'{row["parts"][part] / MB:.1f}' if part in row['parts'] else '' for row in rows))
     parts.add_section()
     parts.add_row('peak', *(f'{row["peak"] / MB:.1f}' for row in rows))
-    return [memory, work, parts, *gpu_tables(rows)]
+    return [memory, work, parts, *([] if first['gpu'] is None else gpu_tables(rows))]
 
 
 def gpu_tables(rows: list[dict]) -> list[Table]:
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace) -> list[dict]:
     for row in rows:
         row['fused_focal_loss'], row['sizes_only'] = args.fused_focal_loss, args.sizes_only
         if args.sizes_only:  # many of them are made of others there
-            row['operators'] = None
+            row['operators'] = row['gpu'] = None
     CONSOLE.print(*tables(rows, title), sep='\n')
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2))

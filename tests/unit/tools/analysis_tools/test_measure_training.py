@@ -111,7 +111,7 @@ def test_side_by_side(tmp_path, capsys):
 def test_sizes_only(capsys):
     words = [CONFIG, f'{K}=2', UNIFORM, *SMALL]
     ((with_data,), (without,)) = run(parse_args([*words, '--iterations', '0'])), run(parse_args([*words, '--sizes-only']))
-    assert without == {**with_data, 'sizes_only': True, 'operators': None}
+    assert without == {**with_data, 'sizes_only': True, 'operators': None, 'gpu': None}
     capsys.readouterr()
 
 

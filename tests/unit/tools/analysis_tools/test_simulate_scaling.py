@@ -83,7 +83,7 @@ def test_mistakes_end_the_program_with_a_line(arguments, says, monkeypatch):
 def test_what_is_missing_is_said(arguments, capsys):
     with pytest.raises(SystemExit):
         parse_args(arguments)
-    assert 'config file' in capsys.readouterr().err or not arguments
+    assert 'config' in capsys.readouterr().err or not arguments
 
 
 def test_measuring_a_config(tmp_path):
