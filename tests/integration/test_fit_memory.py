@@ -9,6 +9,7 @@ from mmman import LocalLearningError
 from mmman.analysis.dummy_model import random_batch
 from mmman.engine.config_check import check_config
 from mmman.planning.choice import BY_CHUNK, END_TO_END, LOCAL, SAME, Limits, choose_row
+from mmman.planning.fit import chunk_support
 from tests.conftest import ROOT
 from tools.fit_memory import parse_args, run
 
@@ -84,20 +85,22 @@ def test_a_small_retinanet(tmp_path, capsys):
     assert cfg.model.backbone.backbone.frozen_stages == 0 and cfg.train_dataloader.batch_size == 2
 
 
-def test_a_two_stage_detector_with_masks(tmp_path, capsys):
-    stock, out = tmp_path / 'stock.py', tmp_path / 'child.py'
-    stock.write_text(MASK_RCNN)
-    words = [stock, '--max-overhead', 0.5, '--shape', 224, 256, '--batch', 3, '--images-per-chunk', 1, '--blocks', 2]
-    rows, _ = fit(*words)
-    trains = [row.trains for row in rows]
-    assert {BY_CHUNK, SAME, LOCAL} <= {*trains} and trains.index(BY_CHUNK) > max(
-        i for i, one in enumerate(trains) if one == SAME
-    )
-    capsys.readouterr()
-    fit(*words, '--choose', len(rows), '--check', '-o', out)
-    assert off(capsys.readouterr().out) < 5
-    _, cfg = stepped(out, 224, 256)
-    assert cfg.optim_wrapper.images_per_chunk == 1
+@pytest.mark.parametrize(
+    ('text', 'trains', 'obstacle'),
+    [
+        (RETINANET, SAME, ''),
+        (MASK_RCNN, BY_CHUNK, ''),
+        (f'{RETINANET}model["neck"]["norm_cfg"] = dict(type="BN")', SAME, 'RetinaNet has BatchNorm in training mode behind'),
+    ],
+)
+def test_how_chunks_train(tmp_path, text, trains, obstacle):
+    path = tmp_path / 'stock.py'
+    path.write_text(text)
+    cfg = Config.fromfile(path)
+    local_head = {'type': 'mmman.DetLocalHead', 'num_classes': 3}
+    cfg.model.backbone = {'type': 'mmman.LocalBackbone', 'backbone': cfg.model.backbone, 'local_head': local_head}
+    found = chunk_support(cfg, 64, 64)
+    assert found.trains == trains and found.obstacle.startswith(obstacle) and bool(found.obstacle) == bool(obstacle)
 
 
 def test_a_classifier(tmp_path, capsys):
