@@ -19,9 +19,9 @@ TEXTS = ('README.md', 'LICENSE', 'CHANGELOG.md')
 
 
 def tracked(folder):
-    """Files of the checkout below a folder, without what Python writes there."""
+    """Files of the checkout below a folder, without what Python and an editable install write there."""
     files = (path for path in (ROOT / folder).rglob('*') if path.is_file() and path.suffix not in ('.pyc', '.pyo'))
-    return {path.relative_to(ROOT).as_posix() for path in files}
+    return {path.relative_to(ROOT).as_posix() for path in files if '.mim' not in path.parts}
 
 
 @pytest.fixture(scope='module')
