@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
 from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError
-from mmman.heads.dry_run import BATCH_SIZE, describe_error, detection_samples
+from mmman.heads.dry_run import BATCH_SIZE, describe_error, detection_samples, predicts_masks
 from mmman.local.session import Session
 
 SIDES = {'mmdet': (128, 384), 'mmseg': (128,), 'mmpretrain': (64, 224)}
@@ -153,8 +153,8 @@ def _batch(model: nn.Module, scope: str, side: int) -> dict:
     if scope == 'mmdet':
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
         batch = {'inputs': [*torch.randint(256, (BATCH_SIZE, 3, side, side), dtype=torch.uint8)]}
-        masks = any('mask' in name for name, _ in model.named_modules())
-        return {**batch, 'data_samples': detection_samples(side, classes, objects_per_side=1, masks=masks)}
+        samples = detection_samples(side, classes, objects_per_side=1, masks=predicts_masks(model))
+        return {**batch, 'data_samples': samples}
     batch = random_batch(model, scope, BATCH_SIZE, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:

@@ -14,7 +14,7 @@ from torch import nn
 
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.errors import ConfigError
-from mmman.heads.dry_run import box_masks
+from mmman.heads.dry_run import box_masks, predicts_masks
 from mmman.local.blocks import LocalBlocks
 
 OBJECTS = 10
@@ -82,9 +82,8 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
     Raises:
         ConfigError: ``scope`` is another library, or no module of the model has ``num_classes``.
     """
-    has_masks = any('mask' in name for name, _ in model.named_modules())
     has_stuff = any('semantic' in name or 'panoptic' in name for name, _ in model.named_modules())
-    boxes = partial(_boxes, has_masks=has_masks, has_stuff=has_stuff)
+    boxes = partial(_boxes, has_masks=predicts_masks(model), has_stuff=has_stuff)
     annotate = {'mmdet': boxes, 'mmseg': _pixels, 'mmpretrain': _label}.get(scope)
     if annotate is None:
         raise ConfigError(f'no random data for default_scope={scope!r}: choose mmdet, mmseg or mmpretrain')

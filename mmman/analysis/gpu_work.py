@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -118,13 +118,3 @@ def _shortened(file: str) -> str:
     parts = Path(file).parts
     start = next((i + 1 for i in reversed(range(len(parts))) if parts[i] == 'site-packages'), -3)
     return '/'.join(parts[start:])
-
-
-def total(parts: Iterable[PartWork]) -> PartWork:
-    """The sum of the work of several parts."""
-    whole = PartWork()
-    for part in parts:
-        whole.launches += part.launches
-        whole.moved += part.moved
-        whole.waits += part.waits
-    return whole

@@ -104,6 +104,11 @@ def _grid_boxes(size: int, side: int, objects_per_side: int) -> Tensor:
     return torch.cat([corners, corners + size], 1)
 
 
+def predicts_masks(model: nn.Module) -> bool:
+    """Whether a detector needs masks in its data, by the names of its modules."""
+    return any('mask' in name for name, _ in model.named_modules())
+
+
 def box_masks(boxes: Tensor, height: int, width: int) -> BitmapMasks:
     """Masks that fill the boxes (N, 4) in an image."""
     from mmdet.structures.mask import BitmapMasks

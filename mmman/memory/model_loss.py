@@ -21,7 +21,8 @@ class ModelLoss(ChunkedLoss):
     that of the same images spread over more GPUs.
 
     Raises:
-        ConfigError: A norm layer behind the backbone mixes the images of a batch.
+        ConfigError: In a step: a norm layer behind the backbone mixes the images of a batch, or the model's loss doesn't run
+            the backbone exactly once.
     """
 
     def task_losses(self, inputs: Tensor, data_samples: list) -> Losses:

@@ -94,7 +94,7 @@ def predict_rows(
         LocalLearningError: The model can't be profiled.
     """
     cfg = _without_checkpointing(case.localized)
-    chunks = chunk_support(cfg, case.height, case.width)
+    chunks = chunk_support(cfg, case.height, case.width) if case.is_detector else ChunkSupport(SAME)
     if case.is_detector and not chunks.obstacle:
         cfg.optim_wrapper.images_per_chunk = case.chunk_size
     report('the config as it is, and what recomputing costs', 0.0)

@@ -104,10 +104,10 @@ class ChunkedLoss:
         return self.neck_and_head([*self.model.backbone(inputs)], inputs, data_samples)
 
     def neck_and_head(self, features: list[Tensor], inputs: Tensor, data_samples: list, dry_run: bool = False) -> Losses:
-        """Compute the model's losses from the outputs of its backbone. Frees the ``features`` that nothing reads.
+        """Compute the model's losses from the outputs of its backbone. May free the ``features`` that nothing reads.
 
         Args:
-            features: Each (B, C, H, W). The list is modified in place.
+            features: Each (B, C, H, W). The list may be modified in place.
             inputs: The images, (B, 3, H, W).
             data_samples: Data samples of the batch.
             dry_run: Only determine, once, which features of these shapes are needed, and return no losses.

@@ -2,7 +2,7 @@
 
 import torch
 
-from mmman.analysis.gpu_work import GPUWork, total
+from mmman.analysis.gpu_work import GPUWork
 
 
 def work_of(run, part='rest'):
@@ -60,13 +60,3 @@ def test_every_wait_is_found_on_its_line():
     for run in (lambda: x[1:], lambda: x[torch.tensor([1, 2])], lambda: x.where(x > 1, 0.0), lambda: x.topk(2)):
         work = work_of(run)
         assert work is None or not work.waits
-
-
-def test_total():
-    running = []
-    with GPUWork(lambda: running[-1]) as work:
-        for part in ('a', 'b'):
-            running.append(part)
-            torch.ones(2).add(1).sum().item()
-    whole = total(work.parts.values())
-    assert whole.launches == 2 * work.parts['a'].launches > 0 and whole.waits.total() == 2
