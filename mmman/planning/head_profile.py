@@ -13,6 +13,7 @@ import torch
 from mmengine.logging import MMLogger
 from torch import Tensor, nn
 
+from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.trace import Trace
 from mmman.heads.det import DetLocalHead
 from mmman.local import delocalize_, localize_
@@ -45,7 +46,8 @@ class HeadCosts:
         self._outputs: list[dict[int, Tensor]] = []
         for batch in runs.batches:
             outputs: dict[int, Tensor] = {}
-            with outputs_observed(backbone, self.chain, outputs.__setitem__), torch.no_grad(), runs.precision():
+            observed = outputs_observed(backbone, self.chain, outputs.__setitem__)
+            with observed, torch.no_grad(), FloatKernels(), runs.precision():
                 backbone(batch.inputs)
             self._outputs.append(outputs)
         self._stock = delocalize_(copy.deepcopy(backbone))

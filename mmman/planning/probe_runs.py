@@ -14,6 +14,7 @@ from mmengine.runner.amp import autocast
 from torch import Tensor, nn
 
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Extrapolation, Trace
 from mmman.memory.detection.dense_loss import ChunkedLoss
@@ -82,7 +83,7 @@ class ProbeRuns:
     def extrapolate(self, run: Run, *held: object) -> Extrapolation:
         traces = []
         for batch in self.batches:
-            with Trace(self.model, *held, batch.data, batch.inputs, batch.samples) as trace:
+            with FloatKernels(), Trace(self.model, *held, batch.data, batch.inputs, batch.samples) as trace:
                 run(batch, trace)
             traces.append(trace)
         return Extrapolation(*traces, self.pixels)

@@ -16,6 +16,7 @@ from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.trace import Trace, linear
 from mmman.errors import ConfigError
@@ -259,7 +260,7 @@ def _held_inputs(runs: ProbeRuns) -> list[int]:
         backbone.get_submodule(owner).register_forward_pre_hook(lambda *_, owner=owner: called.add(owner))
         for owner in {owner for own in owners for owner in own}
     ]
-    with torch.no_grad(), runs.precision():
+    with torch.no_grad(), FloatKernels(), runs.precision():
         backbone(runs.batches[0].inputs)
     for handle in handles:
         handle.remove()
@@ -270,10 +271,11 @@ def _held_inputs(runs: ProbeRuns) -> list[int]:
 def _outputs_read(runs: ProbeRuns) -> list[bool]:
     """For every output of the backbone, whether the task loss sends it a gradient."""
     model, batch = runs.model, runs.batches[0]
-    with torch.no_grad(), runs.precision():
-        features = model.backbone(batch.inputs)
-    leaves = [[leaf.requires_grad_() for leaf in tree_flatten(one)[0] if isinstance(leaf, Tensor)] for one in features]
-    _task_loss(runs, batch, features).backward()
+    with FloatKernels():
+        with torch.no_grad(), runs.precision():
+            features = model.backbone(batch.inputs)
+        leaves = [[leaf.requires_grad_() for leaf in tree_flatten(one)[0] if isinstance(leaf, Tensor)] for one in features]
+        _task_loss(runs, batch, features).backward()
     return [any(leaf.grad is not None for leaf in own) for own in leaves]
 
 

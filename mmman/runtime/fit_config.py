@@ -14,6 +14,7 @@ from mmengine.registry import init_default_scope
 
 from mmman.analysis.dry_step import scope_of
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
@@ -153,7 +154,7 @@ class ConfigFit:
         if has_gpu:
             model.cuda()
         data = random_batch(model, cfg.default_scope, batch, height, width)
-        with self._focal_loss(), sizes_only or nullcontext():
+        with self._focal_loss(), nullcontext() if has_gpu else FloatKernels(), sizes_only or nullcontext():
             meter = StepMeter(model, optim_wrapper, data)
             return meter.memory().peak, meter.allocator_peak()
 
