@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from mmman.analysis.flops import flops_of
+
 OPTIMIZER = 'optimizer step'
 
 ALLOCATIONS = {'empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'resize_', 'is_same_size'}
@@ -33,7 +35,10 @@ SIZED_BY_VALUES = {
 TO_HOST = {'cpu', 'tolist', 'numpy'}
 """Methods of a tensor that copy it to the CPU; on a CPU no operator shows them."""
 
+HALVES = (torch.bfloat16, torch.float16)
+
 _OUTSIDE = (str(Path(torch.__file__).parent), __file__)
+_OPTIMIZERS = str(Path(torch.optim.__file__).parent)
 
 
 @dataclass
@@ -51,6 +56,23 @@ class PartWork:
     waits: Counter[str] = field(default_factory=Counter)
 
 
+@dataclass
+class Kernel:
+    """One launch.
+
+    Attributes:
+        flops: FLOPs of a convolution, matrix product or attention; 0 for other operators.
+        moved: Bytes that it reads and writes, if it reads its inputs and writes its outputs once.
+        is_convolution: Whether it is a convolution or the backward of one.
+        is_half: Whether its first input has half precision.
+    """
+
+    flops: int = 0
+    moved: int = 0
+    is_convolution: bool = False
+    is_half: bool = False
+
+
 class GPUWork(TorchDispatchMode):
     """Count the work of training steps by part while this mode is active.
 
@@ -61,12 +83,15 @@ class GPUWork(TorchDispatchMode):
 
     Attributes:
         parts: Work by the name of the part.
+        timeline: Launches in order; None where the CPU waits for the GPU.
     """
 
     def __init__(self, part: Callable[[], str]) -> None:
         super().__init__()
         self._part = part
         self.parts: dict[str, PartWork] = {}
+        self.timeline: list[Kernel | None] = []
+        self._kernel = Kernel()
         self._last = ''
 
     def __enter__(self) -> GPUWork:
@@ -80,24 +105,40 @@ class GPUWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.is_view:
+        if func.is_view or func.namespace == 'prim':  # a fake tensor is asked for its device
             return result
         name, work, last = func._schema.name.removeprefix('aten::'), self._work(), self._last
         self._last = self._part()
-        work.launches += name not in ALLOCATIONS if self._last != OPTIMIZER else last != OPTIMIZER
         if name not in ALLOCATIONS:
-            tensors = (leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor))
-            work.moved += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        if name == '_local_scalar_dense' or name in SIZED_BY_VALUES or _has_mask(name, args):
-            work.waits[_source(sys._getframe(1))] += 1
+            if self._last != OPTIMIZER or last != OPTIMIZER:
+                work.launches += 1
+                self._kernel = Kernel()
+                self.timeline.append(self._kernel)
+            tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)]
+            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            work.moved += moved
+            self._kernel.moved += moved
+            self._kernel.flops += flops_of(func, args, kwargs or {}, result)
+            self._kernel.is_convolution = 'convolution' in name
+            self._kernel.is_half = any(tensor.dtype in HALVES for tensor in tensors[:1])
+        frame = sys._getframe(1)
+        if name == '_local_scalar_dense':
+            if not _is_step_count(frame):
+                self._wait(frame)
+        elif name in SIZED_BY_VALUES or _has_mask(name, args):
+            self._wait(frame)
         return result
+
+    def _wait(self, frame: FrameType) -> None:
+        self._work().waits[_source(frame)] += 1
+        self.timeline.append(None)
 
     def _work(self) -> PartWork:
         return self.parts.setdefault(self._part(), PartWork())
 
     def _on_call(self, frame: FrameType, event: str, called: object) -> None:
         if event == 'c_call' and isinstance(getattr(called, '__self__', None), Tensor) and called.__name__ in TO_HOST:
-            self._work().waits[_source(frame)] += 1
+            self._wait(frame)
 
 
 def _has_mask(name: str, args: tuple) -> bool:
@@ -105,6 +146,15 @@ def _has_mask(name: str, args: tuple) -> bool:
     if name not in ('index', 'index_put_', '_index_put_impl_', 'index_put'):
         return False
     return any(isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _is_step_count(frame: FrameType | None) -> bool:
+    """Whether an optimizer reads a number: that of its steps, which it keeps on the CPU."""
+    while frame is not None and frame.f_code.co_filename.startswith(_OUTSIDE):
+        if frame.f_code.co_filename.startswith(_OPTIMIZERS):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _source(frame: FrameType | None) -> str:

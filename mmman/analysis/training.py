@@ -16,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from mmman.analysis.attribute_memory import attribute_memory, block_outputs
-from mmman.analysis.gpu_work import GPUWork, PartWork
+from mmman.analysis.gpu_work import GPUWork, Kernel, PartWork
 from mmman.analysis.memory import LiveBytes, LiveParts
 from mmman.local.blocks import LocalBlocks
 from mmman.memory.chunks import replaced
@@ -37,6 +37,7 @@ class Memory:
         operators: Number of operators that the step ran, without views.
         curves: Bytes of every part over time, at most 1000 moments; see :meth:`LiveParts.curves`.
         work: What a GPU would pay for, by part.
+        timeline: Its launches in order; None where the CPU waits for the GPU.
     """
 
     peak: int
@@ -45,6 +46,7 @@ class Memory:
     operators: int
     curves: dict[str, np.ndarray]
     work: dict[str, PartWork]
+    timeline: list[Kernel | None]
 
 
 class StepMeter:
@@ -91,7 +93,7 @@ class StepMeter:
         ):
             self.step()
         parts = {name: size for name, size in live.peak_parts.items() if size}
-        return Memory(live.peak, parts, live.flops, live.operators, live.curves(), work.parts)
+        return Memory(live.peak, parts, live.flops, live.operators, live.curves(), work.parts, work.timeline)
 
     def floor(self, in_chunks: bool = True) -> int:
         """Peak bytes of a step that doesn't run the backbone.

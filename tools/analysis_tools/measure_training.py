@@ -25,7 +25,8 @@ On a CPU mmdet's focal loss is a chain of operators that keeps several maps of (
 has, in all that is measured, the memory of the one operator that a GPU runs. Seconds then say nothing about the loss.
 
 With --sizes-only nothing is computed: bytes and FLOPs of classifiers and segmentors at any batch, without its memory. They are
-those of the CPU's kernels, to the byte. What a detector allocates depends on its data.
+those of the CPU's kernels, to the byte; a list read from the GPU counts as a wait for each of its numbers. What a detector
+allocates depends on its data.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
 from mmman.analysis.attribute_memory import TASK, block_outputs
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.roofline import DEVICES, Device, step_time
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
 from mmman.memory.detection.focal_loss import fused_focal_loss
@@ -127,7 +129,9 @@ def median_and_quartiles(values: list[float]) -> list[float]:
     return [median, lower, upper]
 
 
-def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], base: list[float]) -> dict:
+def row_of(
+    one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], base: list[float], device: Device | None
+) -> dict:
     """What was measured of a config, in bytes, FLOPs and seconds; ``ratio`` is to the first config, within a round."""
     floor, in_chunks = meter.floor(), getattr(meter.optim_wrapper, 'images_per_chunk', None) is not None
     row = {
@@ -152,6 +156,9 @@ def row_of(one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], b
             for part in in_order({*memory.work})
         },
     }
+    if device is not None:
+        predicted = step_time(memory.timeline, device)
+        row['predicted'] = {'device': device.name, 'step': predicted.step, 'kernels': predicted.kernels}
     if seconds:
         row['seconds'] = median_and_quartiles(seconds)
         row['ratio'] = median_and_quartiles([own / first for own, first in zip(seconds, base, strict=True)])
@@ -204,7 +211,7 @@ def tables(rows: list[dict], title: str) -> list[Table]:
             row['config'],
             f'{row["flops"] / 1e9:.2f}',
             change(row, 'flops'),
-            str(row['operators'] or ''),
+            str(row['operators']),
             change(row, 'operators'),
             spread(row.get('seconds'), '.3f'),
             spread(row.get('ratio'), '.2f'),
@@ -215,7 +222,7 @@ def tables(rows: list[dict], title: str) -> list[Table]:
         parts.add_row(part, *(f'{row["parts"][part] / MB:.1f}' if part in row['parts'] else '' for row in rows))
     parts.add_section()
     parts.add_row('peak', *(f'{row["peak"] / MB:.1f}' for row in rows))
-    return [memory, work, parts, *([] if first['gpu'] is None else gpu_tables(rows))]
+    return [memory, work, parts, *gpu_tables(rows)]
 
 
 def gpu_tables(rows: list[dict]) -> list[Table]:
@@ -227,6 +234,12 @@ def gpu_tables(rows: list[dict]) -> list[Table]:
         work.add_row(part, *(_gpu_cell([cell]) if cell else '' for cell in cells))
     work.add_section()
     work.add_row('step', *(_gpu_cell([*row['gpu'].values()]) for row in rows))
+    if 'predicted' in rows[0]:
+        work.add_section()
+        first = rows[0]['predicted']
+        for name in ('step', 'kernels'):
+            cells = (f'{1e3 * row["predicted"][name]:.1f} ms, {row["predicted"][name] / first[name]:.2f}' for row in rows)
+            work.add_row(f'{name}, predicted for {first["device"]}', *cells)
     waits = [sum((Counter(part['waits']) for part in row['gpu'].values()), Counter()) for row in rows]
     lines = _table('waits for the GPU by source line', 'line', *(row['config'] for row in rows))
     for line, _ in sum(waits, Counter()).most_common():
@@ -285,6 +298,7 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--iterations', type=int, default=5, help='timed steps of each config, by turns; 0: no times')
     parser.add_argument('--fused-focal-loss', action='store_true', help="mmdet's focal loss has the memory of a GPU's kernel")
     parser.add_argument('--sizes-only', action='store_true', help='compute nothing: bytes and FLOPs of any batch; no times')
+    parser.add_argument('--device', choices=DEVICES, help='also predict the time of the step on this GPU')
     parser.add_argument('--out', type=Path, metavar='JSON', help='also write the rows, in bytes, FLOPs and seconds')
     parser.add_argument('--picture', type=Path, metavar='PNG', help='also draw the parts of memory over the step')
     given = parser.parse_args(args)
@@ -303,14 +317,13 @@ def run(args: argparse.Namespace) -> list[dict]:
         seconds = timed(meters, 0 if args.sizes_only else args.iterations)
         with sizes_only or nullcontext():
             memories = [meter.memory() for meter in meters]
-            rows = [row_of(*one, base=seconds[0]) for one in zip(args.asked, meters, memories, seconds, strict=True)]
+            device, measured = DEVICES.get(args.device), zip(args.asked, meters, memories, seconds, strict=True)
+            rows = [row_of(*one, base=seconds[0], device=device) for one in measured]
     title = f'one training step, batch {args.batch}, {args.shape[0]}x{args.shape[1]}'
     if args.fused_focal_loss:
         title += ', fused focal loss'
     for row in rows:
         row['fused_focal_loss'], row['sizes_only'] = args.fused_focal_loss, args.sizes_only
-        if args.sizes_only:  # many of them are made of others there
-            row['operators'] = row['gpu'] = None
     CONSOLE.print(*tables(rows, title), sep='\n')
     if args.out:
         args.out.write_text(json.dumps(rows, indent=2))

@@ -111,7 +111,20 @@ def test_side_by_side(tmp_path, capsys):
 def test_sizes_only(capsys):
     words = [CONFIG, f'{K}=2', UNIFORM, *SMALL]
     ((with_data,), (without,)) = run(parse_args([*words, '--iterations', '0'])), run(parse_args([*words, '--sizes-only']))
-    assert without == {**with_data, 'sizes_only': True, 'operators': None, 'gpu': None}
+    launches = [{part: work['launches'] for part, work in row.pop('gpu').items()} for row in (with_data, without)]
+    read = without.pop('operators') - with_data.pop('operators')  # tolist is an operator for each number
+    assert without == {**with_data, 'sizes_only': True}
+    assert read == 1 and sum(launches[1].values()) - sum(launches[0].values()) == read
+    assert all(0 <= launches[1][part] - own <= read for part, own in launches[0].items())
+
+
+def test_the_time_on_a_gpu_is_predicted(capsys):
+    words = [CONFIG, f'{K}=1', 'model.backbone.partition=stage', CONFIG, f'{K}=2', UNIFORM, *SMALL, '--names', 'E2E', 'local']
+    rows = run(parse_args([*words, '--sizes-only', '--device', 'a100']))
+    whole, local = (row['predicted'] for row in rows)
+    assert whole['device'] == 'a100' and 0 < whole['kernels'] < whole['step'] < local['step']
+    text = capsys.readouterr().out
+    assert f'{1e3 * local["step"]:.1f} ms, {local["step"] / whole["step"]:.2f}' in text
     capsys.readouterr()
 
 
