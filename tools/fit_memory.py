@@ -3,6 +3,7 @@
     mmman fit mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --memory 8GB -o retinanet_8gb.py
     mmman fit my_config.py --as-small-as-possible --batch 4 --shape 608 1024
     mmman fit my_config.py --max-overhead 0.1 --choose 3 -o smaller.py --check
+    mmman fit my_config.py --device a100 --max-slowdown 0.15
 
 It predicts the peak memory of a training step for the config as it is, for options that train the same, and for local learning
 (MAN++), and writes a config that inherits from yours for the first that fits. Batch and image size are read from the config.
@@ -23,6 +24,7 @@ from rich.table import Table
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
+from mmman.analysis.roofline import DEVICES
 from mmman.messages import one_line
 from mmman.planning.choice import FitRow, Limits, choose_row
 from mmman.planning.fit import BLOCKS
@@ -57,6 +59,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('config', help='library::path of a stock config, or the path of a config file')
     parser.add_argument('--memory', type=size, metavar='8GB', help='the first row whose peak is within this')
     parser.add_argument('--max-overhead', type=float, metavar='0.1', help='at most so many more FLOPs, relative to the config')
+    parser.add_argument('--device', choices=DEVICES, help='estimate the time on this GPU, and plan by it in place of FLOPs')
+    parser.add_argument('--max-slowdown', type=float, metavar='0.1', help='at most so much more time on --device')
     parser.add_argument('--as-small-as-possible', action='store_true', help='the row with the smallest peak')
     parser.add_argument('--choose', type=count, metavar='N', help='the row with this number, whether it fits or not')
     parser.add_argument('-o', '--out', type=Path, help='config file to write; default: print it')
@@ -69,12 +73,18 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--check', nargs='?', const='chosen', choices=('chosen', 'all'), help='measure a step, and compare')
     parser.add_argument('--no-dry-run', action='store_true', help='write the config without a training step of it')
     given = parser.parse_args(args)
-    if given.memory is None and given.max_overhead is None and not given.as_small_as_possible and given.choose is None:
-        parser.error('say what to look for: --memory, --max-overhead, --as-small-as-possible or --choose')
+    limits = given.memory, given.max_overhead, given.max_slowdown, given.choose
+    if all(limit is None for limit in limits) and not given.as_small_as_possible:
+        parser.error('say what to look for: --memory, --max-overhead, --max-slowdown, --as-small-as-possible or --choose')
     if given.memory is not None and given.as_small_as_possible:
         parser.error('--memory takes the first row that fits, --as-small-as-possible the smallest: give one of them')
-    if given.max_overhead is not None and given.max_overhead < 0:
-        parser.error(f'--max-overhead {given.max_overhead}: give at least 0')
+    for name, share in (('--max-overhead', given.max_overhead), ('--max-slowdown', given.max_slowdown)):
+        if share is not None and not share >= 0:
+            parser.error(f'{name} {share}: give at least 0')
+    if given.max_slowdown is not None and given.device is None:
+        parser.error('--max-slowdown is of the time on a GPU: say which by --device')
+    if given.max_overhead is not None and given.device is not None:
+        parser.error('--max-overhead is of FLOPs, and with --device time is planned in their place: give --max-slowdown')
     if given.blocks is not None and given.blocks < 2:
         parser.error('--blocks 1 is end-to-end training, which the first rows are: give at least 2')
     given.partition = given.cuts
@@ -98,7 +108,7 @@ def predict(args: argparse.Namespace, limits: Limits) -> tuple[ConfigFit, list[F
     columns = TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task('reading the config, choosing local heads', total=1.0)
-        options = args.frozen_stages, args.images_per_chunk, not args.no_dry_run
+        options = args.frozen_stages, args.images_per_chunk, not args.no_dry_run, DEVICES.get(args.device)
         fit = ConfigFit.of(args.config, folder, args.batch, shape, *options)
 
         def report(what: str, done: float) -> None:
@@ -112,12 +122,12 @@ def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
     table = Table(title=title)
     for name in ('', 'what changes', 'trains'):
         table.add_column(name, justify='left' if name else 'right', overflow='fold')
-    for name in ('peak, MB', 'to as it is', 'FLOPs', 'launches', 'fits'):
-        table.add_column(name, justify='right', no_wrap=True)
     base = rows[0]
+    for name in ('peak, MB', 'to as it is', 'FLOPs', 'launches', *(['time'] if base.time else []), 'fits'):
+        table.add_column(name, justify='right', no_wrap=True)
     for number, row in enumerate(rows, start=1):
         if row.peak is None:
-            table.add_row(str(number), f'{row.name}: {row.note}', row.trains, '?', '', '', '', 'no')
+            table.add_row(str(number), f'{row.name}: {row.note}', row.trains, '?', *[''] * (4 if base.time else 3), 'no')
             continue
         table.add_row(
             str(number),
@@ -127,6 +137,7 @@ def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
             f'{row.peak.total / base.peak.total - 1:+.1%}',
             f'{row.flops / base.flops - 1:+.1%}',
             str(row.operators),
+            *([f'{row.time / base.time - 1:+.0%}'] if base.time else []),
             'yes' if limits.fits(row, base) else 'no',
         )
     return table
@@ -134,10 +145,11 @@ def table_of(rows: list[FitRow], limits: Limits, title: str) -> Table:
 
 def run(args: argparse.Namespace) -> tuple[list[FitRow], FitRow]:
     """Predict, print, choose, write and measure. Returns the rows and the one that was chosen."""
-    limits = Limits(args.memory, args.max_overhead)
+    limits = Limits(args.memory, args.max_overhead, args.max_slowdown)
     fit, rows = predict(args, limits)
     batch, height, width = fit.case.shape
-    CONSOLE.print(table_of(rows, limits, f'expected of a training step with {batch} images of {height}x{width} per GPU'))
+    title = f'expected of a training step with {batch} images of {height}x{width} per GPU'
+    CONSOLE.print(table_of(rows, limits, title if args.device is None else f'{title}, estimated time on {args.device}'))
     row = choose_row(rows, limits, batch, args.choose)
     text = fit.text(row, rows[0])
     notes = [] if args.no_dry_run else fit.check(row, text)

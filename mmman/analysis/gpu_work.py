@@ -56,7 +56,7 @@ class PartWork:
     waits: Counter[str] = field(default_factory=Counter)
 
 
-@dataclass
+@dataclass(slots=True)
 class Kernel:
     """One launch.
 
@@ -105,22 +105,19 @@ class GPUWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.is_view or func.namespace == 'prim':  # a fake tensor is asked for its device
+        if func.is_view or func.namespace == 'prim':
             return result
         name, work, last = func._schema.name.removeprefix('aten::'), self._work(), self._last
         self._last = self._part()
-        if name not in ALLOCATIONS:
-            if self._last != OPTIMIZER or last != OPTIMIZER:
+        kernel = kernel_of(func, args, kwargs or {}, result)
+        if kernel is not None:
+            work.moved += kernel.moved
+            if self._last == last == OPTIMIZER:
+                self._kernel.moved += kernel.moved
+            else:
                 work.launches += 1
-                self._kernel = Kernel()
-                self.timeline.append(self._kernel)
-            tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)]
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-            work.moved += moved
-            self._kernel.moved += moved
-            self._kernel.flops += flops_of(func, args, kwargs or {}, result)
-            self._kernel.is_convolution = 'convolution' in name
-            self._kernel.is_half = any(tensor.dtype in HALVES for tensor in tensors[:1])
+                self._kernel = kernel
+                self.timeline.append(kernel)
         frame = sys._getframe(1)
         if name == '_local_scalar_dense':
             if not _is_step_count(frame):
@@ -139,6 +136,20 @@ class GPUWork(TorchDispatchMode):
     def _on_call(self, frame: FrameType, event: str, called: object) -> None:
         if event == 'c_call' and isinstance(getattr(called, '__self__', None), Tensor) and called.__name__ in TO_HOST:
             self._wait(frame)
+
+
+def kernel_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> Kernel | None:
+    """The launch of one call of an operator. None if it starts no kernel."""
+    name = func._schema.name.removeprefix('aten::')
+    if func.is_view or func.namespace == 'prim' or name in ALLOCATIONS:  # prim: a fake tensor is asked for its device
+        return None
+    tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)]
+    return Kernel(
+        flops=flops_of(func, args, kwargs, result),
+        moved=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        is_convolution='convolution' in name,
+        is_half=any(tensor.dtype in HALVES for tensor in tensors[:1]),
+    )
 
 
 def _has_mask(name: str, args: tuple) -> bool:

@@ -10,7 +10,7 @@ from mmman.analysis.gpu_work import Kernel
 PRODUCTS = 0.75
 """Share of its FLOP/s that a GPU reaches in products; fitted to ViTs on an H200."""
 
-BYTES = 0.4
+BYTES = 0.36
 """Share of its bandwidth that a GPU reaches, if operators read and wrote everything once; fitted to ResNets on an H200. Most
 read something twice (BatchNorm), and convolutions change the layout."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from difflib import SequenceMatcher
 
 import numpy as np
 from torch import Tensor
 
+from mmman.analysis.gpu_work import Kernel, kernel_of
 from mmman.analysis.memory import LiveBytes
+from mmman.analysis.roofline import Device
 
 WINDOW = 200
 """Number of storages to search for the point from which two runs match again."""
@@ -25,7 +28,8 @@ class Trace(LiveBytes):
         allocated_by: For every storage the operator that allocated it; '' for a storage that existed before and is released.
         sizes: For every storage its bytes.
         events: i + 1 for the allocation of storage i, -(i + 1) for its release, in order.
-        marks: For every mark the number of events, the FLOPs and the number of operators before it.
+        kernels: The operators that a GPU would run as kernels, with their names.
+        marks: For every mark the number of events, the FLOPs, and the numbers of operators and of kernels before it.
     """
 
     def __init__(self, *held: object) -> None:
@@ -40,13 +44,14 @@ class Trace(LiveBytes):
         self.sizes: list[int] = []
         self.events: list[int] = []
         self.flops = self.operators = 0
-        self.marks: dict[Hashable, tuple[int, int, int]] = {'start': (0, 0, 0)}
+        self.kernels: list[tuple[str, Kernel]] = []
+        self.marks: dict[Hashable, tuple[int, int, int, int]] = {'start': (0, 0, 0, 0)}
         self.named: dict[Hashable, int] = {}
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
         """Name this moment. If a name is used again, its first moment counts."""
-        self.marks.setdefault(name, (len(self.events), self.flops, self.operators))
+        self.marks.setdefault(name, (len(self.events), self.flops, self.operators, len(self.kernels)))
 
     def name(self, name: Hashable, tensor: Tensor) -> None:
         """Name the storage of a tensor that was allocated since :meth:`begin`."""
@@ -54,7 +59,11 @@ class Trace(LiveBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._operator = str(func)
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        kernel = kernel_of(func, args, kwargs or {}, result)
+        if kernel is not None:
+            self.kernels.append((self._operator, kernel))
+        return result
 
     def _grow(self, key: int, size: int) -> None:
         super()._grow(key, size)
@@ -83,15 +92,27 @@ class Extrapolation:
     Args:
         small, large: The two runs.
         pixels: Pixels of their two batches and of the requested batch.
+        device: The GPU whose time is predicted. None: no time is.
     """
 
-    def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int]) -> None:
+    def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int], device: Device | None = None) -> None:
         self._traces, self._pixels = (small, large), pixels
         sizes = np.array(large.sizes, dtype=float)
         for i, j in _matching_pairs(small.allocated_by, large.allocated_by):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
+        self._seconds = np.zeros(len(large.kernels) + 1) if device is None else self._seconds_on(device)
+
+    def _seconds_on(self, device: Device) -> np.ndarray:
+        """Seconds before each kernel of the larger run. A kernel takes at least as long as its launch."""
+        (small, large), pixels = (trace.kernels for trace in self._traces), self._pixels
+        kernels = [kernel for _, kernel in large]
+        for i, j in _matching_pairs([name for name, _ in small], [name for name, _ in large]):
+            first, second = small[i][1], large[j][1]
+            flops, moved = (linear((getattr(first, key), getattr(second, key)), pixels) for key in ('flops', 'moved'))
+            kernels[j] = replace(second, flops=flops, moved=moved)
+        return np.cumsum([0.0, *(max(device.launch, device.seconds(kernel)) for kernel in kernels)])
 
     def __contains__(self, moment: Hashable) -> bool:
         return moment in self._traces[1].marks
@@ -119,6 +140,10 @@ class Extrapolation:
         """FLOPs before a mark."""
         small, large = (trace.marks[moment][1] for trace in self._traces)
         return linear((small, large), self._pixels)
+
+    def nanoseconds(self, moment: Hashable) -> int:
+        """Nanoseconds of the device before a mark. 0 without a device."""
+        return round(1e9 * self._seconds[self._traces[1].marks[moment][3]])
 
     def operators(self, moment: Hashable) -> int:
         """Number of operators before a mark."""

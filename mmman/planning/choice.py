@@ -47,6 +47,7 @@ class FitRow:
         peak: The peak of a training step. None if it can't be predicted.
         flops: FLOPs of a training step, without the optimizer.
         operators: Number of operators of a training step, without views and the optimizer: about the kernel launches.
+        time: Nanoseconds of a training step on a device, without the optimizer. 0 if no device was asked for.
         note: Why the peak can't be predicted, or why the row is not available.
         is_available: Whether the config can be trained in this way.
     """
@@ -57,6 +58,7 @@ class FitRow:
     peak: Peak | None = None
     flops: int = 0
     operators: int = 0
+    time: int = 0
     note: str = ''
     is_available: bool = True
 
@@ -68,14 +70,18 @@ class Limits:
     Attributes:
         memory: Largest peak, bytes. None: no limit; the smallest peak is wanted.
         overhead: Largest share of FLOPs in addition to those of the config as it is. None: no limit.
+        slowdown: The same for the time on a device.
     """
 
     memory: int | None = None
     overhead: float | None = None
+    slowdown: float | None = None
 
     def fits(self, row: FitRow, base: FitRow) -> bool:
         """Whether a row is within the limits. ``base`` is the config as it is."""
         if row.peak is None or (self.memory is not None and row.peak.total > self.memory):
+            return False
+        if self.slowdown is not None and row.time > (1 + self.slowdown) * base.time:
             return False
         return self.overhead is None or row.flops <= (1 + self.overhead) * base.flops
 

@@ -7,7 +7,7 @@ the cuts with the smallest peak.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 
@@ -39,6 +39,7 @@ class UnitCost:
             run.
         backward_held: Like ``backward``, but the output stays alive until the end of the backward pass.
         operators: Number of operators of the forward and backward pass, without views.
+        time: Nanoseconds of the forward and backward pass on a device. 0 if no device was asked for.
     """
 
     kept: int
@@ -52,6 +53,7 @@ class UnitCost:
     is_read: bool = True
     backward_held: int = 0
     operators: int = 0
+    time: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class HeadCost:
         gradient: Gradients of the parameters.
         flops: FLOPs of the forward and backward pass.
         operators: Number of operators of the forward and backward pass, without views.
+        time: Nanoseconds of the forward and backward pass on a device. 0 if no device was asked for.
     """
 
     static: int
@@ -71,6 +74,7 @@ class HeadCost:
     gradient: int
     flops: int = 0
     operators: int = 0
+    time: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,8 @@ class StepCost:
         is_immediate: Whether a block takes its optimizer step and frees its gradients before the next block starts.
         in_chunks: Whether neck, head and loss run on a few images at a time. The gradients of all backbone outputs that receive
             one are then alive while they run.
+        time: Nanoseconds of end-to-end training without recomputation and without chunks. 0 if no device was asked for.
+        work: What ``flops`` counts.
     """
 
     base: int
@@ -106,6 +112,14 @@ class StepCost:
     update: int = 0
     is_immediate: bool = False
     in_chunks: bool = False
+    time: int = 0
+    work: str = 'FLOPs'
+
+    def timed(self) -> StepCost:
+        """These costs with nanoseconds in place of FLOPs, to plan by time."""
+        units, *recomputed = (tuple(map(_timed, own)) for own in (self.units, *self.recomputed))
+        head, task = (lambda *at: _timed(self.head(*at))), _timed(self.task)
+        return replace(self, units=units, recomputed=tuple(recomputed), head=head, task=task, flops=self.time, work='time')
 
     @property
     def candidates(self) -> range:
@@ -133,6 +147,10 @@ class StepCost:
         units = sum(unit.flops for start, end, mode in self.blocks(plan) for unit in self.units_of(mode)[start : end + 1])
         return self.overhead_with(units + sum(head.flops for head in self.heads(plan)))
 
+    def total(self, plan: MemoryPlan) -> int:
+        """FLOPs of a training step under a plan."""
+        return round((1 + self.overhead(plan)) * self.flops)
+
     def overhead_with(self, flops: int) -> float:
         """The overhead for a given number of FLOPs of units and local heads."""
         return (self.task.flops + flops) / self.flops - 1
@@ -145,6 +163,10 @@ class StepCost:
     def blocks(self, plan: MemoryPlan) -> Iterator[tuple[int, int, RecomputeMode]]:
         """Index of the first unit, index of the last unit, and recompute mode of every block."""
         return zip([0, *(cut + 1 for cut in plan.cuts)], [*plan.cuts, len(self.units) - 1], plan.modes, strict=True)
+
+
+def _timed(cost: UnitCost | HeadCost) -> UnitCost | HeadCost:
+    return replace(cost, flops=cost.time)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mmman.analysis.dummy_model import build_dummy_model
+from mmman.analysis.roofline import Device
 from mmman.errors import ConfigError, CostError, PartitionError
 from mmman.memory.detection.dense_loss import why_not_dense
 from mmman.memory.detection.losses import check_norms
@@ -42,6 +43,7 @@ class FitCase:
         images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: that of the config, or a
             quarter of the batch.
         is_localized: Whether the config itself has the ``mmman.LocalBackbone``.
+        device: The GPU whose time is predicted. None: no time is.
     """
 
     localized: Config
@@ -52,6 +54,7 @@ class FitCase:
     width: int
     images_per_chunk: int | None = None
     is_localized: bool = False
+    device: Device | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -98,10 +101,10 @@ def predict_rows(
     if case.is_detector and not chunks.obstacle:
         cfg.optim_wrapper.images_per_chunk = case.chunk_size
     report('the config as it is, and what recomputing costs', 0.0)
-    profile = profile_step(cfg, *case.shape, may_recompute=True)
+    profile = profile_step(cfg, *case.shape, may_recompute=True, device=case.device)
     base = profile.at_once
     if case.has_own_checkpointing:
-        base = profile_end_to_end(case.localized, *case.shape)
+        base = profile_end_to_end(case.localized, *case.shape, case.device)
     shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
     report("the stock backbone's with_cp", 0.2)
@@ -114,7 +117,7 @@ def predict_rows(
     profile = _reporting(profile, report)
     for count in [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks:
         try:
-            plan = _local_plan(profile, count, partition, limits, shipped.flops)
+            plan = _local_plan(profile, count, partition, limits, shipped)
         except CostError as error:
             yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
             continue
@@ -162,7 +165,7 @@ def _risk_and_work(row: FitRow) -> tuple[bool, int, int]:
 
 def _own_row(case: FitCase) -> FitRow:
     """A localised config as it is."""
-    profile = profile_step(case.localized, *case.shape)
+    profile = profile_step(case.localized, *case.shape, device=case.device)
     model, _ = build_dummy_model(copy.deepcopy(case.localized), case.height, case.width)
     blocks = model.backbone.local.plan.blocks
     plan = MemoryPlan(tuple(profile.names.index(block[-1].name) for block in blocks[:-1]))
@@ -184,8 +187,8 @@ def _reporting(profile: Profile, report: Callable[[str, float], None]) -> Profil
 
 
 def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryPlan) -> FitRow:
-    flops = round((1 + step.overhead(plan)) * step.flops)
-    return FitRow(name, trains, changes, peak_of(step, plan), flops, step.operators(plan))
+    time = step.timed().total(plan) if step.time else 0
+    return FitRow(name, trains, changes, peak_of(step, plan), step.total(plan), step.operators(plan), time)
 
 
 def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterator[FitRow]:
@@ -209,7 +212,7 @@ def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterat
     if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):
         cfg = copy.deepcopy(case.localized)
         cfg.model.backbone.backbone.with_cp = True
-        step = profile_end_to_end(cfg, *case.shape)
+        step = profile_end_to_end(cfg, *case.shape, case.device)
         local = _options(case, profile, MemoryPlan()) if case.is_localized else {}
         changes = Changes(case.stock | {'with_cp': True}, local, _at_once(case))
         yield _row("the stock backbone's with_cp", SAME, changes, step, MemoryPlan())
@@ -223,7 +226,7 @@ def _mixed_precision_row(case: FitCase) -> FitRow:
     trains = 'not the same numbers'
     cfg.optim_wrapper.dtype = 'bfloat16'
     try:
-        step = profile_end_to_end(cfg, *case.shape)
+        step = profile_end_to_end(cfg, *case.shape, case.device)
     except RuntimeError as error:  # operators of mmcv have no half precision on a CPU
         return FitRow(name, trains, changes, note=f'not predicted on a CPU: {one_line(str(error), 80)}')
     return _row(name, trains, changes, step, MemoryPlan())
@@ -260,11 +263,18 @@ def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any
 
 
 def _local_plan(
-    profile: Profile, blocks: int, partition: str | Sequence[str] | None, limits: Limits, base_flops: int
+    profile: Profile, blocks: int, partition: str | Sequence[str] | None, limits: Limits, base: FitRow
 ) -> MemoryPlan:
-    """The plan with the fewest FLOPs within the memory limit; if there is no limit or no such plan, the smallest peak."""
-    step = profile.step
-    overhead = None if limits.overhead is None else (1 + limits.overhead) * base_flops / step.flops - 1
+    """The plan within the limits with the fewest FLOPs, on a device with the least time.
+
+    Without a memory limit, or if no plan is within it, the plan with the smallest peak.
+    """
+    step, overhead = profile.step, None
+    if step.time:
+        step = step.timed()
+    share, work = (limits.slowdown, base.time) if step.time else (limits.overhead, base.flops)
+    if share is not None:
+        overhead = (1 + share) * work / step.flops - 1
     if partition is not None:
         cuts = _named_cuts(profile, blocks, partition)
         plans = [MemoryPlan(cuts, (mode,) * blocks) for mode in step.choices]

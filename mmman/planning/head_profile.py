@@ -136,7 +136,8 @@ class HeadCosts:
         costs = self.runs.extrapolate(run, head, self._outputs)
         gradients = gradient_bytes(head.parameters())
         peak = costs.peak('start', 'end')
-        return HeadCost(static_bytes(head, self.state), peak, gradients, costs.flops('end'), costs.operators('end'))
+        work = costs.flops('end'), costs.operators('end'), costs.nanoseconds('end')
+        return HeadCost(static_bytes(head, self.state), peak, gradients, *work)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.memory import LiveBytes
+from mmman.analysis.roofline import Device
 from mmman.analysis.trace import Extrapolation, Trace
 from mmman.memory.detection.dense_loss import ChunkedLoss
 from mmman.memory.model_loss import chunked_loss
@@ -46,6 +47,7 @@ class ProbeRuns:
         batches: The two probe batches.
         pixels: Pixels of each probe batch and of the requested batch.
         chunked: Runs neck and heads on a few images at a time. None if the config doesn't set ``images_per_chunk``.
+        device: The GPU whose time is predicted, if any.
     """
 
     model: BaseModel
@@ -54,15 +56,17 @@ class ProbeRuns:
     batches: list[ProbeBatch]
     pixels: tuple[int, int, int]
     chunked: ChunkedLoss | None
+    device: Device | None = None
 
     @classmethod
-    def of(cls, cfg: Config, batch: int, height: int, width: int) -> ProbeRuns:
+    def of(cls, cfg: Config, batch: int, height: int, width: int, device: Device | None = None) -> ProbeRuns:
         """Build the model of a config and its probe batches.
 
         Args:
             cfg: Config of a model with a single block.
             batch: Images of the requested batch.
             height, width: Size of the requested images, pixels.
+            device: The GPU whose time is predicted, if any.
         """
         model, optim_wrapper = build_dummy_model(copy.deepcopy(cfg), height, width)
         chain, chunk = chain_of(model.backbone), getattr(optim_wrapper, 'images_per_chunk', None)
@@ -74,7 +78,7 @@ class ProbeRuns:
         batches = [random_probe_batch(model, cfg.default_scope, *size) for size in sizes]
         pixels = (*(b * h * w for b, h, w in sizes), batch * height * width)
         chunked = None if chunk is None else chunked_loss(model, chunk, lambda loss: loss)
-        return cls(model, optim_wrapper, chain, batches, pixels, chunked)
+        return cls(model, optim_wrapper, chain, batches, pixels, chunked, device)
 
     def precision(self) -> AbstractContextManager:
         dtype = getattr(self.optim_wrapper, 'dtype', None)
@@ -86,7 +90,7 @@ class ProbeRuns:
             with FloatKernels(), Trace(self.model, *held, batch.data, batch.inputs, batch.samples) as trace:
                 run(batch, trace)
             traces.append(trace)
-        return Extrapolation(*traces, self.pixels)
+        return Extrapolation(*traces, self.pixels, self.device)
 
 
 def probe_sizes(

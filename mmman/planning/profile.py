@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 
 from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.memory import LiveBytes
+from mmman.analysis.roofline import Device
 from mmman.analysis.trace import Trace, linear
 from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
@@ -75,7 +76,9 @@ class Profile:
         return list(dict.fromkeys(n if stage_of[n] in parts else stage_of[n] or n for n in self.names if n in units))
 
 
-def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute: bool = False) -> Profile:
+def profile_step(
+    cfg: Config, batch: int, height: int, width: int, may_recompute: bool = False, device: Device | None = None
+) -> Profile:
     """Measure the costs of a training step of a config's model, for any cuts.
 
     Args:
@@ -83,12 +86,13 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
         batch: Images per step.
         height, width: Size of the images, pixels.
         may_recompute: Whether plans choose a recompute mode for each block. If so, the config's recompute options are ignored.
+        device: The GPU whose time is predicted, if any.
 
     Raises:
         ConfigError: The backbone isn't an ``mmman.LocalBackbone``; it has no ``local_head``; or the config sets
             ``images_per_chunk`` and the dense heads don't support it.
     """
-    cfg, asked = as_single_block(cfg), (batch, height, width)
+    cfg, asked = as_single_block(cfg), (batch, height, width, device)
     own = {key: cfg.model.backbone.pop(key) for key in RECOMPUTE if key in cfg.model.backbone}
     small = ProbeRuns.of(without_recompute_and_chunks(cfg), *asked)
     plain = _unit_costs(small), _task_cost(small)
@@ -108,18 +112,19 @@ def profile_step(cfg: Config, batch: int, height: int, width: int, may_recompute
     return Profile(step, at_once, tuple(unit.name for unit in runs.chain.units), mode_options, cfg, (batch, 3, height, width))
 
 
-def profile_end_to_end(cfg: Config, batch: int, height: int, width: int) -> StepCost:
+def profile_end_to_end(cfg: Config, batch: int, height: int, width: int, device: Device | None = None) -> StepCost:
     """Measure the costs of end-to-end training without chunks and without ``recompute``; the stock ``with_cp`` applies.
 
     Args:
         cfg: As in :func:`profile_step`.
         batch: Images per step.
         height, width: Size of the images, pixels.
+        device: As in :func:`profile_step`.
 
     Returns:
         Costs for a plan without cuts.
     """
-    runs = ProbeRuns.of(without_recompute_and_chunks(as_single_block(cfg)), batch, height, width)
+    runs = ProbeRuns.of(without_recompute_and_chunks(as_single_block(cfg)), batch, height, width, device)
     return _step_cost(runs, cfg.optim_wrapper.optimizer, _unit_costs(runs), _task_cost(runs))
 
 
@@ -139,7 +144,8 @@ def _step_cost(
         task=task,
         head=heads,
         strides=(1,) * len(units) if heads is None else heads.strides,
-        flops=sum(unit.flops for unit in units) + task.flops,
+        flops=sum(cost.flops for cost in (*units, task)),
+        time=sum(cost.time for cost in (*units, task)),
         recomputed=recomputed,
         first=next(i for i, unit in enumerate(runs.chain.units) if unit.is_trainable(model.backbone)),
         update=round(update * max(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)),
@@ -221,12 +227,13 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
         kept, start = costs.alive(('forward', i)), 'backward' if i == count - 1 else ('gradient', i)
         gradient = gradient_bytes(unit.parameters(backbone))
         if start not in costs:  # frozen
-            backward, backward_held, flops_backward, operators_backward = 0, 0, 0, 0
+            backward, backward_held, flops_backward, operators_backward, time_backward = 0, 0, 0, 0, 0
         else:
             end = end if end in costs else 'end'
             backward, backward_held = (max(0, costs.peak(start, end, held) - kept - later) for held in (None, i))
             flops_backward = costs.flops(end) - costs.flops(start)
             operators_backward = costs.operators(end) - costs.operators(start)
+            time_backward = costs.nanoseconds(end) - costs.nanoseconds(start)
         output = costs.size(i)
         taps = [element for element, tap in enumerate(chain.out_units) if tap == i]
         units.append(
@@ -242,6 +249,7 @@ def _unit_costs(runs: ProbeRuns) -> tuple[UnitCost, ...]:
                 is_read=any(read[element] for element in taps),
                 flops=costs.flops(('forward', i)) - costs.flops(before) + flops_backward,
                 operators=costs.operators(('forward', i)) - costs.operators(before) + operators_backward,
+                time=costs.nanoseconds(('forward', i)) - costs.nanoseconds(before) + time_backward,
             )
         )
         later += gradient
@@ -308,7 +316,8 @@ def _task_cost(runs: ProbeRuns) -> HeadCost:
     costs = runs.extrapolate(run)
     in_units = {id(p) for unit in runs.chain.units for p in unit.parameters(backbone)}
     own = [p for p in model.parameters() if id(p) not in in_units]
-    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), costs.flops('end'), costs.operators('end'))
+    work = costs.flops('end'), costs.operators('end'), costs.nanoseconds('end')
+    return HeadCost(0, costs.peak('start', 'end'), gradient_bytes(own), *work)
 
 
 def _optimizer_bytes(config: dict) -> tuple[float, float]:

@@ -41,7 +41,7 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     if not found:
         asked = 'plan' if blocks is None else f'plan with {blocks} blocks'
         raise CostError(
-            f'no {asked} adds at most {overhead:.1%} FLOPs: raise the overhead, ask for fewer blocks, or recompute less'
+            f'no {asked} adds at most {overhead:.1%} {step.work}: raise this limit, ask for fewer blocks, or recompute less'
         )
     return min(found, key=lambda one: (one.static + one.peak, one.flops, one.plan.cuts)).plan
 

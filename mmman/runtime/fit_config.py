@@ -15,6 +15,7 @@ from mmengine.registry import init_default_scope
 from mmman.analysis.dry_step import scope_of
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.analysis.float_kernels import FloatKernels
+from mmman.analysis.roofline import Device
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import StepMeter
 from mmman.errors import ConfigError
@@ -63,6 +64,7 @@ class ConfigFit:
         frozen_stages: int | None = None,
         images_per_chunk: int | None = None,
         dry_run: bool = True,
+        device: Device | None = None,
     ) -> ConfigFit:
         """Read a config, and choose its local heads by a training step on two small random images.
 
@@ -73,6 +75,7 @@ class ConfigFit:
             frozen_stages: Replaces the option of the stock backbone. Default: it is kept.
             images_per_chunk: See :class:`FitCase`.
             dry_run: Whether the local heads have to make a training step.
+            device: See :class:`FitCase`.
 
         Raises:
             LocalLearningError: The config can't be read, doesn't tell the batch or the image size, or doesn't support local
@@ -96,7 +99,7 @@ class ConfigFit:
             cfg, recipe = child.cfg, child.recipe
         wrapper = {key: cfg.optim_wrapper[key] for key in ('type', 'update', 'dtype') if key in cfg.optim_wrapper}
         cfg = with_cpu_precision(cfg)
-        case = FitCase(cfg, stock, wrapper, images, height, width, images_per_chunk, is_localized)
+        case = FitCase(cfg, stock, wrapper, images, height, width, images_per_chunk, is_localized, device)
         own_batch = (source.cfg.get('train_dataloader') or {}).get('batch_size')
         return cls(source, case, recipe, folder, None if batch == own_batch else batch)
 
@@ -120,6 +123,8 @@ class ConfigFit:
                 f'Predicted for {batch} images of {height}x{width}: peak {row.peak.total / 1e6:.1f} MB of tensors '
                 f'({row.peak.total / base.peak.total - 1:+.1%}), FLOPs {row.flops / base.flops - 1:+.1%}.'
             )
+            if row.time:
+                header.append(f'Estimated time on {self.case.device.name}: {row.time / base.time - 1:+.0%}.')
         if row.trains == LOCAL and self.recipe:
             header.append(f'Local head: {self.recipe.why}.')
         return child_text(self.source, self.folder, row.changes, self.recipe, self.batch, header)

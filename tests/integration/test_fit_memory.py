@@ -148,3 +148,15 @@ def test_overhead_and_memory():
     rows, free = fit(*words, '--choose', 2, '--max-overhead', '9')
     rows, tight = fit(*words, '--choose', 2, '--max-overhead', '0.0')
     assert tight.flops <= rows[0].flops and free.peak.total <= tight.peak.total
+
+
+def test_the_time_on_a_gpu_is_a_limit(tmp_path, capsys):
+    stock = tmp_path / 'stock.py'
+    stock.write_text(RESNET)
+    words = [stock, '--blocks', 2, '--no-dry-run', '--device', 'rtx3090']
+    rows, chosen = fit(*words, '--max-slowdown', 0.1)
+    text = capsys.readouterr().out
+    base, local = rows[0], rows[-1]
+    assert 0 < chosen.time <= 1.1 * base.time and chosen.peak.total < base.peak.total
+    assert local.trains == LOCAL and (local.note or local.time <= 1.1 * base.time)
+    assert 'estimated time on rtx3090' in text and f'Estimated time on rtx3090: {chosen.time / base.time - 1:+.0%}.' in text

@@ -1,8 +1,10 @@
 """Bytes of a run on a larger batch, from two small ones, against that run."""
 
+import pytest
 import torch
 
 from mmman.analysis.memory import LiveBytes
+from mmman.analysis.roofline import Device
 from mmman.analysis.trace import Extrapolation, Trace
 
 
@@ -43,3 +45,15 @@ def test_what_was_there_before_counts_when_it_is_released():
         del early
         first.mark('released')
     assert Extrapolation(first, first, (1, 2, 3)).alive('released') == -40
+
+
+def test_the_time_on_a_device_is_that_of_the_run_itself():
+    weight, device = torch.zeros(5000), Device('gpu', tf32=1e9, single=1e9, half=1e9, bandwidth=1e9, launch=1e-5)
+    pixels = (2000, 4000, 10000)
+    scaled = Extrapolation(traced(2000, weight, 3), traced(4000, weight, 3), pixels, device)
+    kernels = [kernel for _, kernel in traced(10000, weight, 3).kernels]
+    seconds = [max(device.launch, device.seconds(kernel)) for kernel in kernels]
+    assert min(seconds) == device.launch < max(seconds)
+    assert scaled.nanoseconds('start') == 0
+    assert scaled.nanoseconds('end') == pytest.approx(1e9 * sum(seconds), abs=1)
+    assert Extrapolation(traced(2000, weight, 3), traced(4000, weight, 3), pixels).nanoseconds('end') == 0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from mmman.planning.costs import HeadCost, MemoryPlan, StepCost, UnitCost, peak_of
+from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, UnitCost, peak_of
 
 
 def test_peak_counted_by_hand():
@@ -81,3 +81,16 @@ def test_overhead_is_relative_to_training_without_recompute():
     step = StepCost(0, units, HeadCost(0, 0, 0, 20), lambda *_: HeadCost(0, 0, 0, 10), (1, 1), flops=80)
     assert step.overhead(MemoryPlan()) == pytest.approx(20 / 80)
     assert step.overhead(MemoryPlan((0,))) == pytest.approx(30 / 80)
+
+
+def test_a_step_is_planned_by_time_as_by_flops():
+    units = tuple(UnitCost(1, 0, 0, 1, flops=10 * i, time=i) for i in (1, 2, 3))
+    full = tuple(replace(unit, flops=2 * unit.flops, time=3 * unit.time) for unit in units)
+    step = StepCost(
+        0, units, HeadCost(0, 0, 0, 40, time=4), lambda *_: HeadCost(0, 0, 0, 50, time=1), (1,) * 3, 100, (full, full)
+    )
+    step, plan = replace(step, time=10), MemoryPlan((1,), (RecomputeMode.FULL, RecomputeMode.NONE))
+    assert (step.overhead(plan), step.total(plan)) == (pytest.approx(0.8), 60 + 30 + 50 + 40)
+    timed = step.timed()
+    assert (timed.overhead(plan), timed.total(plan)) == (pytest.approx(0.7), 9 + 3 + 1 + 4)
+    assert (step.work, timed.work, timed.operators(plan)) == ('FLOPs', 'time', step.operators(plan))

@@ -30,9 +30,14 @@ def test_cuts():
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        ([], 'say what to look for: --memory, --max-overhead, --as-small-as-possible or --choose'),
+        ([], 'say what to look for: --memory, --max-overhead, --max-slowdown, --as-small-as-possible or --choose'),
         (['--memory', '8'], "argument --memory: '8': give a size such as 8GB"),
         (['--memory', '8GB', '--as-small-as-possible'], 'give one of them'),
+        (['--max-overhead', 'nan'], '--max-overhead nan: give at least 0'),
+        (['--device', 'a100', '--max-slowdown', '-0.1'], '--max-slowdown -0.1: give at least 0'),
+        (['--max-slowdown', '0.1'], 'say which by --device'),
+        (['--device', 'a100', '--max-overhead', '0.1'], 'give --max-slowdown'),
+        (['--memory', '8GB', '--device', 'a10'], "argument --device: invalid choice: 'a10'"),
         (['--memory', '8GB', '--blocks', '1'], '--blocks 1 is end-to-end training'),
         (['--memory', '8GB', '--batch', '0'], "argument --batch: '0': give an integer of at least 1"),
         (['--memory', '8GB', '--cuts', 'a', 'b', '--blocks', '2'], '--blocks would be 3'),
