@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from difflib import SequenceMatcher
+from itertools import accumulate
 
 import numpy as np
 from torch import Tensor
@@ -29,7 +30,7 @@ class Trace(LiveBytes):
         sizes: For every storage its bytes.
         events: i + 1 for the allocation of storage i, -(i + 1) for its release, in order.
         kernels: The operators that a GPU would run as kernels, with their names.
-        marks: For every mark the number of events, the FLOPs, and the numbers of operators and of kernels before it.
+        marks: For every mark the numbers of events, of operators and of kernels before it.
     """
 
     def __init__(self, *held: object) -> None:
@@ -43,15 +44,15 @@ class Trace(LiveBytes):
         self.allocated_by: list[str] = []
         self.sizes: list[int] = []
         self.events: list[int] = []
-        self.flops = self.operators = 0
+        self.operators = 0
         self.kernels: list[tuple[str, Kernel]] = []
-        self.marks: dict[Hashable, tuple[int, int, int, int]] = {'start': (0, 0, 0, 0)}
+        self.marks: dict[Hashable, tuple[int, int, int]] = {'start': (0, 0, 0)}
         self.named: dict[Hashable, int] = {}
         self._index: dict[int, int] = {}
 
     def mark(self, name: Hashable) -> None:
         """Name this moment. If a name is used again, its first moment counts."""
-        self.marks.setdefault(name, (len(self.events), self.flops, self.operators, len(self.kernels)))
+        self.marks.setdefault(name, (len(self.events), self.operators, len(self.kernels)))
 
     def name(self, name: Hashable, tensor: Tensor) -> None:
         """Name the storage of a tensor that was allocated since :meth:`begin`."""
@@ -83,11 +84,10 @@ class Trace(LiveBytes):
 
 
 class Extrapolation:
-    """Predict a run on a larger batch from two runs on small batches. Every storage is linear in the pixels of the batch.
+    """Predict a run on a larger batch from two runs on small batches: every storage and kernel is linear in the batch's pixels.
 
-    The predicted peak may be at another moment than in the small runs. Storages of the two runs are paired in the order of the
-    operators that allocated them. Unpaired storages of the larger run keep their size; there are few (assigners loop over their
-    matches).
+    The predicted peak may be at another moment than in the small runs. Storages and kernels of the two runs are paired in the
+    order of their operators. Unpaired ones of the larger run keep their size; there are few (assigners loop over matches).
 
     Args:
         small, large: The two runs.
@@ -96,23 +96,20 @@ class Extrapolation:
     """
 
     def __init__(self, small: Trace, large: Trace, pixels: tuple[int, int, int], device: Device | None = None) -> None:
-        self._traces, self._pixels = (small, large), pixels
+        self._traces = (small, large)
         sizes = np.array(large.sizes, dtype=float)
         for i, j in _matching_pairs(small.allocated_by, large.allocated_by):
             sizes[j] = linear((small.sizes[i], large.sizes[j]), pixels)
         self._sizes, self._moves = sizes, np.array(large.events, dtype=int)
         self._alive = np.concatenate([[0.0], np.cumsum(np.sign(self._moves) * sizes[np.abs(self._moves) - 1])])
-        self._seconds = np.zeros(len(large.kernels) + 1) if device is None else self._seconds_on(device)
-
-    def _seconds_on(self, device: Device) -> np.ndarray:
-        """Seconds before each kernel of the larger run. A kernel takes at least as long as its launch."""
-        (small, large), pixels = (trace.kernels for trace in self._traces), self._pixels
-        kernels = [kernel for _, kernel in large]
-        for i, j in _matching_pairs([name for name, _ in small], [name for name, _ in large]):
-            first, second = small[i][1], large[j][1]
-            flops, moved = (linear((getattr(first, key), getattr(second, key)), pixels) for key in ('flops', 'moved'))
-            kernels[j] = replace(second, flops=flops, moved=moved)
-        return np.cumsum([0.0, *(max(device.launch, device.seconds(kernel)) for kernel in kernels)])
+        kernels = [kernel for _, kernel in large.kernels]
+        for i, j in _matching_pairs(*([name for name, _ in trace.kernels] for trace in self._traces)):
+            own = small.kernels[i][1], kernels[j]
+            flops, moved = (linear((getattr(own[0], key), getattr(own[1], key)), pixels) for key in ('flops', 'moved'))
+            kernels[j] = replace(own[1], flops=flops, moved=moved)
+        self._flops = [0, *accumulate(kernel.flops for kernel in kernels)]
+        seconds = (0.0 if device is None else max(device.launch, device.seconds(kernel)) for kernel in kernels)
+        self._seconds = [0.0, *accumulate(seconds)]
 
     def __contains__(self, moment: Hashable) -> bool:
         return moment in self._traces[1].marks
@@ -138,16 +135,15 @@ class Extrapolation:
 
     def flops(self, moment: Hashable) -> int:
         """FLOPs before a mark."""
-        small, large = (trace.marks[moment][1] for trace in self._traces)
-        return linear((small, large), self._pixels)
+        return self._flops[self._traces[1].marks[moment][2]]
 
     def nanoseconds(self, moment: Hashable) -> int:
-        """Nanoseconds of the device before a mark. 0 without a device."""
-        return round(1e9 * self._seconds[self._traces[1].marks[moment][3]])
+        """Nanoseconds before a mark, if every kernel takes at least as long as its launch. 0 without a device."""
+        return round(1e9 * self._seconds[self._traces[1].marks[moment][2]])
 
     def operators(self, moment: Hashable) -> int:
         """Number of operators before a mark."""
-        return self._traces[1].marks[moment][2]
+        return self._traces[1].marks[moment][1]
 
     def size(self, name: Hashable) -> int:
         """Bytes of the storage with this name."""

@@ -57,3 +57,17 @@ def test_the_time_on_a_device_is_that_of_the_run_itself():
     assert scaled.nanoseconds('start') == 0
     assert scaled.nanoseconds('end') == pytest.approx(1e9 * sum(seconds), abs=1)
     assert Extrapolation(traced(2000, weight, 3), traced(4000, weight, 3), pixels).nanoseconds('end') == 0
+
+
+def test_flops_of_every_kernel_are_those_of_the_run_itself():
+    """Work on found objects, fewer of them in the larger run, doesn't spoil the slope of the rest."""
+
+    def run(pixels: int, objects: int) -> Trace:
+        with Trace() as trace:
+            torch.ones(pixels, 8) @ torch.ones(8, 16)
+            torch.ones(objects, 400) @ torch.ones(400, 400)
+            trace.mark('end')
+        return trace
+
+    scaled = Extrapolation(run(100, 30), run(200, 20), (100, 200, 10000))
+    assert scaled.flops('end') == 2 * (10000 * 8 * 16 + 20 * 400 * 400)
