@@ -6,7 +6,8 @@ import torch
 from mmman.analysis.gpu_work import GPUWork, Kernel
 from mmman.analysis.roofline import BYTES, DEVICES, PRODUCTS, Device, step_time
 
-GPU = Device('gpu', tf32=50 / PRODUCTS, single=5 / PRODUCTS, half=100 / PRODUCTS, bandwidth=25 / BYTES, launch=1.0)
+RATES = {'tf32': 50 / PRODUCTS, 'single': 5 / PRODUCTS, 'half': 100 / PRODUCTS, 'bandwidth': 25 / BYTES}
+GPU = Device('gpu', **RATES, launch=1.0, least=0.1)
 
 
 @pytest.mark.parametrize(
@@ -18,7 +19,9 @@ GPU = Device('gpu', tf32=50 / PRODUCTS, single=5 / PRODUCTS, half=100 / PRODUCTS
         (Kernel(flops=100, is_convolution=True, is_half=True), 1.0),
         (Kernel(moved=100), 4.0),
         (Kernel(flops=100, moved=100, is_convolution=True), 4.0),
-        (Kernel(), 0.0),
+        (Kernel(), 0.1),
+        (Kernel(moved=1, flops=1), 0.2),
+        (Kernel(moved=1), 0.1),
     ],
 )
 def test_a_kernel_takes_as_long_as_its_flops_or_its_bytes(kernel, seconds):

@@ -48,7 +48,7 @@ def test_what_was_there_before_counts_when_it_is_released():
 
 
 def test_the_time_on_a_device_is_that_of_the_run_itself():
-    weight, device = torch.zeros(5000), Device('gpu', tf32=1e9, single=1e9, half=1e9, bandwidth=1e9, launch=1e-5)
+    weight, device = torch.zeros(5000), Device('gpu', tf32=1e9, single=1e9, half=1e9, bandwidth=1e9, launch=1e-5, least=1e-6)
     pixels = (2000, 4000, 10000)
     scaled = Extrapolation(traced(2000, weight, 3), traced(4000, weight, 3), pixels, device)
     kernels = [kernel for _, kernel in traced(10000, weight, 3).kernels]
