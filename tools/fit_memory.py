@@ -88,7 +88,9 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     if given.blocks is not None and given.blocks < 2:
         parser.error('--blocks 1 is end-to-end training, which the first rows are: give at least 2')
     given.partition = given.cuts
-    if given.cuts and given.cuts[0] in ('stage', 'uniform'):
+    if given.cuts and {'stage', 'uniform'} & {*given.cuts}:
+        if len(given.cuts) > 1:
+            parser.error(f"--cuts {' '.join(given.cuts)}: give 'stage', 'uniform' or names of units")
         given.partition = given.cuts[0]
     elif given.cuts and given.blocks not in (None, len(given.cuts) + 1):
         parser.error(f'--cuts names the last units of {len(given.cuts)} blocks, so --blocks would be {len(given.cuts) + 1}')
@@ -165,7 +167,9 @@ def run(args: argparse.Namespace) -> tuple[list[FitRow], FitRow]:
             raise SystemExit(f'{args.out} cannot be written ({error})') from None
         CONSOLE.print(f'{args.out} is written; train it:  mmman train {args.out}', highlight=False, soft_wrap=True)
     for one in {'chosen': [row], 'all': rows}.get(args.check, []):
-        if one.peak is not None:
+        if one.peak is None:
+            CONSOLE.print(f'row {rows.index(one) + 1}: not predicted, so not measured', highlight=False)
+        else:
             print_measured(fit, one, rows)
     return rows, row
 

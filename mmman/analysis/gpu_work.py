@@ -107,11 +107,11 @@ class GPUWork(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func.is_view or func.namespace == 'prim':
             return result
-        name, work, last = func._schema.name.removeprefix('aten::'), self._work(), self._last
-        self._last = self._part()
+        name, work = func._schema.name.removeprefix('aten::'), self._work()
         kernel = kernel_of(func, args, kwargs or {}, result)
         if kernel is not None:
             work.moved += kernel.moved
+            last, self._last = self._last, self._part()
             if self._last == last == OPTIMIZER:
                 self._kernel.moved += kernel.moved
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mmman.analysis.gpu_work import Kernel
 
 PRODUCTS = 0.75
-"""Share of its FLOP/s that a GPU reaches in products; fitted to ViTs on an H200."""
+"""Share of its FLOP/s that a GPU reaches in products; fitted to ViT-Base on an H200."""
 
 BYTES = 0.36
 """Share of its bandwidth that a GPU reaches, if operators read and wrote everything once; fitted to ResNets on an H200. Most
@@ -46,6 +46,7 @@ class Device:
         return max(kernel.flops / (PRODUCTS * rate), kernel.moved / (BYTES * self.bandwidth), self.least)
 
 
+# The SXM cards of the data centre GPUs; the A100 with 80 GB.
 DEVICES = {
     device.name: device
     for device in (

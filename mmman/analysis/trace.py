@@ -15,7 +15,7 @@ from mmman.analysis.memory import LiveBytes
 from mmman.analysis.roofline import Device
 
 WINDOW = 200
-"""Number of storages to search for the point from which two runs match again."""
+"""Number of storages, or kernels, to search for the point from which two runs match again."""
 
 
 class Trace(LiveBytes):

@@ -21,7 +21,7 @@ class RecomputeMode(IntEnum):
 
 @dataclass(frozen=True)
 class UnitCost:
-    """Memory, in bytes, and FLOPs of one unit on one batch.
+    """Memory, in bytes, and work of one unit on one batch.
 
     Attributes:
         kept: Tensors that the forward pass saves for the backward pass, including the output, excluding parameters and input.
@@ -58,7 +58,7 @@ class UnitCost:
 
 @dataclass(frozen=True)
 class HeadCost:
-    """Memory, in bytes, and FLOPs of one head on one batch: a local head, or the task's neck, head and loss.
+    """Memory, in bytes, and work of one head on one batch: a local head, or the task's neck, head and loss.
 
     Attributes:
         static: Parameters, buffers and optimizer state. 0 for the task, whose static bytes are in :attr:`StepCost.base`.
@@ -143,12 +143,12 @@ class StepCost:
         return [self.head(*at) for at in zip(plan.cuts, larger, smallest, plan.modes[1:], strict=True)]
 
     def overhead(self, plan: MemoryPlan) -> float:
-        """FLOPs in addition to those of end-to-end training without recomputation, relative to them."""
+        """FLOPs (time, of :meth:`timed` costs) beyond those of end-to-end training without recomputation, relative to them."""
         units = sum(unit.flops for start, end, mode in self.blocks(plan) for unit in self.units_of(mode)[start : end + 1])
         return self.overhead_with(units + sum(head.flops for head in self.heads(plan)))
 
     def total(self, plan: MemoryPlan) -> int:
-        """FLOPs of a training step under a plan."""
+        """FLOPs of a training step under a plan; nanoseconds of :meth:`timed` costs."""
         return round((1 + self.overhead(plan)) * self.flops)
 
     def overhead_with(self, flops: int) -> float:

@@ -160,7 +160,7 @@ def _without_checkpointing(cfg: Config) -> Config:
 
 
 def _risk_and_work(row: FitRow) -> tuple[bool, int, int]:
-    return row.trains != SAME, row.flops, row.operators
+    return row.trains != SAME, row.time or row.flops, row.operators
 
 
 def _own_row(case: FitCase) -> FitRow:
@@ -267,7 +267,8 @@ def _local_plan(
 ) -> MemoryPlan:
     """The plan within the limits with the fewest FLOPs, on a device with the least time.
 
-    Without a memory limit, or if no plan is within it, the plan with the smallest peak.
+    Without a memory limit, or if no plan is within it, the plan with the smallest peak. With given cuts all blocks have one
+    recompute mode; if no mode is within the limits, nothing is recomputed.
     """
     step, overhead = profile.step, None
     if step.time:

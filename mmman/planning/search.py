@@ -40,9 +40,7 @@ def smallest_peak(step: StepCost, blocks: int | None = None, overhead: float | N
     found = _undominated_plans(step, blocks, None, overhead)
     if not found:
         asked = 'plan' if blocks is None else f'plan with {blocks} blocks'
-        raise CostError(
-            f'no {asked} adds at most {overhead:.1%} {step.work}: raise this limit, ask for fewer blocks, or recompute less'
-        )
+        raise CostError(f'no {asked} stays within the limit of {step.work}: raise it, or ask for fewer blocks')
     return min(found, key=lambda one: (one.static + one.peak, one.flops, one.plan.cuts)).plan
 
 

@@ -5,12 +5,12 @@
     python tools/benchmarks/memory_table.py retinanet_r50 mask_rcnn_r50 --batch 2 --shape 416 640 --check
 
 Every row of the table is what ``mmman fit`` predicts for a stock config: as shipped, with the backbone's own ``with_cp``, in
-mixed precision, by the options that train the same with the smallest peak, by chunks of images where they train as on more
+mixed precision, by mmman's options that train the same with the smallest peak, by chunks of images where they train as on more
 GPUs, and by MAN++ with the smallest peak for at most ``--max-overhead`` more FLOPs than as shipped.
 
 Nothing runs at the size of the table, so no GPU is needed; a model takes minutes. Each is kept as a JSON file in
 ``--work-dir``, and the same command goes on where it was interrupted. ``table.md`` has what the command asked for.
-``--check`` measures a step as shipped and one by MAN++, on random images of the full size.
+``--check`` measures a step as shipped and one by MAN++, as ``mmman fit --check`` does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import mmman  # noqa: F401  registers what the configs name
-from mmman import LocalLearningError
 from mmman.messages import one_line
 from mmman.planning.choice import AS_IT_IS, BY_CHUNK, LOCAL, SAME, FitRow, Limits
 from mmman.runtime.fit_config import ConfigFit
@@ -161,8 +160,8 @@ def predict(name: str, batch: int | None, shape: tuple[int, int] | None, limits:
     try:
         fit = ConfigFit.of(str(config), batch=batch, shape=shape)
         rows = [*fit.rows(limits)]
-    except LocalLearningError as error:
-        return Entry(name, obstacle=one_line(str(error)))
+    except Exception as error:  # the table goes on with the next model
+        return Entry(name, obstacle=one_line(f'{type(error).__name__}: {error}'))
     entry = Entry(name, *fit.case.shape, tuple(map(Cost.of, rows)))
     if check:
         chosen = {rows[0].name, *(cost.name for cost in entry.columns() if cost and cost.trains == LOCAL)}
@@ -226,6 +225,10 @@ def main() -> None:
         parser.error(f'unknown models {sorted(unknown)}: see --list')
     if any(not (text == 'stock' or (text.isdecimal() and int(text))) for text in args.batch):
         parser.error(f"--batch {' '.join(args.batch)}: give integers of at least 1, or 'stock'")
+    if args.shape and min(args.shape) < 1:
+        parser.error(f'--shape {args.shape[0]} {args.shape[1]}: give pixels')
+    if not args.max_overhead >= 0:
+        parser.error(f'--max-overhead {args.max_overhead}: give at least 0')
     MMLogger.get_instance('memory_table', log_level='ERROR')
     args.work_dir.mkdir(parents=True, exist_ok=True)
     size = 'x'.join(map(str, args.shape)) if args.shape else 'stock'

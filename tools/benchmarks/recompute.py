@@ -3,19 +3,23 @@
     python tools/benchmarks/recompute.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py --shape 416 640 --batch 8
     VIT=mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py
     python tools/benchmarks/recompute.py $VIT --shape 224 224 --batch 128
+    python tools/benchmarks/recompute.py --one-unit
 
 Every unit but the stem is recomputed, in one block (end-to-end training). With small images (``--shape 32 32 --batch 1``) a
-step takes about the time that Python takes, which is what a GPU with short kernels waits for.
+step takes about the time that Python takes, which is what a GPU with short kernels waits for. ``--one-unit`` times nothing but
+that: the processor time of one bottleneck on 4x4 maps, forward and backward, the least of 300.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -72,29 +76,55 @@ def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if should_save(op, args) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def checkpoint_(module: nn.Module, row: str) -> None:
+    """Recompute one module as ``row`` says."""
+    selective = 'selective' in row
+    if row.startswith('mmman'):
+        recompute_(module, selective)
+    elif row.startswith('torch'):
+        module.forward = Checkpointed(module, selective)
+
+
+def one_unit(times: int = 300) -> dict[str, float]:
+    """Least processor seconds of forward and backward of a bottleneck on 4x4 maps, by row, taken in rounds."""
+    from mmdet.models.backbones.resnet import Bottleneck
+
+    x, seconds = torch.rand(1, 64, 4, 4, requires_grad=True), {row: [] for row in ROWS}
+    units = {row: Bottleneck(64, 16).train() for row in ROWS}
+    for row, unit in units.items():
+        checkpoint_(unit, row)
+    for _ in range(times):
+        for row, unit in units.items():
+            start = time.process_time()
+            unit(x).sum().backward()
+            seconds[row].append(time.process_time() - start)
+    return {row: min(own) for row, own in seconds.items()}
+
+
 def build(config: str, row: str, batch: int, height: int, width: int) -> StepMeter:
     """A stock model whose units are recomputed as ``row`` says."""
     cfg = Config.fromfile(config_path(config))
     model, optim_wrapper = build_dummy_model(cfg, height, width)
-    if row != 'plain':
-        chain, selective = chain_of(model.backbone), 'selective' in row
-        for unit in chain.units:
-            for path in () if unit.name == STEM else unit.modules:
-                module = model.backbone.get_submodule(path)
-                if row.startswith('mmman'):
-                    recompute_(module, selective)
-                else:
-                    module.forward = Checkpointed(module, selective)
+    for unit in chain_of(model.backbone).units:
+        for path in () if unit.name == STEM else unit.modules:
+            checkpoint_(model.backbone.get_submodule(path), row)
     return StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, batch, height, width))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('config', help='a stock config: a file, or one of a library, as mmdet::retinanet/...')
+    parser.add_argument('config', nargs='?', help='a stock config: a file, or one of a library, as mmdet::retinanet/...')
     parser.add_argument('--shape', type=int, nargs=2, default=(416, 640), metavar=('HEIGHT', 'WIDTH'))
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--iterations', type=int, default=5, help='timed steps of each row, in rounds')
+    parser.add_argument('--one-unit', action='store_true', help='time the Python around one unit instead')
     args = parser.parse_args()
+    if args.one_unit:
+        for row, seconds in one_unit().items():
+            print(f'{row:18}{1e3 * seconds:.1f} ms')
+        return
+    if args.config is None:
+        parser.error('name a config, or give --one-unit')
     table = Table(title=f'{args.config}: batch {args.batch}, {args.shape[0]}x{args.shape[1]}')
     for column in ('recompute', 'peak, MB', 'seconds, median', 'to plain (min to max of rounds)'):
         table.add_column(column, justify='right' if table.columns else 'left')

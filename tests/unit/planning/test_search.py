@@ -105,5 +105,5 @@ def test_unreachable_targets_are_refused():
         smallest_peak(step, 99)
     with pytest.raises(CostError, match='choose from 1 to'):
         fewest_flops(step, 10**9, blocks=99)
-    with pytest.raises(CostError, match='% FLOPs: raise this limit'):
+    with pytest.raises(CostError, match='stays within the limit of FLOPs: raise it'):
         smallest_peak(step, len(step.candidates) + 1, overhead=step.overhead(MemoryPlan()))

@@ -41,6 +41,10 @@ def test_cuts():
         (['--memory', '8GB', '--blocks', '1'], '--blocks 1 is end-to-end training'),
         (['--memory', '8GB', '--batch', '0'], "argument --batch: '0': give an integer of at least 1"),
         (['--memory', '8GB', '--cuts', 'a', 'b', '--blocks', '2'], '--blocks would be 3'),
+        (
+            ['--memory', '8GB', '--cuts', 'stage', 'layer2.3'],
+            "--cuts stage layer2.3: give 'stage', 'uniform' or names of units",
+        ),
         (['--memory', '8GB', '-o', 'none/child.py'], 'give the name of a .py file in a folder that exists'),
         (['--memory', '8GB', '-o', 'child.txt'], 'give the name of a .py file in a folder that exists'),
         (['--memory', '8GB', '-o', __file__], 'exists: choose another name'),

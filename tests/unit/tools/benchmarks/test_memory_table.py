@@ -56,12 +56,14 @@ def test_an_entry_is_read_as_it_was_written(tmp_path):
     assert Entry.read(tmp_path / 'folder' / 'one.json') == ENTRY
 
 
-@pytest.mark.parametrize('words', [['retinanet_r19'], ['--batch', '0'], ['--batch', 'all']])
+@pytest.mark.parametrize(
+    'words', [['retinanet_r19'], ['--batch', '0'], ['--batch', 'all'], ['--shape', '0', '32'], ['--max-overhead', '-1']]
+)
 def test_bad_words_are_refused(words, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['memory_table.py', *words])
     with pytest.raises(SystemExit):
         memory_table.main()
-    assert words[-1] in capsys.readouterr().err
+    assert words[0] in capsys.readouterr().err
 
 
 @pytest.mark.whole_models
