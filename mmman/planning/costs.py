@@ -234,12 +234,12 @@ def moments(
         alive.append(alive[-1] + units[i].kept)
     if is_last:
         beside = -sum(unit.tap for unit in units[: max(start - 1, 0)] if not unit.is_read)
-        read = [unit.output for unit in units[start:] if unit.tap and unit.is_read]
+        read = [units[i].output for i in range(start, len(units)) if _gets_gradient(step, i)]
         sent = sum(read[:-1]) if step.in_chunks else 0  # head.peak includes the last output's gradient
     else:
         beside, sent = _stage_input(units, start, end), 0
     yield 'head', alive[-1] + beside + sent, head.peak, 0
-    gradients, held = head.gradient, _held(units, start, end, is_last)
+    gradients, held = head.gradient, _held(step, mode, start, end, is_last)
     for i in range(end, max(start, step.first) - 1, -1):
         of_others = sum(size for j, size in held.items() if (j < i if is_last else j > i))
         backward = max(units[i].backward, units[i].backward_held if i in held and not is_last else 0)
@@ -255,15 +255,20 @@ def _stage_input(units: Sequence[UnitCost], start: int, i: int) -> int:
     return units[held].output if 0 <= held < start - 1 and not units[held].tap else 0
 
 
-def _held(units: Sequence[UnitCost], start: int, end: int, is_last: bool) -> dict[int, int]:
+def _gets_gradient(step: StepCost, i: int) -> bool:
+    """Whether the task loss computes a gradient of unit i's output: a backbone output that it reads and that isn't frozen."""
+    return step.units[i].tap > 0 and step.units[i].is_read and i >= step.first
+
+
+def _held(step: StepCost, mode: RecomputeMode, start: int, end: int, is_last: bool) -> dict[int, int]:
     """Bytes that stay alive outside the autograd graph until a block has run backward, by index of the unit that made them.
 
     In the last block these are the gradients of backbone outputs, which the task loss has already computed. In other blocks
     these are tensors that the suspended forward pass holds: outputs for the neck, the block's output, and the inputs of its
     last unit and last stage.
     """
-    block = range(start, end + 1)
+    units, block = step.units_of(mode), range(start, end + 1)
     if is_last:
-        return {i: units[i].output for i in block if units[i].tap and units[i].is_read}
+        return {i: units[i].output for i in block if _gets_gradient(step, i)}
     others = (end - 1, end, units[end].holds)
     return {i: units[i].tap if i < end and units[i].tap else units[i].output for i in block if units[i].tap or i in others}

@@ -94,3 +94,16 @@ def test_a_step_is_planned_by_time_as_by_flops():
     timed = step.timed()
     assert (timed.overhead(plan), timed.total(plan)) == (pytest.approx(0.7), 9 + 3 + 1 + 4)
     assert (step.work, timed.work, timed.operators(plan)) == ('FLOPs', 'time', step.operators(plan))
+
+
+def test_frozen_outputs_get_no_gradient():
+    """Three units with an output each, of which the first is frozen; neck and head run in chunks."""
+    units = tuple(UnitCost(1, 0, 0, output=10**i, tap=10**i) for i in (3, 4, 5))
+    trained = StepCost(0, units, HeadCost(0, 7, 0), lambda *_: HeadCost(0, 0, 0), (1,) * 3, 0, in_chunks=True)
+    frozen = replace(trained, first=1)
+    assert peak_of(trained, MemoryPlan()).total == 3 + 10**3 + 10**4 + 7  # the last output's gradient is the head's
+    assert peak_of(frozen, MemoryPlan()).total == 3 + 10**4 + 7
+    # at once they are held until their unit's backward pass
+    units = (units[0], units[1], replace(units[2], backward=10**6))
+    assert peak_of(replace(trained, units=units, in_chunks=False), MemoryPlan()).total == 3 + 10**3 + 10**4 + 10**6
+    assert peak_of(replace(frozen, units=units, in_chunks=False), MemoryPlan()).total == 3 + 10**4 + 10**6
