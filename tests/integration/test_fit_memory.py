@@ -154,9 +154,11 @@ def test_the_time_on_a_gpu_is_a_limit(tmp_path, capsys):
     stock = tmp_path / 'stock.py'
     stock.write_text(RESNET)
     words = [stock, '--blocks', 2, '--no-dry-run', '--device', 'rtx3090']
-    rows, chosen = fit(*words, '--max-slowdown', 0.1)
+    rows, chosen = fit(*words, '--max-slowdown', 1.0)
     text = capsys.readouterr().out
     base, local = rows[0], rows[-1]
-    assert 0 < chosen.time <= 1.1 * base.time and chosen.peak.total < base.peak.total
-    assert local.trains == LOCAL and (local.note or local.time <= 1.1 * base.time)
+    assert 0 < chosen.time <= 2 * base.time and chosen.peak.total < base.peak.total
+    assert local.trains == LOCAL and (local.note or local.time <= 2 * base.time)
     assert 'estimated time on rtx3090' in text and f'Estimated time on rtx3090: {chosen.time / base.time - 1:+.0%}.' in text
+    exact = [row.time for row in rows[1:] if row.trains == SAME]
+    assert exact == sorted(exact) and choose_row(rows, Limits(slowdown=0.0), 16).time <= base.time < max(exact)
