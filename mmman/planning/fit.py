@@ -12,14 +12,13 @@ from mmengine.config import Config, ConfigDict
 
 from mmman.analysis.dummy_model import build_dummy_model
 from mmman.analysis.roofline import Device
-from mmman.errors import ConfigError, CostError, PartitionError
-from mmman.memory.detection.dense_loss import why_not_dense
-from mmman.memory.detection.losses import check_norms
+from mmman.errors import CostError, PartitionError
 from mmman.messages import one_line
 from mmman.partition import chain_of, plan_blocks
-from mmman.planning.choice import AS_IT_IS, BY_CHUNK, END_TO_END, LOCAL, SAME, Changes, FitRow, Limits
+from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, Changes, FitRow, Limits
+from mmman.planning.chunk_support import ChunkSupport, chunk_support
 from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, peak_of
-from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
+from mmman.planning.profile import Profile, profile_end_to_end, profile_step
 from mmman.planning.search import fewest_flops, smallest_peak
 from mmman.registry import resolve_type
 
@@ -127,28 +126,6 @@ def predict_rows(
         whole = _row('one block', SAME, changes, base, MemoryPlan())
         for row in sorted([whole, *exact], key=_risk_and_work):
             yield replace(row, trains=END_TO_END if row.trains == SAME else f'{END_TO_END}, {row.trains}')
-
-
-@dataclass(frozen=True)
-class ChunkSupport:
-    """Whether neck and heads of a model run on a few images at a time.
-
-    Attributes:
-        trains: How they then train: :data:`SAME` or :data:`BY_CHUNK`.
-        obstacle: Why they can't. Empty if they can.
-    """
-
-    trains: str
-    obstacle: str = ''
-
-
-def chunk_support(cfg: Config, height: int, width: int) -> ChunkSupport:
-    model, _ = build_dummy_model(as_single_block(cfg), height, width)
-    try:
-        check_norms(type(model).__name__, [part for name, part in model.named_children() if name != 'backbone'])
-        return ChunkSupport(BY_CHUNK if why_not_dense(model) else SAME)
-    except ConfigError as error:
-        return ChunkSupport(SAME, one_line(str(error), 120))
 
 
 def _without_checkpointing(cfg: Config) -> Config:

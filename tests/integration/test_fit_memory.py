@@ -9,7 +9,7 @@ from mmman import LocalLearningError
 from mmman.analysis.dummy_model import random_batch
 from mmman.engine.config_check import check_config
 from mmman.planning.choice import BY_CHUNK, END_TO_END, LOCAL, SAME, Limits, choose_row
-from mmman.planning.fit import chunk_support
+from mmman.planning.chunk_support import chunk_support
 from tests.conftest import ROOT
 from tools.fit_memory import parse_args, run
 
