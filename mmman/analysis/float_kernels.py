@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from mmman.analysis.gpu_work import HALVES
+
 aten = torch.ops.aten
 PRODUCTS = {
     aten.convolution.default,
@@ -16,7 +18,6 @@ PRODUCTS = {
     aten.bmm.default,
     aten.baddbmm.default,
 }
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class FloatKernels(TorchDispatchMode):

@@ -14,6 +14,7 @@ LOCAL = 'MAN++'
 BY_CHUNK = 'as on more GPUs'
 END_TO_END = 'end to end'
 AS_IT_IS = 'the config as it is'
+WITH_CP = "the stock backbone's with_cp"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mmman.analysis.roofline import Device
 from mmman.errors import CostError, PartitionError
 from mmman.messages import one_line
 from mmman.partition import chain_of, plan_blocks
-from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, Changes, FitRow, Limits
+from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, WITH_CP, Changes, FitRow, Limits
 from mmman.planning.chunk_support import ChunkSupport, chunk_support
 from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, peak_of
 from mmman.planning.profile import Profile, profile_end_to_end, profile_step
@@ -106,7 +106,7 @@ def predict_rows(
         base = profile_end_to_end(case.localized, *case.shape, case.device)
     shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
-    report("the stock backbone's with_cp", 0.2)
+    report(WITH_CP, 0.2)
     exact = _exact_rows(case, profile, chunks)
     if not case.is_localized:
         yield from sorted(exact, key=_risk_and_work)
@@ -192,7 +192,7 @@ def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterat
         step = profile_end_to_end(cfg, *case.shape, case.device)
         local = _options(case, profile, MemoryPlan()) if case.is_localized else {}
         changes = Changes(case.stock | {'with_cp': True}, local, _at_once(case))
-        yield _row("the stock backbone's with_cp", SAME, changes, step, MemoryPlan())
+        yield _row(WITH_CP, SAME, changes, step, MemoryPlan())
 
 
 def _mixed_precision_row(case: FitCase) -> FitRow:

@@ -28,10 +28,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman.messages import one_line
-from mmman.planning.choice import AS_IT_IS, BY_CHUNK, LOCAL, SAME, FitRow, Limits
+from mmman.planning.choice import AS_IT_IS, BY_CHUNK, LOCAL, SAME, WITH_CP, FitRow, Limits
 from mmman.runtime.fit_config import ConfigFit
 
-WITH_CP = "the stock backbone's with_cp"
 MIXED = 'mixed precision'
 COLUMNS = (
     'model',
@@ -240,7 +239,8 @@ def main() -> None:
         for name, batch in asked:
             progress.update(task, description=f'{name}, batch {batch}')
             path = args.work_dir / f'{name}_batch_{batch}_size_{size}_overhead_{args.max_overhead}.json'
-            if not path.exists() or (args.check and not Entry.read(path).measured):
+            known = Entry.read(path) if path.exists() else None
+            if known is None or known.obstacle or (args.check and not known.measured):
                 number, shape = None if batch == 'stock' else int(batch), tuple(args.shape) if args.shape else None
                 limits = Limits(overhead=args.max_overhead)
                 predict(name, number, shape, limits, args.work_dir, args.check).write(path)

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from mmman.planning.choice import AS_IT_IS, BY_CHUNK, LOCAL, SAME
+from mmman.planning.choice import AS_IT_IS, BY_CHUNK, LOCAL, SAME, WITH_CP
 from mmman.runtime.stock_config import StockConfig
 from tools.benchmarks import memory_table
-from tools.benchmarks.memory_table import MIXED, MODELS, WITH_CP, Cost, Entry, markdown
+from tools.benchmarks.memory_table import MIXED, MODELS, Cost, Entry, markdown
 
 
 def cost(name, trains, peak, flops=1, operators=1):
@@ -57,13 +57,20 @@ def test_an_entry_is_read_as_it_was_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'words', [['retinanet_r19'], ['--batch', '0'], ['--batch', 'all'], ['--shape', '0', '32'], ['--max-overhead', '-1']]
+    ('words', 'message'),
+    [
+        (['retinanet_r19'], "unknown models ['retinanet_r19']: see --list"),
+        (['--batch', '0'], "--batch 0: give integers of at least 1, or 'stock'"),
+        (['--batch', 'all'], "--batch all: give integers of at least 1, or 'stock'"),
+        (['--shape', '0', '32'], '--shape 0 32: give pixels'),
+        (['--max-overhead', '-1'], '--max-overhead -1.0: give at least 0'),
+    ],
 )
-def test_bad_words_are_refused(words, monkeypatch, capsys):
+def test_bad_words_are_refused(words, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['memory_table.py', *words])
     with pytest.raises(SystemExit):
         memory_table.main()
-    assert words[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.whole_models
@@ -90,3 +97,15 @@ def test_a_model_is_predicted_measured_and_kept(tmp_path, monkeypatch, capsys):
     memory_table.main()
     assert capsys.readouterr().out == first == (tmp_path / 'table.md').read_text() + '\n'
     assert path.stat().st_mtime_ns == written
+
+
+def test_a_model_that_failed_is_tried_again(tmp_path, monkeypatch, capsys):
+    results = [Entry('resnet50', obstacle='out of memory'), Entry('resnet50', 2, 64, 96, COSTS)]
+    monkeypatch.setattr(memory_table, 'predict', lambda *_: results.pop(0))
+    monkeypatch.setattr(sys, 'argv', ['memory_table.py', 'resnet50', '--work-dir', str(tmp_path)])
+    memory_table.main()
+    assert 'out of memory' in capsys.readouterr().out
+    for _ in range(2):
+        memory_table.main()
+        assert 'out of memory' not in capsys.readouterr().out
+    assert not results
