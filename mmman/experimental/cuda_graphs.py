@@ -24,6 +24,7 @@ from mmman.memory.detection.anchor_targets import AnchorTargets, check_stock_tar
 from mmman.memory.detection.dense_loss import DenseLocalHead, DenseLoss
 from mmman.memory.detection.focal_loss import focal_loss_without_kernel, summed_focal_loss
 from mmman.memory.detection.losses import BatchLoss, Sizes, SummedAnchorLoss
+from mmman.memory.recompute import Recomputed
 
 if TYPE_CHECKING:
     from mmman.local.blocks import LocalBlocks
@@ -208,7 +209,8 @@ class StepGraphs:
         capturer: Captures the graphs.
 
     Raises:
-        ConfigError: The targets of a dense head can't be computed in advance.
+        ConfigError: The targets of a dense head can't be computed in advance; in the first step, if it draws random numbers and
+            units are recomputed.
     """
 
     def __init__(
@@ -254,8 +256,11 @@ class StepGraphs:
     def task_losses(self, session: Session, inputs: Tensor, data_samples: list) -> Losses:
         """Replaces the model's ``loss`` in a session. Takes the same arguments and returns the same result."""
         if not self._is_warm:  # libraries initialise in the first step
+            before = _random_states(inputs.device)
+            losses = self._dense.task_losses(inputs, data_samples)
+            self._check_recompute(all(map(torch.equal, before, _random_states(inputs.device))))
             self._is_warm = True
-            return self._dense.task_losses(inputs, data_samples)
+            return losses
         self.capturer.sync_side_stream()
         key = self._capture_key(inputs)
         if key in self._steps:
@@ -273,6 +278,14 @@ class StepGraphs:
         session.log.update(step.log)
         gradients = step.segments[-1].gradients
         return attach_grads(step.losses, inputs.new_ones(()), [own.detach() for own in gradients.values()], [*gradients])
+
+    def _check_recompute(self, is_deterministic: bool) -> None:
+        recomputed = (name for name, own in self.model.named_modules() if isinstance(vars(own).get('forward'), Recomputed))
+        if not is_deterministic and (name := next(recomputed, None)):
+            raise ConfigError(
+                f'cuda_graphs: the step draws random numbers (dropout, drop path), which a CUDA graph cannot draw again '
+                f'for the units that it recomputes ({name}, ...): set recompute=False, or optim_wrapper.cuda_graphs=False'
+            )
 
     def _capture_key(self, inputs: Tensor) -> tuple:
         """What a capture is valid for: shape, dtype, training modes and the model's memory. Gradients must not exist yet."""
@@ -368,6 +381,11 @@ class _GraphStrategy:
 
     def local_losses(self, head: LocalHead, y: Tensor, inputs: Tensor, data_samples: list) -> Losses:
         return self.graphs.local_losses(head, y, inputs, data_samples)
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    """States of the generators of the CPU and of ``device``."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == 'cuda' else [])]
 
 
 def _is_not_none(value: object) -> bool:

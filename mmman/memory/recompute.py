@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mmman.errors import ConfigError, PartitionError
 from mmman.memory.output_relu import OutputReLUs, defer_relu_, restore_relus_
-from mmman.memory.selective import CachedMode, CachingMode, SavedOutputs, alias, versions
-from mmman.memory.stem import StemInChunks, StemTail, precision_of, stem_paths
+from mmman.memory.selective import save_policy
+from mmman.memory.stem import StemInChunks, StemTail, stem_paths
 from mmman.partition import Chain, Unit
 from mmman.partition.chain import STEM
 
 BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-RandomStates = tuple[list[Tensor], list[int]]
-"""Generator states of the CPU and of the devices that some tensors are on; and the indices of these devices."""
 
 
 def units_to_recompute(
@@ -100,14 +94,15 @@ def disable_recompute_(module: nn.Module) -> None:
 
 
 class Recomputed:
-    """Replaces the ``forward`` of one module. It runs the class's forward and saves only the arguments for the backward pass.
+    """Replaces the ``forward`` of one module by torch's ``checkpoint`` of the class's forward.
 
     It is an object that holds the module, so deepcopy and pickle preserve it and bind it to the copy. In eval mode, and with
     gradients disabled, it runs the plain forward.
 
     Recomputation uses the random numbers and the autocast state of the first run, and doesn't update buffers (running
     statistics). It leaves out a ReLU that produces the output: the ReLU needs only its output, which the next module saves
-    anyway.
+    anyway. An input or a saved output that is changed in place is an error of torch's, and so is a module that saves something
+    else when it is recomputed.
 
     Args:
         module: A module whose class defines ``forward``.
@@ -121,7 +116,6 @@ class Recomputed:
 
     def __init__(self, module: nn.Module, selective: bool = False, output_relu: tuple[str, int] | None = None) -> None:
         self.module, self.selective, self.output_relu = module, selective, output_relu
-        self.draws = False
 
     def __call__(self, *args: Any) -> Any:
         forward = partial(type(self.module).forward, self.module)
@@ -134,125 +128,43 @@ class Recomputed:
             with relu.deferred(call):
                 return forward(*args)
 
-        return relu(self._run_recomputed(without_output_relu, *args))
+        return relu(self._checkpoint(without_output_relu, *args))
 
     def run(self, forward: Callable[..., Any], *args: Any) -> Any:
         """Run ``forward``, a function that runs parts of the module, with the same recomputation."""
-        return self._run_recomputed(forward, *args) if self.module.training and torch.is_grad_enabled() else forward(*args)
+        return self._checkpoint(forward, *args) if self.module.training and torch.is_grad_enabled() else forward(*args)
 
     @torch.compiler.disable
-    def _run_recomputed(self, forward: Callable[..., Any], *args: Any) -> Any:
+    def _checkpoint(self, forward: Callable[..., Any], *args: Any) -> Any:
         if self.module._compiled_call_impl is not None:
             raise ConfigError(
                 f'a compiled {type(self.module).__name__} cannot be recomputed: compile the layers in it, or leave it out of '
                 'recompute'
             )
-        call = _RecomputedCall(self.module, self.selective, forward, args)
-        if self.draws and _is_capturing():
-            raise ConfigError(
-                f'{type(self.module).__name__} draws random numbers, which a CUDA graph cannot draw again: leave it out of '
-                'recompute, or set optim_wrapper.cuda_graphs=False'
-            )
-        out = call(*args)
-        self.draws = self.draws or call.random is not None
-        return out
+        # while a CUDA graph is captured, the state of the device's generator cannot be read
+        is_capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=self._contexts, preserve_rng_state=not is_capturing)
+
+    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """Contexts of the first run and of recomputation."""
+        save, reuse = create_selective_checkpoint_contexts(save_policy) if self.selective else (nullcontext(), nullcontext())
+        return save, _Recomputation(self.module, reuse)
 
 
-class _RecomputedCall:
-    """One call of a module whose forward pass is recomputed in the backward pass, as with torch's ``checkpoint``.
+class _Recomputation:
+    """Opens :func:`temporary_buffers` and ``inner`` while a module is recomputed; again in another backward pass."""
 
-    The graph is that of the plain forward, with an index in place of each saved tensor. Unpacking the first one triggers
-    recomputation. torch's implementation spends more Python time per saved tensor (docs/design/recompute.md has numbers).
+    def __init__(self, module: nn.Module, inner: AbstractContextManager) -> None:
+        self.module, self.inner = module, inner
 
-    Args:
-        module: The module.
-        selective: Whether outputs for which :func:`should_save` is true are saved.
-        forward: The function to compute.
-        args: Its arguments: tensors and other values, in tuples, lists and dicts.
-    """
-
-    def __init__(self, module: nn.Module, selective: bool, forward: Callable[..., Any], args: tuple) -> None:
-        self.module, self.forward = module, forward
-        leaves, self.spec = tree_flatten(args)
-        self.inputs = [(alias(leaf), leaf.requires_grad) if isinstance(leaf, Tensor) else (leaf, None) for leaf in leaves]
-        self.input_versions = versions(leaves)
-        self.saved_outputs: SavedOutputs | None = deque() if selective else None
-        self.num_packed, self.recomputed = 0, []
-
-    def __call__(self, *args: Any) -> Any:
-        tensors = [leaf for leaf, _ in self.inputs if isinstance(leaf, Tensor)]
-        self.device_type = tensors[0].device.type
-        before = None if _is_capturing() else _random_states(tensors)
-        self.precision = precision_of(tensors[0])
-        caching = nullcontext() if self.saved_outputs is None else CachingMode(self.saved_outputs)
-        with saved_tensors_hooks(self._pack, self._unpack), caching:
-            out = self.forward(*args)
-        self.random = before if before is not None and _differ(before, _random_states(tensors)) else None
-        return out
-
-    def _pack(self, _: Tensor) -> int:
-        self.num_packed += 1
-        return self.num_packed - 1
-
-    def _unpack(self, index: int) -> Tensor:
-        if not self.recomputed or self.recomputed[index] is None:
-            self._recompute()
-        tensor, self.recomputed[index] = self.recomputed[index], None
-        return tensor
-
-    def _recompute(self) -> None:
-        """Recompute with the inputs, random numbers and autocast state of the first run, up to the last tensor saved."""
-        name = type(self.module).__name__
-        if self.input_versions != versions([leaf for leaf, _ in self.inputs]):
-            raise ConfigError(
-                f'an input of {name} was changed in place, so {name} cannot be recomputed: leave it out of recompute'
-            )
-        leaves = [leaf if grad is None else leaf.detach().requires_grad_(grad) for leaf, grad in self.inputs]
-        recomputed: list[Tensor] = []
-
-        def save(tensor: Tensor) -> None:
-            recomputed.append(tensor.detach())
-            if len(recomputed) == self.num_packed:
-                raise _AllSaved
-
+    def __enter__(self) -> None:
         with ExitStack() as stack:
-            stack.enter_context(suppress(_AllSaved))
-            if self.random is not None:
-                (cpu, *states), devices = self.random
-                stack.enter_context(torch.random.fork_rng(devices, device_type=self.device_type))
-                torch.set_rng_state(cpu)
-                set_device_states(devices, states, device_type=self.device_type)
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(self.precision())
             stack.enter_context(temporary_buffers(self.module))
-            if self.saved_outputs is not None:
-                stack.enter_context(CachedMode(self.saved_outputs))
-            stack.enter_context(saved_tensors_hooks(save, save))
-            self.forward(*tree_unflatten(leaves, self.spec))
-        if len(recomputed) != self.num_packed:
-            raise ConfigError(
-                f'{name} saved {self.num_packed} tensors for the backward pass, and {len(recomputed)} when it was recomputed: '
-                'leave it out of recompute'
-            )
-        self.recomputed = recomputed
+            stack.enter_context(self.inner)
+            self.close = stack.pop_all().__exit__
 
-
-class _AllSaved(Exception):  # noqa: N818  not an error
-    """Stops recomputation once all tensors that the backward pass needs are computed."""
-
-
-def _random_states(tensors: Sequence[Tensor]) -> RandomStates:
-    devices, states = get_device_states(*tensors)
-    return [torch.get_rng_state(), *states], devices
-
-
-def _differ(before: RandomStates, after: RandomStates) -> bool:
-    return any(not torch.equal(*states) for states in zip(before[0], after[0], strict=True))
-
-
-def _is_capturing() -> bool:
-    """Whether a CUDA graph is being captured. The state of the device's generator cannot be read then."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    def __exit__(self, *error: Any) -> None:
+        self.close(*error)
 
 
 @contextmanager

@@ -1,25 +1,17 @@
-"""Which outputs a selectively recomputed unit saves, and the dispatch modes that save them and return them again."""
+"""Which outputs a selectively recomputed unit saves."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
-
-from mmman.errors import ConfigError
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 aten = torch.ops.aten
 SECOND_FACTOR = {aten.mm.default: 1, aten.bmm.default: 1, aten.addmm.default: 2, aten.baddbmm.default: 2}
 """Index of the argument of a matrix product that is its second factor, (..., summed, channels)."""
-
-SavedOutputs = deque[tuple[Callable, Any, list[int]]]
-"""Operators in the order they ran, with their outputs and the version counters of these."""
 
 
 def should_save(op: Callable, args: Sequence[Any]) -> bool:
@@ -43,51 +35,6 @@ def _rule(op: Callable) -> Callable[[Sequence[Any]], bool] | None:
     return (lambda _: True) if '_scaled_dot_product' in op.name() else None
 
 
-class CachingMode(TorchDispatchMode):
-    """Saves the outputs of operators for which :func:`should_save` is true."""
-
-    def __init__(self, saved: SavedOutputs) -> None:
-        super().__init__()
-        self.saved = saved
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:  # so that compiled layers may run in this mode
-        return True
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **kwargs or {})
-        if should_save(op, args):
-            own = alias(out) if isinstance(out, Tensor) else tree_map_only(Tensor, alias, out)
-            self.saved.append((op, own, versions(own)))
-        return out
-
-
-class CachedMode(CachingMode):
-    """Returns the saved outputs, in the same order, instead of computing them."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if not should_save(op, args):
-            return op(*args, **kwargs or {})
-        if not self.saved:
-            raise ConfigError(
-                'a selectively recomputed unit was back-propagated twice, which is not supported: list it in recompute instead'
-            )
-        saved_op, own, saved_versions = self.saved.popleft()
-        if saved_op is not op or saved_versions != versions(own):
-            raise ConfigError(
-                f'a unit of selective_recompute changes the output of {saved_op} in place, or runs {op} when it is recomputed: '
-                'put it into recompute'
-            )
-        return own
-
-
-def alias(tensor: Tensor) -> Tensor:
-    """Return the tensor detached from its graph, sharing its version counter, also inside a dispatch mode."""
-    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
-        return tensor.detach()
-
-
-def versions(tensors: Any) -> list[int]:
-    """Version counters of the tensors in a tensor, list, tuple or dict."""
-    leaves = [tensors] if isinstance(tensors, Tensor) else tree_leaves(tensors)
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor)]
+def save_policy(ctx: SelectiveCheckpointContext, op: Callable, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """:func:`should_save` as a policy of torch's selective checkpoint."""
+    return CheckpointPolicy.MUST_SAVE if should_save(op, args) else CheckpointPolicy.PREFER_RECOMPUTE

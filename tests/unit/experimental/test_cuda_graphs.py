@@ -3,13 +3,13 @@
 import pytest
 import torch
 from mmengine.config import Config
+from torch import nn
 
 from mmman import LocalLearningOptimWrapper
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
 from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import StepGraphs
 from mmman.memory.detection.focal_loss import fused_focal_loss
-from mmman.memory.recompute import Recomputed
 from tests.conftest import ROOT
 from tests.graph_capturer import CPUGraphCapturer
 
@@ -156,14 +156,10 @@ def test_an_operator_that_waits_is_named(capturer):
     assert not capturer.is_capturing
 
 
-def test_random_numbers_cannot_be_drawn_twice(capturer, monkeypatch):
+def test_random_numbers_cannot_be_drawn_twice(capturer):
     steps = Steps(**GRAPHS)
-    steps(64, 64)
-    monkeypatch.setattr('mmman.memory.recompute._is_capturing', lambda: capturer.is_capturing)
-    unit = steps.backbone.layer1[0]
-    assert isinstance(unit.forward, Recomputed) and not unit.forward.draws
-    unit.forward.draws = True
-    with pytest.raises(ConfigError, match=r'^BasicBlock draws random numbers.*leave it out of recompute'):
+    steps.model.neck.register_forward_hook(lambda module, args, outs: tuple(nn.functional.dropout(out) for out in outs))
+    with pytest.raises(ConfigError, match=r'draws random numbers.*units that it recomputes \(backbone.layer1.0, ...\)'):
         steps(64, 64)
 
 

@@ -10,6 +10,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.model.utils import convert_sync_batchnorm
 from mmengine.registry import MODELS
 from torch import nn
+from torch.utils.checkpoint import CheckpointError
 
 from mmman import LocalHead, delocalize_, localize_
 from mmman.analysis import LiveBytes
@@ -312,22 +313,22 @@ def test_an_input_that_is_changed_in_place_is_refused():
     model.backbone.stem.register_forward_hook(lambda module, args, output: kept.append(output))
     loss = model(**toy_batches(1)[0], mode='loss')['loss_ce']
     kept[0].detach().add_(1)
-    with pytest.raises(ConfigError, match='an input of ToyUnit was changed in place'):
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
         loss.backward()
 
 
 @pytest.mark.parametrize(
     ('layers', 'way', 'message'),
     [
-        ([nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)], 'full', 'an input of Sequential was changed in place'),
-        ([nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)], 'selective', 'changes the output of aten.convolution.default in place'),
+        ([nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)], 'full', 'modified by an inplace operation'),
+        ([nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True)], 'selective', 'has been mutated'),
     ],
 )
 def test_a_saved_output_that_is_changed_in_place_is_refused(layers, way, message):
     unit, x = nn.Sequential(*layers), torch.randn(1, 8, 4, 4, requires_grad=True)
     recompute_(unit, way == 'selective')
     y = unit(x * 1).square().sum()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(RuntimeError, match=message):
         y.backward()
 
 
@@ -341,7 +342,7 @@ def test_another_number_of_saved_tensors_is_refused():
 
     unit = Wavering()
     recompute_(unit)
-    with pytest.raises(ConfigError, match='Wavering saved 2 tensors for the backward pass, and 1 when it was recomputed'):
+    with pytest.raises(CheckpointError, match='A different number of tensors was saved'):
         unit(torch.randn(3, requires_grad=True)).sum().backward()
 
 
