@@ -59,13 +59,19 @@ def run_in_chunks(
             ):
                 if grad is not None:
                     total_grad[span] = grad
-            for i, grad in enumerate(chunk_grads[len(grad_leaves) :]):
-                if grad is not None:
-                    parameter_grads[i] = grad if parameter_grads[i] is None else parameter_grads[i].add_(grad)
+            _accumulate_(parameter_grads, chunk_grads[len(grad_leaves) :])
             for name, value in losses.items():
                 total[name] = total[name] + value.detach() if name in total else value.detach()
             del loss, losses, leaves, grad_leaves, chunk_grads
     return attach_grads(total, factor, [*grads, *parameter_grads], [*features, *parameters])
+
+
+def _accumulate_(totals: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
+    """Add each gradient to its total, in place. A total of None becomes the gradient itself."""
+    pairs = [(total, grad) for total, grad in zip(totals, grads, strict=True) if total is not None and grad is not None]
+    if pairs:
+        torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    totals[:] = [grad if total is None else total for total, grad in zip(totals, grads, strict=True)]
 
 
 def attach_grads(losses: Losses, factor: Tensor, grads: list[Tensor | None], inputs: Sequence[Tensor]) -> Losses:

@@ -22,7 +22,9 @@ from mmman.memory.detection.losses import (
     dense_head_losses,
     has_adapter,
     map_sizes,
+    packed_head,
 )
+from mmman.memory.detection.packed_head import PackedHead
 
 if TYPE_CHECKING:
     from mmman.local.local_head import LocalHead
@@ -128,8 +130,7 @@ class ChunkedLoss:
         if chunk_size >= len(data_samples):
             if dry_run:
                 return {}
-            feature_maps = head.feature_maps(y, inputs)
-            return dense_head_losses(dense, feature_maps, partial(self._make_loss, head, dense, data_samples))
+            return self._in_one_pass(head, dense, head.feature_maps(y, inputs), data_samples)
         modules = [part for part in head.children() if part is not head.transfer]
         return self._run(
             head, lambda leaves: head.feature_maps(leaves[0], inputs), [y], modules, dense, data_samples, chunk_size, dry_run
@@ -157,13 +158,35 @@ class ChunkedLoss:
         ]
 
         def compute(leaves: list[Tensor], span: slice) -> tuple[Tensor, Losses]:
-            loss, log = self.model.parse_losses(losses(head(make_feature_maps(leaves)), span))
+            loss, log = self.model.parse_losses(losses((packed or head)(make_feature_maps(leaves)), span))
             fraction = len(leaves[0]) / len(data_samples)
             return loss, {n: v if 'loss' in n else v * fraction for n, v in log.items() if n != 'loss'}
 
-        losses = self._make_loss(owner, head, data_samples, sizes, features[-1])
+        packed = packed_head(head, sizes, features[-1].device)
+        losses = self._batch_loss(owner, head, packed, data_samples, sizes, features[-1])
         parameters = [parameter for parameter in nn.ModuleList(modules).parameters() if parameter.requires_grad]
         return run_in_chunks(compute, features, parameters, chunk_size, self._scale_loss(features[-1].new_ones(())))
+
+    def _in_one_pass(
+        self, owner: DenseLocalHead | None, head: nn.Module, feature_maps: Sequence[Tensor], data_samples: list
+    ) -> Losses:
+        packed = packed_head(head, map_sizes(feature_maps), feature_maps[0].device)
+        make_loss = partial(self._batch_loss, owner, head, packed, data_samples)
+        return dense_head_losses(packed or head, feature_maps, make_loss)
+
+    def _batch_loss(
+        self,
+        owner: DenseLocalHead | None,
+        head: nn.Module,
+        packed: PackedHead | None,
+        data_samples: list,
+        sizes: Sizes,
+        like: Tensor,
+    ) -> BatchLoss:
+        loss = self._make_loss(owner, head, data_samples, sizes, like)
+        if packed is not None:
+            loss.pack_(packed)
+        return loss
 
     def _relative_positions(self, dense: nn.Module) -> float:
         """Positions on the maps of the model's own dense head (or RPN), as a multiple of those of a local head's."""
@@ -205,9 +228,7 @@ class DenseLoss(ChunkedLoss):
         if self.chunk_size is None:
             feature_maps = self._neck(features)
             features.clear()
-            return dense_head_losses(
-                model.bbox_head, feature_maps, partial(self._make_loss, None, model.bbox_head, data_samples)
-            )
+            return self._in_one_pass(None, model.bbox_head, feature_maps, data_samples)
         modules = [part for name, part in model.named_children() if name not in ('backbone', 'data_preprocessor')]
         return self._run(None, self._neck, features, modules, model.bbox_head, data_samples, self.chunk_size, dry_run)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmman.errors import ConfigError
 from mmman.memory.detection.anchor_targets import compute_targets
 from mmman.memory.detection.focal_loss import summed_focal_loss
+from mmman.memory.detection.packed_head import PackedHead, can_pack
 
 Sizes = list[tuple[int, int]]
 Outputs = tuple[list[Tensor], ...]
@@ -74,11 +75,19 @@ class AnchorLoss(BatchLoss):
 class SummedAnchorLoss(AnchorLoss):
     """An :class:`AnchorLoss` whose focal loss is summed as it is computed, so that no map of losses is kept."""
 
+    def pack_(self, packed: PackedHead) -> None:
+        """Compute the losses of the outputs of a packed head from now on. The head must be one of :func:`packed_head`."""
+        labels, *others = self.targets
+        self.targets = [
+            packed.pack_targets(labels, self.head.num_classes),
+            *(packed.pack_targets(target, 0) for target in others),
+        ]
+
     def level_losses(
         self, level: int, scores: Tensor, boxes: Tensor, images: slice, targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
         head = self.head
-        if head.reg_decoded_bbox or not _is_stock(type(head), 'loss_by_feat_single', 'AnchorHead'):
+        if not _reads_no_anchors(head):
             return super().level_losses(level, scores, boxes, images, targets)
         labels, label_weights, box_targets, box_weights = targets
         scores = scores.permute(0, 2, 3, 1).reshape(-1, head.cls_out_channels)
@@ -218,6 +227,23 @@ def has_adapter(head: nn.Module) -> bool:
     return _adapter_class(type(head)) is not None
 
 
+def packed_head(head: nn.Module, sizes: Sizes, device: torch.device) -> PackedHead | None:
+    """Pack the levels of a dense head that :func:`has_adapter` accepts; None if that isn't possible, or brings nothing.
+
+    Args:
+        head: The dense head.
+        sizes: Height and width of its feature maps, by level.
+        device: Device of the feature maps.
+    """
+    fits = len(sizes) > 2 and _adapter_class(type(head)) is SummedAnchorLoss and _reads_no_anchors(head) and can_pack(head)
+    return PackedHead(head, sizes, device) if fits else None
+
+
+def _reads_no_anchors(head: nn.Module) -> bool:
+    """Whether the losses of an anchor-based head are computed from its outputs and targets alone."""
+    return not head.reg_decoded_bbox and _is_stock(type(head), 'loss_by_feat_single', 'AnchorHead')
+
+
 def check_norms(name: str, modules: Sequence[nn.Module]) -> None:
     """Raise :class:`ConfigError` if a layer mixes the images of a batch.
 
@@ -236,7 +262,7 @@ def check_norms(name: str, modules: Sequence[nn.Module]) -> None:
 
 
 def dense_head_losses(
-    head: nn.Module, feature_maps: Sequence[Tensor], make_loss: Callable[[Sizes, Tensor], BatchLoss]
+    head: nn.Module | PackedHead, feature_maps: Sequence[Tensor], make_loss: Callable[[Sizes, Tensor], BatchLoss]
 ) -> dict[str, Tensor | list[Tensor]]:
     """The losses of a whole batch in one pass. Targets are computed after the head has run, as in mmdet."""
     outputs = head(feature_maps)

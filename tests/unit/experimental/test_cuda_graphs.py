@@ -83,15 +83,20 @@ def deterministic(request):
 @pytest.mark.usefixtures('deterministic')
 @pytest.mark.parametrize('options', [{}, AT_ONCE], ids=['', 'at once'])
 def test_trains_what_is_trained_without(options, capturer):
-    """Other pixels, other numbers of objects, two shapes by turns: bit by bit."""
+    """Other pixels, other numbers of objects, two shapes by turns: bit by bit.
+
+    But for the batch at once, which mmdet's code computes level by level without graphs.
+    """
+    rtol = 1e-5 if options else 0
     sizes = [(64, 96), (64, 96), (64, 96), (96, 64), (64, 96), (96, 64)]
     with fused_focal_loss(with_kernel=False):
         expected, state = trained(sizes, **options)
     logs, own = trained(sizes, **options, **GRAPHS)
     assert capturer.captures == 2 * SEGMENTS
-    assert logs == expected
+    for log, other in zip(logs, expected, strict=True):
+        assert log == pytest.approx(other, rel=rtol, abs=0)
     for name, value in state.items():
-        assert torch.equal(own[name], value), name
+        torch.testing.assert_close(own[name], value, rtol=rtol, atol=rtol, msg=name)
 
 
 def test_blocks_step_one_by_one(capturer):
