@@ -35,6 +35,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +131,7 @@ def median_and_quartiles(values: list[float]) -> list[float]:
 
 
 def row_of(
-    one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], base: list[float], device: Device | None
+    one: Asked, meter: StepMeter, memory: Memory, seconds: list[float], base: list[float], devices: Sequence[Device]
 ) -> dict:
     """What was measured of a config, in bytes, FLOPs and seconds; ``ratio`` is to the first config, within a round."""
     floor, in_chunks = meter.floor(), getattr(meter.optim_wrapper, 'images_per_chunk', None) is not None
@@ -156,9 +157,8 @@ def row_of(
             for part in in_order({*memory.work})
         },
     }
-    if device is not None:
-        predicted = step_time(memory.timeline, device)
-        row['predicted'] = {'device': device.name, 'step': predicted.step, 'kernels': predicted.kernels}
+    times = {device.name: step_time(memory.timeline, device) for device in devices}
+    row['predicted'] = {name: {'step': time.step, 'kernels': time.kernels} for name, time in times.items()}
     if seconds:
         row['seconds'] = median_and_quartiles(seconds)
         row['ratio'] = median_and_quartiles([own / first for own, first in zip(seconds, base, strict=True)])
@@ -234,12 +234,13 @@ def gpu_tables(rows: list[dict]) -> list[Table]:
         work.add_row(part, *(_gpu_cell([cell]) if cell else '' for cell in cells))
     work.add_section()
     work.add_row('step', *(_gpu_cell([*row['gpu'].values()]) for row in rows))
-    if 'predicted' in rows[0]:
+    for device, first in rows[0]['predicted'].items():
         work.add_section()
-        first = rows[0]['predicted']
         for name in ('step', 'kernels'):
-            cells = (f'{1e3 * row["predicted"][name]:.1f} ms, {row["predicted"][name] / first[name]:.2f}' for row in rows)
-            work.add_row(f'{name}, predicted for {first["device"]}', *cells)
+            seconds = [row['predicted'][device][name] for row in rows]
+            work.add_row(
+                f'{name}, predicted for {device}', *(f'{1e3 * own:.1f} ms, {own / first[name]:.2f}' for own in seconds)
+            )
     waits = [sum((Counter(part['waits']) for part in row['gpu'].values()), Counter()) for row in rows]
     lines = _table('waits for the GPU by source line', 'line', *(row['config'] for row in rows))
     for line, _ in sum(waits, Counter()).most_common():
@@ -298,7 +299,9 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--iterations', type=int, default=5, help='timed steps of each config, by turns; 0: no times')
     parser.add_argument('--fused-focal-loss', action='store_true', help="mmdet's focal loss has the memory of a GPU's kernel")
     parser.add_argument('--sizes-only', action='store_true', help='compute nothing: bytes and FLOPs of any batch; no times')
-    parser.add_argument('--device', choices=DEVICES, help='also predict the time of the step on this GPU')
+    parser.add_argument(
+        '--device', nargs='+', choices=DEVICES, default=[], help='also predict the time of the step on these GPUs'
+    )
     parser.add_argument('--out', type=Path, metavar='JSON', help='also write the rows, in bytes, FLOPs and seconds')
     parser.add_argument('--picture', type=Path, metavar='PNG', help='also draw the parts of memory over the step')
     given = parser.parse_args(args)
@@ -317,8 +320,8 @@ def run(args: argparse.Namespace) -> list[dict]:
         seconds = timed(meters, 0 if args.sizes_only else args.iterations)
         with sizes_only or nullcontext():
             memories = [meter.memory() for meter in meters]
-            device, measured = DEVICES.get(args.device), zip(args.asked, meters, memories, seconds, strict=True)
-            rows = [row_of(*one, base=seconds[0], device=device) for one in measured]
+            devices, measured = [DEVICES[name] for name in args.device], zip(args.asked, meters, memories, seconds, strict=True)
+            rows = [row_of(*one, base=seconds[0], devices=devices) for one in measured]
     title = f'one training step, batch {args.batch}, {args.shape[0]}x{args.shape[1]}'
     if args.fused_focal_loss:
         title += ', fused focal loss'

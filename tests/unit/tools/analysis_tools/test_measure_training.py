@@ -120,9 +120,10 @@ def test_sizes_only(capsys):
 
 def test_the_time_on_a_gpu_is_predicted(capsys):
     words = [CONFIG, f'{K}=1', 'model.backbone.partition=stage', CONFIG, f'{K}=2', UNIFORM, *SMALL, '--names', 'E2E', 'local']
-    rows = run(parse_args([*words, '--sizes-only', '--device', 'a100']))
-    whole, local = (row['predicted'] for row in rows)
-    assert whole['device'] == 'a100' and 0 < whole['kernels'] < whole['step'] < local['step']
+    rows = run(parse_args([*words, '--sizes-only', '--device', 'a100', 'rtx3090']))
+    whole, local = (row['predicted']['a100'] for row in rows)
+    assert 0 < whole['kernels'] < whole['step'] < local['step']
+    assert rows[0]['predicted']['rtx3090']['kernels'] > whole['kernels']
     text = capsys.readouterr().out
     assert f'{1e3 * local["step"]:.1f} ms, {local["step"] / whole["step"]:.2f}' in text
     capsys.readouterr()
