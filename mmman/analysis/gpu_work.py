@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from mmman.analysis.flops import flops_of
+from mmman.memory.detection.focal_loss import sum_on_gpu
 
 OPTIMIZER = 'optimizer step'
 
@@ -58,25 +59,27 @@ class PartWork:
 
 @dataclass(slots=True)
 class Kernel:
-    """One launch.
+    """The kernels that one operator starts.
 
     Attributes:
         flops: FLOPs of a convolution, matrix product or attention; 0 for other operators.
         moved: Bytes that it reads and writes, if it reads its inputs and writes its outputs once.
         is_convolution: Whether it is a convolution or the backward of one.
         is_half: Whether its first input has half precision.
+        launches: How many they are. One, but for mmman's own operators, of which this is known.
     """
 
     flops: int = 0
     moved: int = 0
     is_convolution: bool = False
     is_half: bool = False
+    launches: float = 1
 
 
 class GPUWork(TorchDispatchMode):
     """Count the work of training steps by part while this mode is active.
 
-    An operator is taken for one launch, though some are several kernels. Copies from the CPU to the GPU aren't seen.
+    An operator of a library counts as one launch, though some are several. Copies from the CPU to the GPU are not seen.
 
     Args:
         part: Returns the name of the running part.
@@ -115,7 +118,7 @@ class GPUWork(TorchDispatchMode):
             if self._last == last == OPTIMIZER:
                 self._kernel.moved += kernel.moved
             else:
-                work.launches += 1
+                work.launches += round(kernel.launches)
                 self._kernel = kernel
                 self.timeline.append(kernel)
         frame = sys._getframe(1)
@@ -144,11 +147,17 @@ def kernel_of(func: torch._ops.OpOverload, args: tuple, kwargs: dict, result: ob
     if func.is_view or func.namespace == 'prim' or name in ALLOCATIONS:  # prim: a fake tensor is asked for its device
         return None
     tensors = [leaf for leaf in tree_flatten((args, kwargs, result))[0] if isinstance(leaf, Tensor)]
+    launches, moved = 1, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if name == 'mmman::sigmoid_focal_loss_sum':
+        launches, moved = sum_on_gpu(args[0])
+    elif name == 'mmman::sigmoid_focal_loss_backward':
+        launches = 2  # mmcv's, and a product
     return Kernel(
         flops=flops_of(func, args, kwargs, result),
-        moved=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        moved=moved,
         is_convolution='convolution' in name,
         is_half=any(tensor.dtype in HALVES for tensor in tensors[:1]),
+        launches=launches,
     )
 
 

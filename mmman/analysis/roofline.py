@@ -41,9 +41,9 @@ class Device:
     least: float = LEAST
 
     def seconds(self, kernel: Kernel) -> float:
-        """How long a kernel runs: its FLOPs or its bytes, whichever takes longer, and at least :attr:`least`."""
+        """How long kernels run: their FLOPs or their bytes, whichever takes longer, and each at least :attr:`least`."""
         rate = self.half if kernel.is_half else self.tf32 if kernel.is_convolution else self.single
-        return max(kernel.flops / (PRODUCTS * rate), kernel.moved / (BYTES * self.bandwidth), self.least)
+        return max(kernel.flops / (PRODUCTS * rate), kernel.moved / (BYTES * self.bandwidth), kernel.launches * self.least)
 
 
 # The SXM cards of the data centre GPUs; the A100 with 80 GB.
@@ -82,7 +82,7 @@ def step_time(timeline: Iterable[Kernel | None], device: Device) -> StepTime:
         if kernel is None:
             core = max(core, gpu)
             continue
-        core += device.launch
+        core += kernel.launches * device.launch
         own = device.seconds(kernel)
         gpu = max(gpu, core) + own
         kernels += own

@@ -105,10 +105,14 @@ class Extrapolation:
         kernels = [kernel for _, kernel in large.kernels]
         for i, j in _matching_pairs(*([name for name, _ in trace.kernels] for trace in self._traces)):
             own = small.kernels[i][1], kernels[j]
-            flops, moved = (linear((getattr(own[0], key), getattr(own[1], key)), pixels) for key in ('flops', 'moved'))
-            kernels[j] = replace(own[1], flops=flops, moved=moved)
+            numbers = {
+                key: linear((getattr(own[0], key), getattr(own[1], key)), pixels) for key in ('flops', 'moved', 'launches')
+            }
+            kernels[j] = replace(own[1], **numbers)
         self._flops = [0, *accumulate(kernel.flops for kernel in kernels)]
-        seconds = (0.0 if device is None else max(device.launch, device.seconds(kernel)) for kernel in kernels)
+        seconds = (
+            0.0 if device is None else max(kernel.launches * device.launch, device.seconds(kernel)) for kernel in kernels
+        )
         self._seconds = [0.0, *accumulate(seconds)]
 
     def __contains__(self, moment: Hashable) -> bool:

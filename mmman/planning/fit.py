@@ -18,7 +18,7 @@ from mmman.partition import chain_of, plan_blocks
 from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, WITH_CP, Changes, FitRow, Limits
 from mmman.planning.chunk_support import ChunkSupport, chunk_support
 from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, peak_of
-from mmman.planning.profile import Profile, profile_end_to_end, profile_step
+from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
 from mmman.planning.search import fewest_flops, smallest_peak
 from mmman.registry import resolve_type
 
@@ -99,6 +99,8 @@ def predict_rows(
     chunks = chunk_support(cfg, case.height, case.width) if case.is_detector else ChunkSupport(SAME)
     if case.is_detector and not chunks.obstacle:
         cfg.optim_wrapper.images_per_chunk = case.chunk_size
+    counts = [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks
+    last_units = {} if partition is None else {count: _last_units(cfg, case, count, partition) for count in counts}
     report('the config as it is, and what recomputing costs', 0.0)
     profile = profile_step(cfg, *case.shape, may_recompute=True, device=case.device)
     base = profile.at_once
@@ -114,9 +116,9 @@ def predict_rows(
             report('mixed precision', 0.25)
             yield _mixed_precision_row(case)
     profile = _reporting(profile, report)
-    for count in [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks:
+    for count in counts:
         try:
-            plan = _local_plan(profile, count, partition, limits, shipped)
+            plan = _local_plan(profile, count, last_units.get(count), limits, shipped)
         except CostError as error:
             yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
             continue
@@ -239,9 +241,7 @@ def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any
     return {key: value for key, value in options.items() if value}
 
 
-def _local_plan(
-    profile: Profile, blocks: int, partition: str | Sequence[str] | None, limits: Limits, base: FitRow
-) -> MemoryPlan:
+def _local_plan(profile: Profile, blocks: int, last_units: Sequence[str] | None, limits: Limits, base: FitRow) -> MemoryPlan:
     """The plan within the limits with the fewest FLOPs, on a device with the least time.
 
     Without a memory limit, or if no plan is within it, the plan with the smallest peak. With given cuts all blocks have one
@@ -253,8 +253,8 @@ def _local_plan(
     share, work = (limits.slowdown, base.time) if step.time else (limits.overhead, base.flops)
     if share is not None:
         overhead = (1 + share) * work / step.flops - 1
-    if partition is not None:
-        cuts = _named_cuts(profile, blocks, partition)
+    if last_units is not None:
+        cuts = _cuts_after(profile, last_units)
         plans = [MemoryPlan(cuts, (mode,) * blocks) for mode in step.choices]
         peaks = [peak_of(step, plan).total for plan in plans]
         affordable = [i for i, plan in enumerate(plans) if overhead is None or step.overhead(plan) <= overhead] or [0]
@@ -266,16 +266,20 @@ def _local_plan(
     return fewest_flops(step, limits.memory, blocks)
 
 
-def _named_cuts(profile: Profile, blocks: int, partition: str | Sequence[str]) -> tuple[int, ...]:
-    """Indices of the units that ``partition`` cuts after."""
-    model, _ = build_dummy_model(copy.deepcopy(profile.config), *profile.shape[2:])
+def _last_units(cfg: Config, case: FitCase, blocks: int, partition: str | Sequence[str]) -> list[str]:
+    """Names of the units that ``partition`` cuts after."""
+    model, _ = build_dummy_model(as_single_block(cfg), case.height, case.width)
     chain = chain_of(model.backbone)
     trainable = [unit.is_trainable(model.backbone) for unit in chain.units]
     try:
         plan = plan_blocks(chain, trainable, blocks, partition)
     except PartitionError as error:
         raise PartitionError(f'--cuts: {error}') from None
-    cuts = tuple(profile.names.index(block[-1].name) for block in plan.blocks[:-1])
+    return [block[-1].name for block in plan.blocks[:-1]]
+
+
+def _cuts_after(profile: Profile, last_units: Sequence[str]) -> tuple[int, ...]:
+    cuts = tuple(map(profile.names.index, last_units))
     if not set(cuts) <= set(profile.step.candidates):
         raise CostError(f'a cut after {profile.names[cuts[-1]]} leaves no backbone output to the last block')
     return cuts

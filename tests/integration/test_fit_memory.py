@@ -143,6 +143,12 @@ def test_cuts_that_are_asked_for(tmp_path):
         fit(*words, '--cuts', 'layer9')
 
 
+def test_a_mistyped_cut_is_found_before_anything_is_measured(monkeypatch):
+    monkeypatch.setattr('mmman.planning.fit.profile_step', lambda *args, **kwargs: pytest.fail('measured'))
+    with pytest.raises(LocalLearningError, match="--cuts: cannot cut after 'layer1.9'; choose from the units stem, layer1.0"):
+        fit(CIFAR, '--shape', 32, 32, '--batch', 8, '--choose', 2, '--cuts', 'layer1.9')
+
+
 def test_overhead_and_memory():
     words = [CIFAR, '--shape', 32, 32, '--batch', 64, '--blocks', 2]
     rows, free = fit(*words, '--choose', 2, '--max-overhead', '9')

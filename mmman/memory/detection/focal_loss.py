@@ -19,7 +19,7 @@ from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
 
 SLICE_SIZE = 1 << 16
-GPU_SLICE_SIZE = 1 << 20
+GPU_SLICE_SIZE = 1 << 21
 """Number of values computed in one pass: few enough for the cache on a CPU, enough for few kernel launches on a GPU."""
 
 SOFTPLUS_THRESHOLD = 40
@@ -143,16 +143,28 @@ def _gradient(grad: Tensor, pred: Tensor, target: Tensor, gamma: float, alpha: f
 @torch.library.custom_op('mmman::sigmoid_focal_loss_sum', mutates_args=())
 def _sum(pred: Tensor, target: Tensor, weight: Tensor | None, gamma: float, alpha: float) -> Tensor:
     """The sum of the focal loss over all classes and all rows, weighted by ``weight``, (N,). A scalar."""
-    total = pred.new_zeros((), dtype=_accumulation_dtype(pred.dtype))
-    for rows in _slices(pred):
-        row_values = _weight_by_class(pred[rows], target[rows], alpha, partial(_focal, gamma)).sum(1)
-        total += row_values.sum() if weight is None else row_values.mul_(weight[rows]).sum()
-    return total
+    dtype = _accumulation_dtype(pred.dtype)
+    is_object = target[:, None] < pred.shape[1]
+    own_class = target[:, None].clamp(max=pred.shape[1] - 1)
+    own = pred.gather(1, own_class)
+    wrong = own.masked_fill(is_object, -torch.inf)  # of which the loss is 0
+    rows = _focal(gamma, own.masked_fill_(~is_object, torch.inf).neg_().to(dtype)).mul_(alpha).squeeze(1)
+    for part in _slices(pred):
+        logits = pred[part].scatter(1, own_class[part], wrong[part]).to(dtype)
+        rows[part].add_(_focal(gamma, logits).sum(1), alpha=1 - alpha)
+    return (rows if weight is None else rows.mul_(weight)).sum()
 
 
-def _slices(pred: Tensor) -> Iterator[slice]:
+def sum_on_gpu(pred: Tensor) -> tuple[int, int]:
+    """The kernels that :func:`_sum` starts for logits (N, C) on a GPU, and the bytes that they read and write."""
+    count = len([*_slices(pred, GPU_SLICE_SIZE)])
+    is_half = pred.element_size() == 2
+    return 14 + is_half + (8 + is_half) * count, 48 * pred.numel()
+
+
+def _slices(pred: Tensor, size: int | None = None) -> Iterator[slice]:
     count, classes = pred.shape
-    size = max(1, (GPU_SLICE_SIZE if pred.is_cuda else SLICE_SIZE) // classes)
+    size = max(1, (size or (GPU_SLICE_SIZE if pred.is_cuda else SLICE_SIZE)) // classes)
     return (slice(start, start + size) for start in range(0, count, size))
 
 

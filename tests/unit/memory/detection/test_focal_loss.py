@@ -10,10 +10,13 @@ pytest.importorskip('mmdet')
 from mmdet.models.losses import FocalLoss
 from mmdet.models.losses import focal_loss as library
 from mmengine.hub import get_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmman.analysis import LiveBytes
 from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.gpu_work import GPUWork, kernel_of
 from mmman.analysis.training import StepMeter
+from mmman.memory.detection import focal_loss
 from mmman.memory.detection.focal_loss import SLICE_SIZE, focal_loss_without_kernel, fused_focal_loss, summed_focal_loss
 
 ROWS, CLASSES = SLICE_SIZE // 5 + 3, 7  # two slices, and a part of one
@@ -93,6 +96,29 @@ def test_a_sum_keeps_no_map_of_losses():
         assert live.peak < held + 100
         loss.backward()
     assert live.peak < held + pred.nbytes + weight.nbytes + 100
+
+
+@pytest.mark.parametrize('rows', [100, 30_000])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_the_kernels_of_a_sum_are_known(rows, dtype, monkeypatch):
+    launches = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if kernel_of(func, args, kwargs or {}, result) is not None:
+                launches.extend([func] * (1 + (func is torch.ops.aten.scatter.src)))  # it copies first
+            return result
+
+    monkeypatch.setattr(focal_loss, 'GPU_SLICE_SIZE', SLICE_SIZE)
+    pred, target, weight = torch.randn(rows, 10).to(dtype), torch.randint(11, (rows,)), torch.rand(rows)
+    with Counting():
+        focal_loss._sum._init_fn(pred, target, weight, 2.0, 0.25)
+    count, moved = focal_loss.sum_on_gpu(pred)
+    assert count == len(launches) and moved == 12 * rows * 10 * 4
+    with GPUWork(lambda: 'sum') as work:
+        focal_loss._sum(pred, target, None, 2.0, 0.25)
+    assert work.parts['sum'].launches == count and work.parts['sum'].moved == moved
 
 
 @pytest.mark.parametrize('kind', ['summed', 'by mean', 'one hot', 'by class'])
