@@ -186,6 +186,9 @@ def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterat
     if profile.step.in_chunks:
         changes = Changes(stock, _options(case, profile, MemoryPlan()), wrapper)
         yield _row(_chunks(case), chunks.trains, changes, profile.step, MemoryPlan())
+        if profile.one_chunk is not None and case.chunk_size < case.batch:
+            changes = replace(changes, optim_wrapper=wrapper | {'images_per_chunk': case.batch})
+            yield _row('all images in one chunk', SAME, changes, profile.one_chunk, MemoryPlan())
     elif case.is_detector:
         yield FitRow('images in chunks', SAME, Changes(), note=chunks.obstacle, is_available=False)
     if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):

@@ -22,6 +22,7 @@ from mmman.analysis.roofline import Device
 from mmman.analysis.trace import Trace, linear
 from mmman.errors import ConfigError
 from mmman.memory.chunks import replaced
+from mmman.memory.detection.dense_loss import DenseLoss
 from mmman.memory.stem import stem_paths
 from mmman.partition.chain import STEM
 from mmman.planning.costs import HeadCost, MemoryPlan, Peak, RecomputeMode, StepCost, UnitCost, peak_of
@@ -40,6 +41,8 @@ class Profile:
     Attributes:
         step: The costs.
         at_once: The costs without chunks. Without a recompute mode it is end-to-end training as the stock config does it.
+        one_chunk: The costs with all images in one chunk, and without recomputation. None if there are no chunks, or if they
+            have normalisers of their own.
         names: Names of the backbone's units.
         mode_options: The options of ``mmman.LocalBackbone`` for each recompute mode.
         config: The config with ``num_blocks=1``, which trains end to end.
@@ -48,6 +51,7 @@ class Profile:
 
     step: StepCost
     at_once: StepCost
+    one_chunk: StepCost | None
     names: tuple[str, ...]
     mode_options: Mapping[RecomputeMode, Options]
     config: Config
@@ -108,8 +112,12 @@ def profile_step(
     optimizer = cfg.optim_wrapper.optimizer
     heads = HeadCosts(runs, options, _optimizer_bytes(optimizer)[0], mode_options)
     at_once = _step_cost(small, optimizer, *plain, heads, tuple(units[1:]))
-    step = replace(at_once, units=units[0], task=task, in_chunks=in_chunks)
-    return Profile(step, at_once, tuple(unit.name for unit in runs.chain.units), mode_options, cfg, (batch, 3, height, width))
+    step, one_chunk = replace(at_once, units=units[0], task=task, in_chunks=in_chunks), None
+    if isinstance(runs.chunked, DenseLoss):
+        together = replace(small, chunked=DenseLoss(small.model, batch, lambda loss: loss))
+        one_chunk = replace(at_once, task=_task_cost(together), in_chunks=True)
+    names = tuple(unit.name for unit in runs.chain.units)
+    return Profile(step, at_once, one_chunk, names, mode_options, cfg, (batch, 3, height, width))
 
 
 def profile_end_to_end(cfg: Config, batch: int, height: int, width: int, device: Device | None = None) -> StepCost:

@@ -71,10 +71,13 @@ def test_a_small_retinanet(tmp_path, capsys):
     stock.write_text(RETINANET)
     words = [stock, '--as-small-as-possible', '--shape', 160, 224, '--blocks', 2, '--frozen-stages', 0]
     rows, _ = fit(*words)
-    assert [row.trains for row in rows] == [SAME] * 7 + ['not the same numbers', LOCAL]
-    names = [row.name for row in rows[1:7]]
+    assert [row.trains for row in rows] == [SAME] * 8 + ['not the same numbers', LOCAL]
+    names = [row.name for row in rows[1:8]]
     assert {'1 image a chunk', 'recompute', 'recompute, 1 image a chunk', "the stock backbone's with_cp"} <= {*names}
-    assert [row.flops for row in rows[:7]] == sorted(row.flops for row in rows[:7])
+    assert [row.flops for row in rows[:8]] == sorted(row.flops for row in rows[:8])
+    together = rows[names.index('all images in one chunk') + 1]
+    assert together.operators < 0.7 * rows[0].operators and together.peak.total <= rows[0].peak.total
+    assert together.changes.optim_wrapper['images_per_chunk'] == 2
     capsys.readouterr()
     rows, chosen = fit(*words, '--choose', len(rows), '--check', 'all', '-o', out)
     text = capsys.readouterr().out
