@@ -13,6 +13,9 @@ from mmman.analysis.unit_outputs import unit_outputs
 from mmman.errors import ConfigError
 from mmman.partition import Feature, Unit
 
+DETECTED = 0.3
+"""Probability above which an anchor, point or proposal counts as a detection."""
+
 
 def grad_cam(
     backbone: nn.Module, unit: Unit, feature: Feature, inputs: Tensor, score: Callable[[Tensor], Tensor | None]
@@ -51,28 +54,47 @@ def class_score(model: BaseModel, inputs: Tensor, data_samples: list | None, lab
     """The score that Grad-CAM explains.
 
     Args:
-        model: A classifier, or a detector of mmdet, in eval mode.
+        model: A classifier; or a detector of mmdet with a dense head, or with a box head on proposals. In eval mode.
         inputs: Preprocessed images, (B, 3, H, W).
         data_samples: Their data samples.
         label: The class. None: the one that a classifier predicts; every class of a detector.
 
     Returns:
-        The sum over the batch of a classifier's logits of the class, or of the scores of a detector's detections of it. None if
-        there are no such detections.
+        The sum over the batch of a classifier's logits of the class. For a detector, the sum of the probabilities of the class that
+        are above :data:`DETECTED`, over all anchors, points or proposals: before non-maximum suppression, without centerness and
+        objectness. None if there are none.
 
     Raises:
         ConfigError: The model is neither, or has no such class.
     """
-    if any(cls.__name__ == 'BaseDetector' for cls in type(model).__mro__):
-        found = [sample.pred_instances for sample in model(inputs, data_samples, mode='predict')]
-        scores = torch.cat([one.scores if label is None else one.scores[one.labels == label] for one in found])
-        return scores.sum() if len(scores) else None
-    logits = model(inputs, data_samples, mode='tensor')
-    logits = logits[-1] if isinstance(logits, (tuple, list)) and logits else logits
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
+    outputs = model(inputs, data_samples, mode='tensor')
+    is_detector = any(cls.__name__ == 'BaseDetector' for cls in type(model).__mro__)
+    scores = _probabilities(model, outputs) if is_detector else outputs
+    if isinstance(scores, (tuple, list)) and scores:
+        scores = scores[-1]
+    if not isinstance(scores, Tensor) or scores.dim() != 2:
         raise ConfigError(
-            f'Grad-CAM explains classifiers, which return (images, classes), and detectors of mmdet, not {type(model).__name__}'
+            'Grad-CAM explains classifiers, which return (images, classes), and detectors of mmdet with a dense head or a box '
+            f'head on proposals, not {type(model).__name__}'
         )
-    if label is not None and not 0 <= label < logits.shape[1]:
-        raise ConfigError(f'the model has {logits.shape[1]} classes, so --class is a number from 0 to {logits.shape[1] - 1}')
-    return (logits.amax(1) if label is None else logits[:, label]).sum()
+    if label is not None and not 0 <= label < scores.shape[1]:
+        raise ConfigError(f'the model has {scores.shape[1]} classes, so --class is a number from 0 to {scores.shape[1] - 1}')
+    if not is_detector:
+        return (scores.amax(1) if label is None else scores[:, label]).sum()
+    detected = scores if label is None else scores[:, label]
+    detected = detected[detected > DETECTED]
+    return detected.sum() if len(detected) else None
+
+
+def _probabilities(model: BaseModel, outputs: tuple) -> Tensor | None:
+    """Probabilities (anchors, points or proposals of all images, classes) of a detector's raw outputs; None if not known."""
+    roi_head, head = getattr(model, 'roi_head', None), getattr(model, 'bbox_head', None)
+    if roi_head is not None:
+        logits = outputs[0][0] if isinstance(outputs[0], tuple) else None
+        return logits.softmax(1)[:, :-1] if isinstance(logits, Tensor) else None
+    levels = outputs[0] if isinstance(outputs, tuple) else ()
+    channels = getattr(head, 'cls_out_channels', None)
+    if channels is None or not all(isinstance(level, Tensor) and level.dim() == 4 for level in levels):
+        return None
+    logits = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, channels) for level in levels])
+    return logits.sigmoid() if getattr(head, 'use_sigmoid_cls', True) else logits.softmax(1)[:, :-1]

@@ -71,7 +71,7 @@ def load_config(args: argparse.Namespace) -> Config:
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs', path.stem))
     if cfg.get('default_scope') == 'mmpretrain':
-        _set_mmpretrain_loaders(cfg)
+        set_mmpretrain_loaders(cfg)
     # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, all MPI processes would have rank 0.
     local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'
     os.environ.setdefault('LOCAL_RANK', os.environ.get(local_rank, str(args.local_rank)))
@@ -250,8 +250,8 @@ def _record_collectives() -> None:
         os.environ.setdefault(name, value)
 
 
-def _set_mmpretrain_loaders(cfg: Config) -> None:
-    """Set the defaults of data loaders that mmpretrain's own tools set."""
+def set_mmpretrain_loaders(cfg: Config) -> None:
+    """Set the defaults of data loaders that the tools of mmpretrain set, in a config of mmpretrain."""
     for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         loader = cfg.get(name)
         if loader:

@@ -1,9 +1,10 @@
 """Grad-CAM of a planted feature."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.model import BaseModel
-from mmengine.structures import BaseDataElement, InstanceData
 from torch import nn
 
 from mmman.analysis.grad_cam import class_score, grad_cam
@@ -101,23 +102,46 @@ def test_other_models_and_classes_are_refused(images):
 
 
 class BaseDetector(ColourClassifier):
-    """A model with the name of mmdet's base class: it detects both colours of every image."""
+    """A model with the name of mmdet's base class and a dense head: two anchors a place, which detect the two first colours."""
+
+    def __init__(self, **head):
+        super().__init__()
+        self.bbox_head = SimpleNamespace(**{'cls_out_channels': 2, 'use_sigmoid_cls': True, **head})
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
-        assert mode == 'predict'
-        found = []
-        for means in super().forward(inputs):
-            sample = BaseDataElement()
-            sample.pred_instances = InstanceData(scores=means[:2], labels=torch.tensor([0, 1]))
-            found.append(sample)
-        return found
+        colours = 8 * self.backbone(inputs) - 4
+        return [torch.cat([colours[:, :2], colours[:, :2] - 9], 1)], []
+
+
+def detect(images, label, **head):
+    model = BaseDetector(**head).eval()
+    return grad_cam(model.backbone, RED, Feature(3, 2), images, lambda x: class_score(model, x, [], label))
 
 
 def test_detections_of_a_class_or_of_all(images):
-    model = BaseDetector().eval()
-    both, red, none = (
-        grad_cam(model.backbone, RED, Feature(3, 2), images, lambda x, c=c: class_score(model, x, [], c)) for c in (None, 0, 7)
-    )
-    torch.testing.assert_close(red, cam(images, 0))
+    both, red, green = (detect(images, label) for label in (None, 0, 1))
+    torch.testing.assert_close(red, cam(images, 0), atol=0.02, rtol=0)
     assert both[0, :3, :3].min() > 0.3 and both[0, 13:, 13:].min() > 0.3
-    assert none.shape == (2, 16, 16) and not none.any()
+    assert green[0, 13:, 13:].min() > 0.7 and green[0, :10, :10].max() == 0
+
+
+def test_without_detections_nothing_lights_up(images):
+    maps = detect(images / 4, None)
+    assert maps.shape == (2, 16, 16) and not maps[0].any()  # the second image is brighter
+
+
+def test_probabilities_of_softmax_heads_are_those_without_the_background(images):
+    model = BaseDetector(use_sigmoid_cls=False)
+    model.backbone = nn.Identity()
+    model.forward = lambda inputs, *_, mode: ([torch.tensor([4.0, 0.0]).reshape(1, 2, 1, 1)], [])
+    assert class_score(model, images, []) == pytest.approx(torch.tensor([4.0, 0.0]).softmax(0)[0])
+    model.roi_head = True
+    model.forward = lambda inputs, *_, mode: ((torch.tensor([[4.0, 0, 1], [0, 4, 1], [0, 0, 9]]), None),)
+    expected = torch.tensor([4.0, 0, 1]).softmax(0)[0]
+    assert class_score(model, images, [], 1) == pytest.approx(expected)
+    assert class_score(model, images, []) == pytest.approx(2 * expected)
+
+
+def test_detectors_without_such_heads_are_refused(images):
+    with pytest.raises(ConfigError, match='not BaseDetector'):
+        detect(images, 0, cls_out_channels=None)
