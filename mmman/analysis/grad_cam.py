@@ -60,8 +60,8 @@ def class_score(model: BaseModel, inputs: Tensor, data_samples: list | None, lab
         label: The class. None: the one that a classifier predicts; every class of a detector.
 
     Returns:
-        The sum over the batch of a classifier's logits of the class. For a detector, the sum of the probabilities of the class that
-        are above :data:`DETECTED`, over all anchors, points or proposals: before non-maximum suppression, without centerness and
+        The sum over the batch of a classifier's logits of the class. For a detector, the sum of the probabilities of the class
+        above :data:`DETECTED`, over all anchors, points or proposals: before non-maximum suppression, without centerness or
         objectness. None if there are none.
 
     Raises:

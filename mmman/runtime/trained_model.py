@@ -138,10 +138,8 @@ def _load(model: BaseModel, checkpoint: Path, stock: bool) -> None:
     wrong = [name for name, value in state.items() if name not in own or value.shape != own[name].shape]
     if missing or wrong:
         what = f'it lacks {len(missing)} tensors of the model, e.g. {missing[0]}' if missing else f'{wrong[0]} does not fit'
-        is_stock = missing and all('.local.' in name for name in missing)
-        remedy = (
-            'give a training checkpoint with its local heads' if is_stock else 'give the config that trained it (--configs)'
-        )
+        has_no_heads = missing and all('.local.' in name for name in missing)
+        remedy = 'give a training checkpoint, which has local heads' if has_no_heads else 'name its config (--configs)'
         raise CheckpointError(one_line(f'{checkpoint} is not of this config: {what}; {remedy}'))
     model.load_state_dict(state, strict=False)
 

@@ -4,8 +4,9 @@
     python tools/analysis_tools/inspect_blocks.py CHECKPOINT --images 8
 
 Scales s_j and distances are those of the checkpoint. Without --images, losses, gradients and dead channels are the last ones in
-the work folder's scalars; gradients and dead channels are there if the run had mmman.LocalInspectorHook. With --images N, they are
-measured in a training step on the first N training images, without augmentation of the order, clipping or mixed precision.
+the work folder's scalars. Dead channels are there if the run had mmman.LocalInspectorHook; gradients, too, or else those before
+clipping, if it had clip_grad. With --images N, they are measured in a training step on the first N training images, without
+clipping and mixed precision.
 
     loss      the block's local loss, without loss_weight; of the last block the task loss
     gradient  L2 norm over the block and its local head; of the last block with neck and head

@@ -2,10 +2,10 @@
 
     python tools/analysis_tools/linear_probe.py E2E MANPP --picture probe.png --out probe.json
 
-The models are work folders or checkpoints. Each probe is fitted on one half of the validation images and tested on the other, and
-the other way round: the models were trained on neither. What is classified are images (mmpretrain: the features are pooled over
-the image, or those of the class token), annotated objects (mmdet: pooled over the box) or pixels (mmseg). The balanced accuracy is
-the mean over the classes: with rare classes it tells more.
+The models are work folders or checkpoints. Each probe is fitted on one half of the validation images and tested on the other,
+and the other way round: the models were trained on neither. What is classified are images (mmpretrain: features are pooled over
+the image, or those of the class token), annotated objects (mmdet: pooled over the box) or pixels (mmseg). The balanced accuracy
+is the mean over the classes: with rare classes it tells more.
 """
 
 from __future__ import annotations

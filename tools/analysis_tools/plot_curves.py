@@ -3,10 +3,10 @@
     python tools/analysis_tools/plot_curves.py E2E MANPP --picture curves.png
     python tools/analysis_tools/plot_curves.py E2E MANPP --metrics loss coco/bbox_mAP --picture curves.png
 
-E2E and MANPP are work folders. The curves are mmengine's own scalars, which LocalVisBackend writes by default; a resumed run goes on
-with the curve. By default the picture has the task loss and every validation metric that a run reports as its first one, then
-loss, scale s_j, gradient norm, dead channels and distance of the momentum copy by block, as far as a run logged them
-(mmman.LocalInspectorHook logs the last three).
+E2E and MANPP are work folders. The curves are mmengine's own scalars, which LocalVisBackend writes by default; a resumed run
+continues its curve. By default the picture has the task loss and the first validation metric of each run, then loss, scale s_j,
+gradient norm, dead channels and distance of the momentum copy by block, as far as a run logged them (mmman.LocalInspectorHook
+logs the last three).
 """
 
 from __future__ import annotations
