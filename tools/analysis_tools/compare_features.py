@@ -2,11 +2,12 @@
 
     python tools/analysis_tools/compare_features.py E2E MANPP --picture cka.png --out cka.json
 
-E2E and MANPP are work folders or checkpoints; their backbones may differ. CKA is 1 for features that are equal up to a rotation
-and a factor, and near 0 for unrelated ones (Nguyen et al. 2021, with the unbiased HSIC of Song et al. 2012 on batches). Where the
-images differ mostly in colour or brightness, so do all features, and CKA is high for any two networks: compare with the column of
-the image itself. Both models see the images of the first config's val_dataloader, each normalised as its own config says; images
-of different sizes are padded to the largest of a batch. Local heads don't matter here: a trained backbone doesn't use them.
+E2E and MANPP are work folders or checkpoints; their backbones may differ. CKA is 1 for features that are equal up to a
+rotation and a factor, and near 0 for unrelated ones (Nguyen et al. 2021, with the unbiased HSIC of Song et al. 2012 on
+batches). Where the images differ mostly in colour or brightness, so do all features, and CKA is high for any two networks:
+compare with the column of the image itself. Both models see the images of the first config's val_dataloader, each normalised
+as its own config says; images of different sizes are padded to the largest of a batch. Local heads don't matter here: a
+trained backbone doesn't use them.
 """
 
 from __future__ import annotations
