@@ -17,8 +17,8 @@ def read_scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
         work_dir: The work folder of a run, which mmengine's ``LocalVisBackend`` wrote to (the default).
 
     Returns:
-        By name, as in ``local/1/loss`` or ``coco/bbox_mAP``, pairs (iteration, value) in order. mmengine gives the validations
-        of an epoch-based run the number of the epoch: they get the last iteration that was logged before.
+        By name, as in ``local/1/loss`` or ``coco/bbox_mAP``, pairs (iteration, value) in order. mmengine gives validations the
+        number of the epoch, unless ``log_metric_by_epoch=False``: they get the last iteration that was logged before.
 
     Raises:
         ConfigError: There is no such file, or a line of it can't be read.
@@ -39,8 +39,8 @@ def read_scalars(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _points(path: Path) -> list[tuple[int, str, float]]:
-    """Triples (iteration, name, value) of a file."""
-    points, last, by_epoch = [], 0, False
+    """Triples (iteration, name, value) of a file. The seconds of validations are left out."""
+    points, last = [], 0
     lines = path.read_text(encoding='utf-8').splitlines()
     for number, line in enumerate(lines, start=1):
         try:
@@ -51,11 +51,9 @@ def _points(path: Path) -> list[tuple[int, str, float]]:
                 break
             raise ConfigError(f'{path}, line {number}: no scalars of mmengine; remove the line') from None
         is_training = 'iter' in values
-        by_epoch = by_epoch or 'epoch' in values
-        last = step if is_training else last
-        points += [
-            (last if by_epoch else step, name, float(value)) for name, value in values.items() if name not in ('iter', 'epoch')
-        ]
+        last = step if is_training else max(step, last)
+        left_out = ('iter', 'epoch') if is_training else ('time', 'data_time')
+        points += [(last, name, float(value)) for name, value in values.items() if name not in left_out]
     return points
 
 

@@ -71,7 +71,8 @@ class TrainedModel:
             set_mmpretrain_loaders(cfg)
         init_default_scope(cfg.get('default_scope') or 'mmengine')
         model_cfg = without_pretrained(cfg.model)
-        model_cfg.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
+        if cfg.get('data_preprocessor'):
+            model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
         model = revert_sync_batchnorm(MODELS.build(model_cfg))
         if stock and isinstance(getattr(model.backbone, 'local', None), LocalBlocks):
             delocalize_(model.backbone)

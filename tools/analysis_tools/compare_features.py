@@ -68,7 +68,7 @@ def draw(path: Path, cka: Tensor, rows: list[str], columns: list[str], names: li
     """A heat map."""
     figure = Figure(figsize=(2.2 + 0.3 * len(columns), 1.6 + 0.3 * len(rows)), layout='constrained')
     axes = figure.subplots()
-    image = axes.imshow(cka, vmin=0, vmax=1, cmap='magma', origin='lower')
+    image = axes.imshow(cka.numpy(), vmin=0, vmax=1, cmap='magma', origin='lower')
     axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize='small')
     axes.set_yticks(range(len(rows)), rows, fontsize='small')
     axes.set(xlabel=names[1], ylabel=names[0])

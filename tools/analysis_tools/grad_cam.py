@@ -69,10 +69,10 @@ def draw(path: Path, rows: list[tuple[Tensor, list[Tensor]]], names: list[str], 
     figure = Figure(figsize=(2.4 * columns, 0.4 + 2.4 * height / width * len(rows)), layout='constrained')
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for line, (image, maps) in zip(grid, rows, strict=True):
-        line[0].imshow(image)
+        line[0].imshow(image.numpy())
         for axes, one in zip(line[1:], maps, strict=True):
-            axes.imshow(image.mean(2), cmap='gray')
-            axes.imshow(one, cmap='inferno', alpha=0.6, vmin=0, vmax=1)
+            axes.imshow(image.mean(2).numpy(), cmap='gray')
+            axes.imshow(one.numpy(), cmap='inferno', alpha=0.6, vmin=0, vmax=1)
     for axes, name in zip(grid[0], ['image', *names], strict=True):
         axes.set_title(name, fontsize='small')
     for axes in grid.flat:

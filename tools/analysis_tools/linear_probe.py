@@ -66,7 +66,7 @@ def probe(one: TrainedModel, images: int, batch_size: int) -> dict:
         'model': one.name,
         'checkpoint': str(one.checkpoint),
         'samples': len(labels),
-        'largest_class': float(counts.max() / counts.sum()),
+        'largest_class': counts.max().item() / len(labels),
         'units': units,
     }
 

@@ -62,7 +62,8 @@ def draw(path: Path, runs: dict[str, Curves], metrics: list[str]) -> None:
     colours = mpl.colormaps['tab10']
     for axes, name in zip(panels, metrics, strict=False):
         for i, (run, curves) in enumerate(runs.items()):
-            axes.plot(*zip(*curves.get(name, ()), strict=True) or ((), ()), '.-', color=colours(i % 10), label=run)
+            if name in curves:
+                axes.plot(*zip(*curves[name], strict=True), '.-', color=colours(i % 10), label=run)
         axes.set_title(name, fontsize='medium')
     for axes, kind in zip(panels[len(metrics) :], kinds, strict=False):
         for i, (run, curves) in enumerate(runs.items()):

@@ -21,10 +21,16 @@ def test_a_resumed_run_replaces_what_it_repeats(tmp_path):
 
 
 def test_validations_of_epochs_stand_at_iterations(tmp_path):
-    lines = [{'loss': 1, 'epoch': 1, 'iter': 100, 'step': 100}, {'acc': 0.1, 'step': 1}]
+    lines = [{'time': 1, 'epoch': 1, 'iter': 100, 'step': 100}, {'acc': 0.1, 'time': 9, 'step': 1}]
     lines += [{'loss': 1, 'epoch': 2, 'iter': 200, 'step': 200}, {'acc': 0.2, 'step': 2}]
     write(tmp_path, '1', *lines)
-    assert read_scalars(tmp_path)['acc'] == [(100, 0.1), (200, 0.2)]
+    assert read_scalars(tmp_path) == {'acc': [(100, 0.1), (200, 0.2)], 'time': [(100, 1)], 'loss': [(200, 1)]}
+
+
+def test_a_validation_of_epoch_zero_does_not_hide_an_earlier_run(tmp_path):
+    write(tmp_path, '1', {'loss': 1, 'iter': 10, 'step': 10}, {'acc': 0.1, 'step': 0})
+    write(tmp_path, '2', {'loss': 2, 'iter': 20, 'step': 20}, {'acc': 0.2, 'step': 0})
+    assert read_scalars(tmp_path) == {'loss': [(10, 1), (20, 2)], 'acc': [(10, 0.1), (20, 0.2)]}
 
 
 def test_curves_of_blocks(tmp_path):
