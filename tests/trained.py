@@ -41,7 +41,7 @@ def loader(count: int = COUNT, size: int = 8) -> dict:
 
 
 def train(folder: Path, hook: bool = True, **model) -> Path:
-    """Train for four iterations into ``folder``: a checkpoint, scalars and mmengine's copy of the config. Returns ``folder``."""
+    """Train for four iterations into ``folder``: a checkpoint, scalars, mmengine's copy of the config. Returns it."""
     torch.manual_seed(0)
     cfg = Config(
         {
