@@ -15,6 +15,7 @@ COMMANDS = {
     'train': ('train.py', 'train a config, with local learning or without'),
     'test': ('test.py', 'test a checkpoint'),
     'measure': ('analysis_tools/measure_training.py', 'memory, FLOPs and seconds of a training step of configs, side by side'),
+    'inspect': ('analysis_tools/inspect_blocks.py', 'loss, gradient, scale, momentum copy, dead channels of every block'),
     'publish': ('publish_model.py', 'make a checkpoint to share of a training checkpoint'),
 }
 

@@ -42,6 +42,7 @@ TOOLS = {
     'train': 'tools/train.py',
     'test': 'tools/test.py',
     'measure': 'tools/analysis_tools/measure_training.py',
+    'inspect': 'tools/analysis_tools/inspect_blocks.py',
     'publish': 'tools/publish_model.py',
 }
 """The files that the subcommands of ``mmman`` run."""

@@ -23,7 +23,7 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     assert text.startswith('usage: mmman COMMAND [arguments]')
     assert all(f'\n  {name} ' in text and about in text for name, (_, about) in command.COMMANDS.items())
-    assert [*command.COMMANDS] == ['fit', 'train', 'test', 'measure', 'publish']
+    assert [*command.COMMANDS] == ['fit', 'train', 'test', 'measure', 'inspect', 'publish']
 
 
 @pytest.mark.parametrize('name', command.COMMANDS)
