@@ -11,6 +11,8 @@ from mmman.registry import DATASETS
 from tests.toy import toy_config
 
 COUNT = 24
+ORDER = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+"""The order in which images are drawn from the data."""
 
 
 @DATASETS.register_module()

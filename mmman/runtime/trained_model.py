@@ -83,7 +83,9 @@ class TrainedModel:
         return cls(name, cfg, checkpoint, folder, model.to(get_device()))
 
     def batches(self, images: int, batch_size: int, split: str = 'val') -> Iterator[dict]:
-        """Batches of the config's data, in the order of the dataset, as its data loader gives them.
+        """Batches of the config's data, as its data loader gives them, in a random order that is always the same.
+
+        Many datasets are sorted by class, so their first images would not stand for the others.
 
         Args:
             images: Number of images, at least 1. The dataset may have fewer; a last, smaller batch is left out.
@@ -99,7 +101,7 @@ class TrainedModel:
         loader = copy.deepcopy(self.cfg[key])
         loader.pop('batch_sampler', None)
         loader.batch_size, loader.drop_last = batch_size, True
-        loader.sampler = dict(type='DefaultSampler', shuffle=False)
+        loader.sampler = dict(type='DefaultSampler', shuffle=True, seed=0)
         try:
             loader = Runner.build_dataloader(loader)
             count = min(images // batch_size, len(loader))
@@ -165,7 +167,13 @@ def add_model_arguments(
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, default={}, metavar='KEY=VALUE', help='override settings of all configs'
     )
-    parser.add_argument('--images', type=positive, default=images, metavar='N', help=f'default: {images or "none"}')
+    parser.add_argument(
+        '--images',
+        type=positive,
+        default=images,
+        metavar='N',
+        help=f'drawn at random, always the same; default: {images or "none"}',
+    )
     if batch_size is not None:
         parser.add_argument('--batch-size', type=positive, default=batch_size, metavar='N', help=f'default: {batch_size}')
     if has_numbers:

@@ -2,7 +2,7 @@
 
     python tools/analysis_tools/grad_cam.py E2E MANPP --unit layer2.1 --images 3 --picture grad_cam.png
 
-The models are work folders or checkpoints of classifiers or detectors; the images are the first ones of the first config's
+The models are work folders or checkpoints of classifiers or detectors; the images are drawn from the first config's
 val_dataloader. What is explained is a classifier's logit of --class (by default the class that it predicts), or the sum of
 the probabilities above 0.3 that a detector gives --class (by default every class), before non-maximum suppression. A map is
 bright where the unit raises this score most; each has a scale of its own, so brightness doesn't compare models. Selvaraju et

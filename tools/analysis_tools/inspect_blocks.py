@@ -5,7 +5,7 @@
 
 Scales s_j and distances are those of the checkpoint. Without --images, losses, gradients and dead channels are the last ones in
 the work folder's scalars. Dead channels are there if the run had mmman.LocalInspectorHook; gradients, too, or else those before
-clipping, if it had clip_grad. With --images N, they are measured in a training step on the first N training images, without
+clipping, if it had clip_grad. With --images N, they are measured in a training step on N training images, without
 clipping and mixed precision.
 
     loss      the block's local loss, without loss_weight; of the last block the task loss

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmman.errors import ConfigError
-from tests.trained import ToyImages
+from tests.trained import ORDER, ToyImages
 from tools.analysis_tools.inspect_blocks import parse_args, run
 
 
@@ -57,8 +57,8 @@ def test_a_step_on_training_images(manpp):
 
     model = TrainedModel.load(manpp).model
     model.train()
-    data = ToyImages()
-    loss = model(data.images[:6], data.labels[:6], mode='loss')['loss_ce']
+    data, drawn = ToyImages(), ORDER[:6]
+    loss = model(data.images[drawn], data.labels[drawn], mode='loss')['loss_ce']
     assert rows[3]['loss'] == pytest.approx(loss.item(), rel=1e-5)
     gradients = torch.autograd.grad(loss, [*model.head.parameters(), *model.backbone.layer3.parameters()])
     assert rows[3]['gradient'] == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-4)

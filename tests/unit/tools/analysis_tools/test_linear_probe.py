@@ -5,7 +5,7 @@ import json
 import torch
 
 from mmman.analysis.linear_probe import separability
-from tests.trained import ToyImages
+from tests.trained import ORDER, ToyImages
 from tools.analysis_tools.linear_probe import parse_args, run
 
 
@@ -17,7 +17,7 @@ def test_units_of_two_models(manpp, e2e, tmp_path, capsys):
     weight = torch.load(manpp / 'iter_4.pth')['state_dict']
     data = ToyImages()
     stem = torch.nn.functional.conv2d(data.images, weight['backbone.stem.weight'], weight['backbone.stem.bias'], padding=1)
-    expected = separability(stem.mean((2, 3)), data.labels, torch.arange(24))
+    expected = separability(stem.mean((2, 3))[ORDER], data.labels[ORDER], torch.arange(24))
     assert rows[0]['units']['stem'] == {'accuracy': expected.accuracy, 'balanced': expected.balanced}
     assert expected.accuracy > 0.9
     assert (tmp_path / 'a.png').stat().st_size > 1000 and '33.3% are of the largest class' in capsys.readouterr().out
