@@ -37,11 +37,15 @@ class MinibatchCKA:
         Raises:
             ConfigError: The batch has fewer than four images, or features are of different numbers of images.
         """
-        sizes = {len(features) for features in (*first, *second)}
+        self.update_grams(*([u_centred_gram(x) for x in features] for features in (first, second)))
+
+    def update_grams(self, first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+        """Add a batch, as :meth:`update` does, of which :func:`u_centred_gram` was taken already: (n, n) for each layer."""
+        sizes = {len(gram) for gram in (*first, *second)}
         if len(sizes) != 1 or min(sizes) < MIN_BATCH:
             raise ConfigError(f'CKA needs the same images for all layers, at least {MIN_BATCH} a batch, not {sorted(sizes)}')
         n = sizes.pop()
-        grams, others = (torch.stack([u_centred_gram(x).flatten() for x in features]) for features in (first, second))
+        grams, others = (torch.stack([gram.flatten() for gram in own]) for own in (first, second))
         count = n * (n - 3)
         self._cross += grams @ others.T / count
         self._first += grams.square().sum(1) / count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -11,12 +11,16 @@ from mmman.partition import Unit
 
 
 @contextmanager
-def unit_outputs(backbone: nn.Module, units: Iterable[Unit]) -> Iterator[dict[str, Tensor]]:
+def unit_outputs(
+    backbone: nn.Module, units: Iterable[Unit], reduce: Callable[[str, Tensor], Tensor] | None = None
+) -> Iterator[dict[str, Tensor]]:
     """Record the last output of each unit while the context is open.
 
     Args:
         backbone: The backbone, with or without local heads.
         units: The units to record, from the backbone's chain.
+        reduce: Called with the unit's name and output as soon as the unit has run. Its result is recorded in place of the
+            output, which can then be freed.
 
     Yields:
         Outputs by the unit's name, in the order in which the units run: (B, C, H, W) or (B, L, C), attached to the autograd
@@ -26,7 +30,7 @@ def unit_outputs(backbone: nn.Module, units: Iterable[Unit]) -> Iterator[dict[st
 
     def record(name: str):
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            outputs[name] = output
+            outputs[name] = output if reduce is None else reduce(name, output)
 
         return hook
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import mmman  # noqa: F401  registers what the configs name
 from mmman import LocalLearningError
-from mmman.analysis.cka import MIN_BATCH, MinibatchCKA
+from mmman.analysis.cka import MIN_BATCH, MinibatchCKA, u_centred_gram
 from mmman.analysis.unit_outputs import unit_outputs
 from mmman.errors import ConfigError
 from mmman.partition import chain_of
@@ -39,17 +39,17 @@ IMAGE = 'the image'
 def compare(first: TrainedModel, second: TrainedModel, images: int, batch_size: int) -> tuple[Tensor, list[str], list[str]]:
     """CKA (units of the first and the image, units of the second and the image), and the names of rows and columns."""
     chains = [chain_of(one.model.backbone).units for one in (first, second)]
-    found = MinibatchCKA()
+    cka = MinibatchCKA()
     batches = first.batches(images, batch_size)
     for batch in track(batches, 'images', images // batch_size, console=Console(stderr=True), transient=True):
-        features = []
+        grams = []
         for one, units in zip((first, second), chains, strict=True):
-            with unit_outputs(one.model.backbone, units) as outputs:
+            with unit_outputs(one.model.backbone, units, lambda _, output: u_centred_gram(output)) as found:
                 inputs = preprocess(one.model, batch)['inputs']
                 one.model.backbone(inputs)
-            features.append([*outputs.values(), inputs])
-        found.update(*features)
-    return found.value(), *([*(unit.name for unit in units), IMAGE] for units in chains)
+            grams.append([*found.values(), u_centred_gram(inputs)])
+        cka.update_grams(*grams)
+    return cka.value(), *([*(unit.name for unit in units), IMAGE] for units in chains)
 
 
 def table_of(cka: Tensor, rows: list[str], columns: list[str], title: str) -> Table:

@@ -38,7 +38,7 @@ def features_of(one: TrainedModel, images: int, batch_size: int) -> tuple[dict[s
     """Pooled features (N, C) by unit, labels (N,) and the index of each sample's image (N,)."""
     backbone = one.model.backbone
     chain = chain_of(backbone)
-    shapes = measure(backbone, chain).features
+    shapes = dict(zip((unit.name for unit in chain.units), measure(backbone, chain).features, strict=True))
     are_scaled = not loads_boxes_after_resize(one.cfg.val_dataloader.dataset.get('pipeline') or ())
     features, labels, owners = {unit.name: [] for unit in chain.units}, [], []
     batches = track(
@@ -47,10 +47,15 @@ def features_of(one: TrainedModel, images: int, batch_size: int) -> tuple[dict[s
     for number, batch in enumerate(batches):
         data = preprocess(one.model, batch)
         samples = samples_of(data['data_samples'], are_scaled, seed=number)
-        with unit_outputs(backbone, chain.units) as outputs:
+        size = data['inputs'].shape[-2:]
+
+        def pool(name: str, output: Tensor, samples=samples, size=size) -> Tensor:
+            return samples.pool(output, shapes[name], size).cpu()
+
+        with unit_outputs(backbone, chain.units, pool) as pooled:
             backbone(data['inputs'])
-        for (name, output), shape in zip(outputs.items(), shapes, strict=True):
-            features[name].append(samples.pool(output, shape, data['inputs'].shape[-2:]).cpu())
+        for name, values in pooled.items():
+            features[name].append(values)
         labels.append(samples.labels.cpu())
         owners.append(samples.images.cpu() + number * batch_size)
     return {name: torch.cat(values) for name, values in features.items()}, torch.cat(labels), torch.cat(owners)

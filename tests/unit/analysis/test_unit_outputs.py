@@ -21,6 +21,14 @@ def test_every_unit_in_order_until_the_context_ends():
         assert torch.equal(outputs[chain.units[tap].name], value)
 
 
+def test_reduced_outputs_are_kept_in_place_of_outputs():
+    backbone = toy().backbone.eval()
+    chain = chain_of(backbone)
+    with unit_outputs(backbone, chain.units[1:3], lambda name, x: (name, x.mean())) as means:
+        backbone(torch.randn(2, 3, 16, 16).double())
+    assert [name for name, _ in means.values()] == ['layer1.0', 'layer1.1'] and means['layer1.0'][1].dim() == 0
+
+
 def test_hooks_are_removed_after_an_error():
     backbone = toy().backbone
     hooks = [len(module._forward_hooks) for module in backbone.modules()]
