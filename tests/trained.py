@@ -44,11 +44,11 @@ def loader(count: int = COUNT, size: int = 8) -> dict:
 
 def train(folder: Path, hook: bool = True, **model) -> Path:
     """Train for four iterations into ``folder``: a checkpoint, scalars, mmengine's copy of the config. Returns it."""
-    torch.manual_seed(0)
     cfg = Config(
         {
             'model': toy_config(**model),
             'work_dir': str(folder),
+            'randomness': {'seed': 0},
             'train_dataloader': loader(),
             'val_dataloader': loader(),
             'train_cfg': {'type': 'IterBasedTrainLoop', 'max_iters': 4, 'val_interval': 99},

@@ -28,7 +28,7 @@ def test_another_model_with_picture_and_numbers(manpp, e2e, tmp_path, capsys):
     assert (tmp_path / 'a.png').stat().st_size > 1000
     row = next(line for line in capsys.readouterr().out.splitlines() if 'layer1.0' in line and line.split()[1] == 'layer1.0')
     assert f'{found["cka"][1][1]:.3f}' in row and f'{found["cka"][1][-1]:.3f}' in row
-    assert found['cka'][1][1] < 0.999 and found['cka'][-1][-1] == pytest.approx(1)
+    assert max(found['cka'][1][:-1]) < 1 and found['cka'][-1][-1] == pytest.approx(1)
 
 
 def test_small_batches_are_refused(manpp):
