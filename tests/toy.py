@@ -74,6 +74,21 @@ class ToyLocalHead(LocalHead):
 
 
 @MODELS.register_module()
+class ToyLinearHead(BaseModule):
+    """A linear classification head with mmpretrain's interface, whose data samples are labels."""
+
+    def __init__(self, in_channels, num_classes=CLASSES):
+        super().__init__()
+        self.fc = nn.Linear(in_channels, num_classes)
+
+    def forward(self, feats):
+        return self.fc(feats[-1])
+
+    def loss(self, feats, data_samples):
+        return classify(self(feats), data_samples)
+
+
+@MODELS.register_module()
 class ToyClassifier(BaseModel):
     def __init__(self, backbone, channels=(8, 16)):
         super().__init__()

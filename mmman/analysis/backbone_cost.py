@@ -70,7 +70,7 @@ def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> CostPred
 
     Raises:
         ConfigError: The model has no localised backbone, or several.
-        CostError: The transfer has no momentum copy; the cost model assumes one.
+        CostError: The transfer has no momentum copy, or copies another unit than the next one, which the cost model assumes.
     """
     backbone = localized_backbone(model)
     plan = backbone.local.plan
@@ -78,6 +78,8 @@ def predict_cost(model: nn.Module, shape: tuple[int, int, int, int]) -> CostPred
     for head in backbone.local.values():
         if head.transfer.momentum is None:
             raise CostError('the cost model assumes a transfer with a momentum copy: set ema=True in transfer')
+        if head.source != plan.blocks[head.block][0]:
+            raise CostError("the cost model assumes copies of the next block's first unit: set source_unit='next' in transfer")
         bias = _bias(head.transfer)
     costs = {cost.name: cost for cost in unit_counts(backbone, shape)}
     blocks = tuple(tuple(costs[unit.name] for unit in block) for block in plan.blocks)

@@ -4,6 +4,7 @@ from mmman.heads.auglocal import AugLocalHead
 from mmman.heads.cls import ClsLocalHead, DGLLocalHead
 from mmman.heads.det import DetLocalHead
 from mmman.heads.infopro import InfoProLocalHead
+from mmman.heads.lam import LAMLocalHead
 from mmman.heads.predsim import PredSimLocalHead
 from mmman.heads.seg import SegLocalHead
 from mmman.heads.vit import ViTLocalHead
@@ -14,6 +15,7 @@ __all__ = [
     'DGLLocalHead',
     'DetLocalHead',
     'InfoProLocalHead',
+    'LAMLocalHead',
     'PredSimLocalHead',
     'SegLocalHead',
     'ViTLocalHead',

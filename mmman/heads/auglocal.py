@@ -52,11 +52,7 @@ class AugLocalHead(ClsLocalHead):
         for i in chosen:
             model = _unit_to_copy(feature, i, shapes)
             self.adapters.append(_Adapter(feature, shapes[model]))
-            unit = copy.deepcopy(boundary.following_units[model]).requires_grad_(True)
-            for layer in unit.modules():
-                if hasattr(layer, 'reset_parameters'):
-                    layer.reset_parameters()
-            self.units.append(unit)
+            self.units.append(new_unit_like(boundary.following_units[model]))
             feature = shapes[i + 1]
         self.last_feature = feature
 
@@ -70,6 +66,15 @@ class AugLocalHead(ClsLocalHead):
             y = adapter(y, size)
             y = unit(y, *self.hw_shape_args(adapter.target, inputs))
         return self.last_feature.pool(y)
+
+
+def new_unit_like(unit: nn.Module) -> nn.Module:
+    """A trainable unit built like ``unit``, with weights that are drawn anew."""
+    unit = copy.deepcopy(unit).requires_grad_(True)
+    for layer in unit.modules():
+        if hasattr(layer, 'reset_parameters'):
+            layer.reset_parameters()
+    return unit
 
 
 def _depth_at(boundary: Boundary, depth: int, pyramid: float) -> int:

@@ -31,7 +31,8 @@ class Boundary:
         block: The block that the head trains, 1 to K-1.
         num_blocks: K.
         unit: Name of the block's last unit.
-        source: The first unit of the next block.
+        source: The unit that the transfer copies: the first unit of the next block, or another that
+            ``transfer.source_unit`` names.
         output: The shape of the block's output.
         feature: The shape of the task head's input (the transfer's output).
         needs_hw_shape: Whether units also take the grid of their input as an argument (:class:`mmman.partition.Chain`).
@@ -40,7 +41,9 @@ class Boundary:
         following_features: The shapes of their outputs.
         image_channels: Channels of the model's input images.
         position: Index, in the backbone's chain, of the unit whose output the task head's input is like: the block's last unit,
-            or with a transfer the one after it.
+            or with a transfer the one that it copies.
+        next_stage: Index, from 0, of the stage in which the next block begins.
+        all_units: All units of the backbone, in order.
     """
 
     block: int
@@ -55,6 +58,8 @@ class Boundary:
     following_features: tuple[Feature, ...] = field(default=(), repr=False)
     image_channels: int = 3
     position: int = 0
+    next_stage: int = 0
+    all_units: tuple[Unit, ...] = field(default=(), repr=False)
 
     @property
     def channels(self) -> int:
@@ -75,7 +80,7 @@ class Boundary:
         first, last = (value, value) if isinstance(value, (int, float)) else value
         if self.num_blocks == 2 or self.unit == STEM:
             return float(first)
-        return float(first + (last - first) * min(1.0, (self.source.stage + 1) / (self.num_blocks - 2)))
+        return float(first + (last - first) * min(1.0, (self.next_stage + 1) / (self.num_blocks - 2)))
 
 
 class LocalHead(BaseModule):

@@ -12,11 +12,11 @@ from mmman.errors import ConfigError, LocalLearningError, PartitionError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.option_checks import check_local_options
-from mmman.local.transfer import MomentumTransfer
+from mmman.local.transfer import MomentumTransfer, find_source
 from mmman.memory.output_relu import OutputReLUs, find_output_relus
 from mmman.memory.recompute import disable_recompute_, recompute_unit_, units_to_recompute
 from mmman.options import Count, Positive, checked
-from mmman.partition import Chain, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
+from mmman.partition import Chain, Feature, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
 from mmman.registry import MODELS
 
 
@@ -44,7 +44,7 @@ def localize_(
         local_head: Config of the local heads, e.g. ``dict(type='mmman.DetLocalHead', ...)``. Required for K > 1.
         partition: ``'stage'``, ``'uniform'`` or the names of the first K-1 blocks' last units; see
             :func:`mmman.partition.plan_blocks`.
-        transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``. Default: MAN++.
+        transfer: Options of :class:`mmman.MomentumTransfer`: ``ema``, ``bias``, ``scale``, ``source_unit``. Default: MAN++.
         loss_weight: Weight of the local losses: one number, or one for each of the first K-1 blocks.
         recompute: Units that save only their input and are recomputed in the backward pass, along with their copies in local
             heads: names of units or stages, or True for all but the stem. Results are bitwise equal. A ``'stem'`` in the list
@@ -132,28 +132,31 @@ def _build_heads(
     modules = [unit.of(backbone) for unit in chain.units]
     applies_unit = transfer.get('ema', True) or transfer.get('bias', 'unit') == 'unit'
     cuts = [chain.units.index(block[-1]) for block in plan.blocks[:-1]]
-    head_inputs = [features[cut + applies_unit] for cut in cuts]
+    sources = [_source(chain, features, cut, transfer) for cut in cuts]
+    positions = sources if applies_unit else cuts
     heads = []
-    for j, (cut, feature, weight) in enumerate(zip(cuts, head_inputs, weights, strict=True), start=1):
+    for j, (cut, source, position, weight) in enumerate(zip(cuts, sources, positions, weights, strict=True), start=1):
         boundary = Boundary(
             block=j,
             num_blocks=len(plan.blocks),
             unit=chain.units[cut].name,
-            source=chain.units[cut + 1],
+            source=chain.units[source],
             output=features[cut],
-            feature=feature,
+            feature=features[position],
             needs_hw_shape=chain.needs_hw_shape,
-            strides=tuple(other.stride for other in head_inputs),
+            strides=tuple(features[other].stride for other in positions),
             image_channels=measured.image_channels,
-            following_units=tuple(modules[cut + 1 + applies_unit :]),
-            following_features=tuple(features[cut + 1 + applies_unit :]),
-            position=cut + applies_unit,
+            following_units=tuple(modules[position + 1 :]),
+            following_features=tuple(features[position + 1 :]),
+            position=position,
+            next_stage=chain.units[cut + 1].stage,
+            all_units=chain.units,
         )
         head = MODELS.build(
             local_head,
             default_args={
                 'boundary': boundary,
-                'transfer': MomentumTransfer(modules[cut + 1], features[cut + 1], **transfer),
+                'transfer': MomentumTransfer(modules[source], features[source], **transfer),
                 'loss_weight': weight,
             },
         )
@@ -164,6 +167,17 @@ def _build_heads(
             )
         heads.append(head)
     return heads
+
+
+def _source(chain: Chain, features: Sequence[Feature], cut: int, transfer: Mapping[str, Any]) -> int:
+    """Index of the unit that the transfer behind unit ``cut`` copies, checked to take that unit's output."""
+    source = find_source(chain.units, cut, transfer.get('source_unit', 'next'))
+    if features[source - 1] != features[cut]:
+        raise ConfigError(
+            f'transfer.source_unit: {chain.units[source].name} takes {features[source - 1]}, but the block that ends with '
+            f'{chain.units[cut].name} returns {features[cut]}: name a unit that takes this, or cut elsewhere'
+        )
+    return source
 
 
 def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:

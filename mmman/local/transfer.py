@@ -1,9 +1,9 @@
-"""The momentum transfer of MAN++: gives a local head information from the next block."""
+"""The momentum transfer of MAN++: gives a local head information from the next block, or from a later one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mmman.errors import ConfigError
 from mmman.options import checked
-from mmman.partition import Feature
+from mmman.partition import Feature, Unit
 
 
 @checked('model.backbone.transfer', injected=('source', 'feature'))
@@ -27,7 +27,7 @@ class MomentumTransfer(BaseModule):
     ``(True, 'unit', False)``: y = E(x) + B(x), which is MAN; ``(True, 'unit', True)``: MAN++.
 
     Args:
-        source: The first unit of block j+1. It is copied; no reference is kept.
+        source: The unit that ``source_unit`` names. It is copied; no reference is kept.
         feature: The shape of the unit's output, used by the biases that are not a copy of the unit.
         ema: Whether to use E.
         bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'depthwise'``: B(x) is a 3x3 depthwise
@@ -37,6 +37,9 @@ class MomentumTransfer(BaseModule):
             scale. ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho initialised to 1, as the authors' code
             stores it, so weight decay pulls s towards 2, E alone. ``False``: s = 1.
+        source_unit: The unit that E and B copy; it must take the shape of x. ``'next'``: the first unit of block j+1.
+            ``'next_stage'``: the first unit of the next stage; in the last stage as ``'next'``. A list of names: the first of
+            these units that follows block j.
 
     Raises:
         ConfigError: The options contradict each other.
@@ -49,9 +52,10 @@ class MomentumTransfer(BaseModule):
         ema: bool = True,
         bias: Literal['unit', 'depthwise', 'channel', False] = 'unit',
         scale: Literal[True, False, 'release'] = True,
+        source_unit: Literal['next', 'next_stage'] | Sequence[str] = 'next',
     ) -> None:
         super().__init__()
-        check_transfer_options(ema, bias, scale)
+        check_transfer_options(ema, bias, scale, source_unit)
         if bias == 'depthwise' and feature.extra_tokens is not None:
             raise ConfigError("transfer.bias='depthwise' requires feature maps: for tokens choose 'channel' or 'unit'")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
@@ -112,7 +116,7 @@ class MomentumTransfer(BaseModule):
         """Make E and B exact copies of the current ``source``. Call this once, when training starts.
 
         Args:
-            source: The first unit of the next block.
+            source: The unit that the transfer copies.
             keep_loaded: Leave E and B unchanged if the last loaded state dict contained all of their tensors.
         """
         if not (keep_loaded and self.is_loaded):
@@ -125,7 +129,7 @@ class MomentumTransfer(BaseModule):
         """``E <- lerp(E, source, 1 - momentum)`` over all floating-point parameters and buffers.
 
         Args:
-            source: The first unit of the next block, or its state dict.
+            source: The unit that the transfer copies, or its state dict.
             momentum: m, from 0 to 1.
         """
         if self.momentum is None:
@@ -151,12 +155,47 @@ class MomentumTransfer(BaseModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def check_transfer_options(ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True) -> None:
+def find_source(units: Sequence[Unit], cut: int, source_unit: str | Sequence[str] = 'next') -> int:
+    """Find the unit that the transfer behind a block copies.
+
+    Args:
+        units: All units of the backbone, in order.
+        cut: Index of the block's last unit.
+        source_unit: The option of :class:`MomentumTransfer`.
+
+    Returns:
+        The unit's index, above ``cut``.
+
+    Raises:
+        ConfigError: ``source_unit`` names a unit that the backbone doesn't have, or none that follows the block.
+    """
+    following = range(cut + 1, len(units))
+    if source_unit == 'next':
+        return cut + 1
+    if source_unit == 'next_stage':
+        return next((i for i in following if units[i].stage > units[cut].stage), cut + 1)
+    names = [unit.name for unit in units]
+    if unknown := [name for name in source_unit if name not in names]:
+        raise ConfigError(f'transfer.source_unit names {unknown}: choose from the units {", ".join(names)}')
+    found = next((i for i in following if names[i] in source_unit), None)
+    if found is None:
+        raise ConfigError(
+            f'transfer.source_unit={[*source_unit]} names no unit after {names[cut]}, the end of a block: add one of '
+            f'{", ".join(names[cut + 1 :])}'
+        )
+    return found
+
+
+def check_transfer_options(
+    ema: bool = True, bias: str | bool = 'unit', scale: str | bool = True, source_unit: str | Sequence[str] = 'next'
+) -> None:
     """Raise :class:`ConfigError` if the options of a :class:`MomentumTransfer` contradict each other."""
     if scale and not (ema and bias):
         raise ConfigError('transfer.scale weighs the momentum copy against the bias: set ema=True and a bias, or scale=False')
     if bias in ('channel', 'depthwise') and not ema:
         raise ConfigError(f"transfer.bias={bias!r} acts on the momentum copy's output: set ema=True")
+    if source_unit != 'next' and not ema and bias != 'unit':
+        raise ConfigError("transfer.source_unit names the unit that is copied: set ema=True or bias='unit'")
 
 
 def _float_tensors(module: nn.Module) -> list[Tensor]:

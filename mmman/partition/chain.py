@@ -98,6 +98,9 @@ class Feature:
     stride: int
     extra_tokens: int | None = None
 
+    def __str__(self) -> str:
+        return f'{self.channels} channels at stride {self.stride}'
+
     def hw_shape(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width, in feature pixels or patches, for images of ``size`` (H, W) in pixels. Sizes are rounded up."""
         return -(-size[0] // self.stride), -(-size[1] // self.stride)

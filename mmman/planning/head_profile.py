@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.trace import Trace
+from mmman.errors import CostError
 from mmman.heads.det import DetLocalHead
 from mmman.local import delocalize_, localize_
 from mmman.local.local_head import LocalHead
@@ -37,9 +38,16 @@ class HeadCosts:
         options: Options of ``mmman.LocalBackbone``.
         state: Bytes of optimizer state per byte of trained parameters.
         mode_options: Options of ``mmman.LocalBackbone`` for each recompute mode.
+
+    Raises:
+        CostError: The transfer copies another unit than the next one.
     """
 
     def __init__(self, runs: ProbeRuns, options: dict, state: float, mode_options: Mapping[RecomputeMode, dict]) -> None:
+        if (options.get('transfer') or {}).get('source_unit', 'next') != 'next':
+            raise CostError(
+                "plans assume copies of the next block's first unit: set transfer.source_unit='next', or name the cuts"
+            )
         self.runs, self.chain, self.state, self.mode_options = runs, runs.chain, state, mode_options
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone

@@ -28,7 +28,18 @@ def with_relu(stem):
     return stem
 
 
-def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss, stem=None, wrap=lambda unit: unit, **options):
+def reference_of(
+    backbone,
+    task_modules,
+    row,
+    local_task,
+    local_loss,
+    task_loss,
+    stem=None,
+    wrap=lambda unit: unit,
+    leaps=None,
+    **options,
+):
     """The reference for a localised backbone: deep copies of its modules, cut where its plan says, without its machinery.
 
     Args:
@@ -40,6 +51,8 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
         task_loss: (task modules, features, batch) to the task loss.
         stem: (backbone, its modules in a Sequential) to the module that does what the backbone does in front of its units.
         wrap: From a unit's modules in a Sequential to a module that runs them, where it takes more than one after the other.
+        leaps: For every local head, the names of the units that LAM samples. The first is the source of E and B; the head's
+            ``units`` are like the others.
     """
     hooks_free = copy.deepcopy(backbone)
     del hooks_free.local
@@ -52,7 +65,7 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
     cuts = [names.index(block[-1].name) for block in backbone.local.plan.blocks[:-1]]
     heads = []
     for j, (cut, head) in enumerate(zip(cuts, backbone.local.values(), strict=True)):
-        source = units[cut + 1]
+        source = units[names.index(leaps[j][0]) if leaps else cut + 1]
         heads.append(
             Head(
                 source=source,
@@ -61,6 +74,7 @@ def reference_of(backbone, task_modules, row, local_task, local_loss, task_loss,
                 delta=torch.nn.Parameter(torch.zeros_like(head.transfer.delta)) if row['scale'] else None,
                 task=copy.deepcopy(local_task(head)),
                 loss=lambda y, batch, j=j: local_loss(j, heads[j].task, y, batch),
+                later=[*copy.deepcopy(head.units)] if leaps else [],
             )
         )
     own = [copy.deepcopy(module) for module in task_modules]
@@ -116,6 +130,8 @@ def pairs(model, reference, local_task, task_modules):
         if other.delta is not None:
             yield f'head {j} delta', head.transfer.delta, other.delta
         yield from _zip(f'head {j} task', local_task(head), other.task)
+        for i, later in enumerate(other.later):
+            yield from _zip(f'head {j} A_{i + 2}', head.units[i], later)
     for ours, theirs in zip(task_modules(model), reference.task_modules, strict=True):
         yield from _zip('model', ours, theirs)
 

@@ -1,7 +1,8 @@
 """MAN++ as the paper states it, in one plain loop. It imports torch alone and shares nothing with mmman.
 
 A network is a list of units. ``cuts`` holds the indices of the units that end the first K-1 blocks, ``taps`` those whose output
-the model's neck or head takes. Local head j sits on cut j and sees s_j * E_j(x) + (2 - s_j) * B_j(x).
+the model's neck or head takes. Local head j sits on cut j and sees s_j * E_j(x) + (2 - s_j) * B_j(x). In MLAAN's LAM, E_j and
+B_j = A_1 copy a later unit, and A_2 to A_d run behind them.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 @dataclass
 class Head:
-    """A local head: E and B copy ``source``, the first unit of the next block; delta is s - 1; ``task`` is its own network."""
+    """A local head: E and B copy ``source``, the first unit of the next block or a later one; delta is s - 1; ``task`` is its
+    own network, behind ``later``, A_2 to A_d of LAM."""
 
     source: nn.Module
     momentum: nn.Module | None
@@ -22,6 +24,13 @@ class Head:
     delta: nn.Parameter | None
     task: nn.Module
     loss: Callable[[Tensor, dict], Tensor]
+    later: list[nn.Module] = field(default_factory=list)
+
+    def __call__(self, x: Tensor, batch: dict) -> Tensor:
+        y = self.transfer(x)
+        for unit in self.later:
+            y = unit(y)
+        return self.loss(y, batch)
 
     def transfer(self, x: Tensor) -> Tensor:
         if self.momentum is None:
@@ -36,7 +45,7 @@ class Head:
     def trained(self) -> list[nn.Parameter]:
         delta = [] if self.delta is None else [self.delta]
         bias = [] if self.bias is None else [*self.bias.parameters()]
-        return [*delta, *bias, *self.task.parameters()]
+        return [*delta, *bias, *self.task.parameters(), *(p for unit in self.later for p in unit.parameters())]
 
 
 @dataclass
@@ -68,7 +77,7 @@ class Reference:
             x = unit(x)
             if i in self.cuts:
                 head = self.heads[self.cuts.index(i)]
-                loss = head.loss(head.transfer(x), batch)
+                loss = head(x, batch)
                 (loss / self.accumulate).backward()
                 losses.append(loss.item())
                 x = x.detach()

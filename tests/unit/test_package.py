@@ -18,6 +18,7 @@ def test_public_names():
         'DetLocalHead',
         'EMABiasHook',
         'InfoProLocalHead',
+        'LAMLocalHead',
         'LocalBackbone',
         'LocalDistributedDataParallel',
         'LocalHead',

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mmman.engine.block_parameters import parameters_by_block
-from mmman.local.blocks import localized_backbone
+from mmman.errors import ConfigError
+from mmman.local.blocks import LocalBlocks, localized_backbone
 from mmman.parallel.ddp import BlockReducer
 from mmman.parallel.pipeline.comm import Batch, StageComm
 from mmman.parallel.pipeline.shard import StageShard
@@ -47,6 +48,9 @@ class PipelineStage(nn.Module):
         comm: Communication with the previous and the next stage.
         shard: The tensors that this stage holds.
         iteration: Iteration of the next batch.
+
+    Raises:
+        ConfigError: A momentum copy follows a unit that the next stage doesn't begin with.
     """
 
     def __init__(self, module: nn.Module, stage_rank: StageRank, staleness: int) -> None:
@@ -57,6 +61,7 @@ class PipelineStage(nn.Module):
         self.shard = StageShard(module, stage_rank.stage)
         self.backbone = localized_backbone(module)
         local = self.backbone.local
+        _check_local(local)
         local.trained_index = stage_rank.stage
         self.iteration = 0
         self.block_reducers: dict[int, BlockReducer] = {}
@@ -230,6 +235,16 @@ class PipelineStage(nn.Module):
         contents = [*self.comm.request(content, last).values()]
         self.shard.fill_({name: value for content in contents for name, value in content['weights'].items()})
         return contents
+
+
+def _check_local(local: LocalBlocks) -> None:
+    """Raise if stages can't train these blocks: a stage sends the one before it only the first unit of its block."""
+    for head in local.values():
+        if head.transfer.momentum is not None and head.source != local.plan.blocks[head.block][0]:
+            raise ConfigError(
+                f'a pipeline updates momentum copies of the first unit of the next block, not of {head.source.name}: set '
+                "transfer.source_unit='next', or train without pipeline"
+            )
 
 
 def _shapes_only(forward, known: dict, *args, **kwargs) -> Any:

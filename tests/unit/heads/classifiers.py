@@ -23,7 +23,8 @@ HEAD = {
 def boundary(feature=MAP, block=1, num_blocks=4, following=(), unit='u', stage=0, position=0):
     modules, features = zip(*following, strict=True) if following else ((), ())
     source = Unit.single('v', stage)
-    return Boundary(block, num_blocks, unit, source, feature, feature, False, (4,), modules, features, position=position)
+    place = {'position': position, 'next_stage': stage}
+    return Boundary(block, num_blocks, unit, source, feature, feature, False, (4,), modules, features, **place)
 
 
 def local_head(kind, head=HEAD, where=None, **options):

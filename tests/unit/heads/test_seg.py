@@ -27,7 +27,7 @@ FEATURE = Feature(8, 4)
 
 def local_head(decode_head=OWN, num_blocks=2, stage=0, **options):
     init_default_scope('mmseg')
-    where = Boundary(1, num_blocks, 'u', Unit.single('v', stage), FEATURE, FEATURE, False, (4,))
+    where = Boundary(1, num_blocks, 'u', Unit.single('v', stage), FEATURE, FEATURE, False, (4,), next_stage=stage)
     transfer = MomentumTransfer(nn.Identity(), FEATURE, ema=False, bias=False, scale=False)
     config = {'type': 'mmman.SegLocalHead', 'decode_head': decode_head, 'boundary': where, 'transfer': transfer}
     return MODELS.build({**config, **options})

@@ -35,7 +35,9 @@ def test_a_boundary_returns_its_input_where_no_gradient_is_wanted():
 
 
 def boundary(block=1, num_blocks=5, unit='layer1', stage=1):
-    return Boundary(block, num_blocks, unit, Unit.single('layer2', stage), Feature(4, 2), Feature(8, 4), False, (4,))
+    return Boundary(
+        block, num_blocks, unit, Unit.single('layer2', stage), Feature(4, 2), Feature(8, 4), False, (4,), next_stage=stage
+    )
 
 
 @pytest.mark.parametrize(('value', 'expected'), [(2.0, [2, 2, 2, 2, 2]), ((5.0, 2.0), [5, 4, 3, 2, 2])])

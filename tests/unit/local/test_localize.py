@@ -44,12 +44,28 @@ def test_a_clone_is_independent_and_trains_alike(clone):
     assert trained_alike(model, other)
 
 
-def test_the_whole_model_saves_and_loads():
-    model = toy()
+@pytest.mark.parametrize('options', [{}, {'transfer': {'source_unit': 'next_stage'}}], ids=str)
+def test_the_whole_model_saves_and_loads(options):
+    model = toy(**options)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
     assert trained_alike(model, torch.load(buffer, weights_only=False))
+
+
+@pytest.mark.parametrize('source_unit', ['next_stage', ['layer2.0', 'layer3.0', 'layer3.1']], ids=str)
+def test_copies_of_a_later_unit_follow_it(source_unit):
+    model = toy(num_blocks=6, transfer={'source_unit': source_unit})
+    names = [head.source.name for head in model.backbone.local.values()]
+    assert names == ['layer2.0', 'layer2.0', 'layer2.0', 'layer3.0', 'layer3.0']
+    source = model.backbone.layer3[0]
+    source.conv.weight.data += 1
+    for head in model.backbone.local.values():
+        head.transfer.init_from_(head.source.of(model.backbone))
+    assert [torch.equal(head.transfer.momentum.conv.weight, source.conv.weight) for head in model.backbone.local.values()] == [
+        *[False] * 3,
+        *[True] * 2,
+    ]
 
 
 def test_state_dict_round_trip_names_the_cuts():
@@ -174,6 +190,11 @@ def fail(*_):
         ({'partition': ['layer7.0']}, PartitionError, "after 'layer7.0'"),
         ({'local_head': None}, ConfigError, 'set local_head'),
         ({'local_head': {'type': 'mmman.ToyNet'}}, LocalLearningError, 'is not a subclass of mmman.LocalHead'),
+        (
+            {'transfer': {'source_unit': ['layer3.0']}},
+            ConfigError,
+            'layer3.0 takes 8 channels at stride 2, but the block that ends with stem returns 4 channels at stride 1',
+        ),
         ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
     ],
 )
