@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mmman.errors import ConfigError
 from mmman.local.localize import localize_
 from mmman.local.option_checks import check_local_options
 from mmman.options import Count, Positive, check_options, checked
@@ -35,6 +36,8 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     loss_weight: Positive | Sequence[Positive] = 1.0,
     recompute: bool | Sequence[str] = False,
     selective_recompute: bool | Sequence[str] = False,
+    window: Count = 1,
+    independent_head: dict | None = None,
     pretrained: str | None = None,
 ) -> nn.Module:
     """Build a stock backbone and localise it. Used in a config as ``type='mmman.LocalBackbone'``.
@@ -44,15 +47,18 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         pretrained: Passed to ``backbone``. mmseg's segmentors set it.
         partition: As in :func:`localize_`, or ``dict(type='memory', ...)`` with the arguments of
             :class:`mmman.planning.memory_cuts.MemoryCuts`: the cuts with the smallest peak memory of a training step.
-        num_blocks, local_head, transfer, loss_weight, recompute, selective_recompute: See :func:`localize_`.
+        num_blocks, local_head, transfer, loss_weight, recompute, selective_recompute, window, independent_head: See
+            :func:`localize_`.
 
     Returns:
         The backbone, an instance of the stock class.
     """
-    check_local_options(transfer, local_head)
+    check_local_options(transfer, local_head, independent_head)
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
     if isinstance(partition, dict):
+        if window > 1:
+            raise ConfigError(f'cuts by memory assume that one block is alive at a time, not window={window}: name the cuts')
         options = {'backbone': backbone, 'local_head': local_head, 'transfer': transfer}
         options |= {'recompute': recompute, 'selective_recompute': selective_recompute}
         partition = MemoryCuts.of(partition).plan(options, num_blocks)
@@ -65,6 +71,8 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         loss_weight=loss_weight,
         recompute=recompute,
         selective_recompute=selective_recompute,
+        window=window,
+        independent_head=independent_head,
     )
 
 
@@ -79,4 +87,4 @@ def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backb
         ConfigError: An option is unknown, missing or of a wrong type or value, or contradicts another.
     """
     check_options(LocalBackbone, options, where)
-    check_local_options(options.get('transfer'), options.get('local_head'), where)
+    check_local_options(*(options.get(name) for name in ('transfer', 'local_head', 'independent_head')), where)

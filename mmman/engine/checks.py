@@ -20,8 +20,8 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
 
     Raises:
         ConfigError: The model has no localised backbone, or more than one; local heads don't fit the model or were never
-            initialised; a block has no trainable parameter; momentum copies were never initialised; DDP options or activation
-            checkpointing break local backward passes.
+            initialised; a block has no trainable parameter; momentum copies were never initialised; DDP, its options or
+            activation checkpointing break local backward passes.
     """
     module = model
     if is_model_wrapper(model):
@@ -36,13 +36,37 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
             'or load a state dict that contains them; if the model overrides init_weights without calling '
             'super().init_weights(), call backbone.local.init_weights() as well'
         )
+    if backbone.local.window > 1 and is_model_wrapper(model):
+        raise ConfigError(
+            f'window={backbone.local.window} back-propagates through a block several times, which {type(model).__name__} does '
+            'not support: train in one process, or set window=1'
+        )
     for head in backbone.local.values():
         head.check_model(module)
+        if head.independent is not None:
+            head.independent.check_model(module)
         if not head.transfer.is_initialized:
             raise ConfigError(
                 "the momentum copies are not initialised: add dict(type='mmman.EMABiasHook') to custom_hooks, or, in a "
                 'custom training loop, call init_from_ and ema_update_ of every head.transfer as that hook does'
             )
+
+
+def check_window(window: int, update: str, images_per_chunk: int | None, cuda_graphs: bool) -> None:
+    """Raise :class:`ConfigError` if options of the optim wrapper contradict windows of several blocks.
+
+    Args:
+        window: Number of blocks that a local loss trains.
+        update, images_per_chunk, cuda_graphs: Options of :class:`mmman.LocalLearningOptimWrapper`.
+    """
+    if window == 1:
+        return
+    reason = f'window={window} completes the gradients of a block after later boundaries'
+    if update == 'immediate':
+        raise ConfigError(f"{reason}: set optim_wrapper.update='synchronous'")
+    for option, value in (('images_per_chunk', images_per_chunk), ('cuda_graphs', cuda_graphs)):
+        if value:
+            raise ConfigError(f'{reason}, so optim_wrapper.{option}={value} is not supported: remove it, or set window=1')
 
 
 def _check_blocks_train(backbone: nn.Module) -> None:

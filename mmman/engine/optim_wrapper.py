@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from mmman.engine.block_groups import BlockGroups
 from mmman.engine.block_parameters import parameters_by_block
-from mmman.engine.checks import check_model
+from mmman.engine.checks import check_model, check_window
 from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
@@ -25,6 +25,7 @@ from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDAGraphCapturer, StepGraphs
 from mmman.local.blocks import localized_backbone
 from mmman.local.session import Session
+from mmman.local.window import WindowSession
 from mmman.memory.detection.dense_loss import ChunkedLoss, why_not_dense
 from mmman.memory.model_loss import chunked_loss
 from mmman.options import Count, Positive, checked
@@ -118,6 +119,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         self._blocks: BlockGroups | None = None
         self._chunked: ChunkedLoss | None = None
         self._graphs: StepGraphs | None = None
+        self._windows: WindowSession | None = None  # of this iteration, if local losses train several blocks
         self._pending_block: int | None = None  # the block whose gradients are being reduced; it steps at the next boundary
         self._local_log: dict[str, Tensor] = {}
         self._loss_log = LocalLossLog(is_scaled=self.loss_scaler is not None)
@@ -138,6 +140,7 @@ class LocalLearningOptimWrapper(OptimWrapper):
         if module is not self._model:
             check_model(model, self.update)
             check_strides_once(module)
+            check_window(localized_backbone(module).local.window, self.update, self.images_per_chunk, self.cuda_graphs)
             self._model, self._backbone = module, localized_backbone(module)
             *blocks, _ = parameters_by_block(module)
             self._blocks = BlockGroups(self.optimizer, [block.values() for block in blocks])
@@ -150,7 +153,10 @@ class LocalLearningOptimWrapper(OptimWrapper):
         local = self._backbone.local
         local.sync_modes(self._backbone)
         precision = nullcontext() if self.dtype is None else autocast(dtype=self.dtype)
+        self._windows = None
         session = Session(module, local, self.local_backward, self._chunked)
+        if local.window > 1:
+            session = self._windows = WindowSession(module, local, self.local_backward, self._propagate)
         if self.cuda_graphs:
             session.strategy = self._graphs.strategy_for(session)
         with super().optim_context(model), precision, session:
@@ -174,6 +180,11 @@ class LocalLearningOptimWrapper(OptimWrapper):
             loss = self._scale(loss)
             (loss if reducer is None else reducer.prepare(loss)).backward()
 
+    def _propagate(self, x: Tensor, grad: Tensor, retain_graph: bool) -> None:
+        """Back-propagate the gradient of a block's output, which is scaled already."""
+        with torch.autocast(x.device.type, enabled=False):
+            x.backward(grad, retain_graph=retain_graph)
+
     def _after_backward(self, block: int) -> None:
         reducer = self._reducer(block)
         if self.update == 'immediate' and self.should_sync():
@@ -184,6 +195,8 @@ class LocalLearningOptimWrapper(OptimWrapper):
     def backward(self, loss: Tensor, **kwargs) -> None:
         """Back-propagate the task loss, then log the iteration's local losses, with one device-to-host transfer."""
         self._scale(loss).backward(**kwargs)
+        if self._windows is not None:
+            self._windows.end_windows()
         self._end_iteration()
 
     def finish_iteration(self, step_kwargs: dict | None = None, zero_kwargs: dict | None = None) -> None:

@@ -1,7 +1,7 @@
 """The local heads, which train a block at its boundary, by task and method."""
 
 from mmman.heads.auglocal import AugLocalHead
-from mmman.heads.cls import ClsLocalHead, DGLLocalHead
+from mmman.heads.cls import ClsLocalHead, DGLLocalHead, LinearLocalHead
 from mmman.heads.det import DetLocalHead
 from mmman.heads.infopro import InfoProLocalHead
 from mmman.heads.lam import LAMLocalHead
@@ -16,6 +16,7 @@ __all__ = [
     'DetLocalHead',
     'InfoProLocalHead',
     'LAMLocalHead',
+    'LinearLocalHead',
     'PredSimLocalHead',
     'SegLocalHead',
     'ViTLocalHead',

@@ -93,6 +93,24 @@ class ClsLocalHead(LocalHead):
 
 @MODELS.register_module()
 @checked('model.backbone.local_head', injected=INJECTED_ARGS)
+class LinearLocalHead(ClsLocalHead):
+    """A linear classifier on the mean of the map, or on the class token.
+
+    Args:
+        boundary, transfer, head, loss_weight: See :class:`ClsLocalHead`.
+    """
+
+    supports_channel_bias = True
+
+    def __init__(self, boundary: Boundary, transfer: MomentumTransfer, head: dict, loss_weight: float = 1.0) -> None:
+        super().__init__(boundary, transfer, head, boundary.channels, loss_weight)
+
+    def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
+        return self.feature.pool(y)
+
+
+@MODELS.register_module()
+@checked('model.backbone.local_head', injected=INJECTED_ARGS)
 class DGLLocalHead(ClsLocalHead):
     """The auxiliary head of decoupled greedy learning (Belilovsky et al., 2020), as the local-learning papers use it.
 

@@ -26,11 +26,13 @@ class LocalBlocks(ModuleDict):
         chain: The backbone's units.
         plan: The blocks of the backbone.
         heads: Local heads of the first K-1 blocks, in order.
+        window: Number of blocks that a local loss trains, from 1 to K.
     """
 
-    def __init__(self, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
+    def __init__(self, chain: Chain, plan: Plan, heads: list[LocalHead], window: int = 1) -> None:
         super().__init__({block[-1].name.replace('.', '_'): head for block, head in zip(plan.blocks[:-1], heads, strict=True)})
         self.plan = plan
+        self.window = window
         self.session: Session | None = None
         self.trained_index: int | None = None  # in a pipeline stage: the index, from 0, of the only head trained here
         self.output_units = tuple(dict.fromkeys(chain.units[tap] for tap in chain.out_units))
@@ -103,12 +105,12 @@ class LocalBlocks(ModuleDict):
         """Attach a session to every boundary."""
         self.session = session
         for head in self.trained_heads():
-            head.session = session
+            head.attach_session(session)
 
     def detach_session(self) -> None:
         self.session = None
         for head in self.values():
-            head.session = None
+            head.attach_session(None)
 
     def sync_modes(self, backbone: nn.Module) -> None:
         """Set the train/eval mode of every local head; ``norm_eval`` of the backbone also applies to the copies in heads."""

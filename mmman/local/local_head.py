@@ -114,6 +114,7 @@ class LocalHead(BaseModule):
         self.needs_hw_shape = boundary.needs_hw_shape
         self.loss_weight = loss_weight
         self.transfer = transfer
+        self.independent: LocalHead | None = None  # the head of the independent loss, in windows of several blocks
 
     @classmethod
     def derive_options(cls, model: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,6 +151,12 @@ class LocalHead(BaseModule):
     def unit_copies(self) -> list[nn.Module]:
         """Modules built like the backbone's units. Their initial values come from the backbone's ``init_weights``."""
         return [self.transfer]
+
+    def attach_session(self, session: Session | None) -> None:
+        """Attach a session to this head, and to the head of its independent loss; None: detach it."""
+        self.session = session
+        if self.independent is not None:
+            self.independent.attach_session(session)
 
     def check_model(self, model: nn.Module) -> None:
         """Raise :class:`ConfigError` if this head doesn't fit the model it is part of. Called before the first step."""

@@ -19,6 +19,8 @@ from mmman.options import Count, Positive, checked
 from mmman.partition import Chain, Feature, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
 from mmman.registry import MODELS
 
+NO_TRANSFER = {'ema': False, 'bias': False, 'scale': False}
+
 
 @checked('localize_')
 def localize_(
@@ -30,6 +32,8 @@ def localize_(
     loss_weight: Positive | Sequence[Positive] = 1.0,
     recompute: bool | Sequence[str] = False,
     selective_recompute: bool | Sequence[str] = False,
+    window: Count = 1,
+    independent_head: dict | None = None,
 ) -> nn.Module:
     """Cut ``backbone`` in place into K gradient-isolated blocks with a local head on each of the first K-1.
 
@@ -51,6 +55,10 @@ def localize_(
             runs in chunks of the batch and is equal up to the order of summation (:mod:`mmman.memory.stem`).
         selective_recompute: Units that also save outputs that are expensive to recompute for their size
             (:func:`mmman.memory.selective.should_save`). Normalisations, activations and layers that widen are recomputed.
+        window: Number of blocks that a local loss trains, from 1 to K. 1: each block is isolated. More: the windows of MLAAN
+            (:class:`mmman.local.window.WindowSession`), whose graphs are alive at a time.
+        independent_head: Config of the head, without transfer, whose loss trains a block alone in windows of several blocks.
+            Default: an ``mmman.LinearLocalHead`` with the ``head`` of ``local_head``.
 
     Returns:
         ``backbone`` itself.
@@ -60,19 +68,29 @@ def localize_(
         PartitionError: The cuts don't fit, the last block makes no output, a block has no trainable parameter, or no such unit.
         ConfigError: The backbone is already localised, or options contradict each other.
     """
-    check_local_options(transfer, local_head)
+    check_local_options(transfer, local_head, independent_head)
     if hasattr(backbone, 'local'):
         raise ConfigError(f'{type(backbone).__name__} already has a module named `local`: it can be localised only once')
     chain = chain_of(backbone)
     plan = _plan(backbone, chain, num_blocks, partition)
     weights = _loss_weights(plan, local_head, loss_weight)
+    independent_head = _independent_head(plan, local_head, window, independent_head)
+    if window > 1 and any(chain.out_units[i] < chain.units.index(plan.blocks[-1][0]) for i in chain.norms):
+        raise ConfigError(
+            f'window={window} does not support norms on outputs from inside the first K-1 blocks: remove these outputs'
+        )
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     measured = measure(backbone, chain)
     output_relus = _find_output_relus(backbone, measured, recomputed)
     try:
         for unit, selective in recomputed.items():  # before they are copied: the copies are recomputed too
             recompute_unit_(backbone, unit, output_relus, selective)
-        _attach(backbone, chain, plan, _build_heads(backbone, chain, plan, measured, local_head, transfer or {}, weights))
+        heads = _build_heads(backbone, chain, plan, measured, local_head, transfer or {}, weights)
+        if independent_head is not None:
+            others = _build_heads(backbone, chain, plan, measured, independent_head, NO_TRANSFER, weights)
+            for head, other in zip(heads, others, strict=True):
+                head.independent = other
+        _attach(backbone, chain, plan, heads, window)
     except BaseException:
         _detach(backbone)
         raise
@@ -107,6 +125,21 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
             f'loss_weight has {len(weights)} values for {count} local heads: give one for each block but the last'
         )
     return weights
+
+
+def _independent_head(plan: Plan, local_head: dict | None, window: int, given: dict | None) -> dict | None:
+    """The config of the heads of the independent losses; None without windows."""
+    if window == 1:
+        if given is not None:
+            raise ConfigError('independent_head has an effect in windows of several blocks only: set window, or remove it')
+        return None
+    if window > len(plan.blocks):
+        raise ConfigError(f'window={window}, but the backbone has {len(plan.blocks)} blocks: choose from 1 to that')
+    if given is None and 'head' not in (local_head or {}):
+        raise ConfigError(
+            f'window={window} requires independent_head, because local_head has no option head for an mmman.LinearLocalHead'
+        )
+    return given or {'type': 'mmman.LinearLocalHead', 'head': local_head['head']}
 
 
 def _find_output_relus(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> OutputReLUs:
@@ -180,10 +213,10 @@ def _source(chain: Chain, features: Sequence[Feature], cut: int, transfer: Mappi
     return source
 
 
-def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead]) -> None:
+def _attach(backbone: nn.Module, chain: Chain, plan: Plan, heads: list[LocalHead], window: int) -> None:
     """Add the local heads and the hooks that call them. Units are copied before this, since they may carry hooks after it."""
     keys = set(backbone.state_dict())
-    backbone.local = LocalBlocks(chain, plan, heads)
+    backbone.local = LocalBlocks(chain, plan, heads, window)
     for block, head in zip(plan.blocks[:-1], heads, strict=True):
         backbone.get_submodule(block[-1].output).register_forward_hook(head.at_boundary)
     for path in backbone.local.inner_norms:

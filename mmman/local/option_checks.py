@@ -11,13 +11,20 @@ from mmman.options import check_options
 from mmman.registry import resolve_type
 
 
-def check_local_options(transfer: Mapping | None, local_head: Mapping | None, where: str = 'model.backbone') -> None:
+def check_local_options(
+    transfer: Mapping | None,
+    local_head: Mapping | None,
+    independent_head: Mapping | None = None,
+    where: str = 'model.backbone',
+) -> None:
     """Check the options of the transfer and the local heads; also for K = 1, where neither is built."""
     if transfer:
         check_options(MomentumTransfer, transfer, f'{where}.transfer')
         check_transfer_options(**transfer)
     if local_head is not None:
         _check_local_head(local_head, f'{where}.local_head')
+    if independent_head is not None:
+        _check_local_head(independent_head, f'{where}.independent_head')
 
 
 def _check_local_head(local_head: Mapping, where: str) -> None:

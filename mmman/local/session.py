@@ -107,10 +107,22 @@ class Session:
             )
         self._pending.remove(head.block)
         with use_running_stats_for_batch_of_one(head) if len(x) == 1 else nullcontext():
-            y = head.apply_transfer(x, self.batch[0])
-            losses = head.loss(y, *self.batch) if self.strategy is None else self.strategy.local_losses(head, y, *self.batch)
-            del y
-            loss, log = self.model.parse_losses(losses)
-            self.backward(loss * head.loss_weight, head.block)
+            x, log = self.train_block(head, x)
         self.log.update({f'local/{head.block}/{name}': value.detach() for name, value in log.items()})
-        return x.detach()
+        return x
+
+    def train_block(self, head: LocalHead, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Back-propagate the local loss of block ``head.block``.
+
+        Returns:
+            The next block's input, and the losses by name.
+        """
+        loss, log = self.local_loss(head, x)
+        self.backward(loss * head.loss_weight, head.block)
+        return x.detach(), log
+
+    def local_loss(self, head: LocalHead, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a local head on a block's output ``x``, a scalar, and its parts by name."""
+        y = head.apply_transfer(x, self.batch[0])
+        losses = head.loss(y, *self.batch) if self.strategy is None else self.strategy.local_losses(head, y, *self.batch)
+        return self.model.parse_losses(losses)

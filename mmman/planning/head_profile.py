@@ -40,7 +40,7 @@ class HeadCosts:
         mode_options: Options of ``mmman.LocalBackbone`` for each recompute mode.
 
     Raises:
-        CostError: The transfer copies another unit than the next one.
+        CostError: The transfer copies another unit than the next one, or local losses train several blocks.
     """
 
     def __init__(self, runs: ProbeRuns, options: dict, state: float, mode_options: Mapping[RecomputeMode, dict]) -> None:
@@ -48,6 +48,8 @@ class HeadCosts:
             raise CostError(
                 "plans assume copies of the next block's first unit: set transfer.source_unit='next', or name the cuts"
             )
+        if options.get('window', 1) > 1:
+            raise CostError('plans assume that one block is alive at a time: set window=1, or name the cuts')
         self.runs, self.chain, self.state, self.mode_options = runs, runs.chain, state, mode_options
         self.options = {k: v for k, v in options.items() if k not in ('partition', 'loss_weight')}
         backbone = runs.model.backbone

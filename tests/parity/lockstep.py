@@ -38,6 +38,7 @@ def reference_of(
     stem=None,
     wrap=lambda unit: unit,
     leaps=None,
+    own_loss=None,
     **options,
 ):
     """The reference for a localised backbone: deep copies of its modules, cut where its plan says, without its machinery.
@@ -53,6 +54,7 @@ def reference_of(
         wrap: From a unit's modules in a Sequential to a module that runs them, where it takes more than one after the other.
         leaps: For every local head, the names of the units that LAM samples. The first is the source of E and B; the head's
             ``units`` are like the others.
+        own_loss: (independent head's classifier, x, batch) to the loss of a block alone, in windows of blocks.
     """
     hooks_free = copy.deepcopy(backbone)
     del hooks_free.local
@@ -75,6 +77,8 @@ def reference_of(
                 task=copy.deepcopy(local_task(head)),
                 loss=lambda y, batch, j=j: local_loss(j, heads[j].task, y, batch),
                 later=[*copy.deepcopy(head.units)] if leaps else [],
+                own=copy.deepcopy(head.independent.head) if own_loss else None,
+                own_loss=lambda x, batch, j=j: own_loss(heads[j].own, x, batch),
             )
         )
     own = [copy.deepcopy(module) for module in task_modules]
@@ -132,6 +136,8 @@ def pairs(model, reference, local_task, task_modules):
         yield from _zip(f'head {j} task', local_task(head), other.task)
         for i, later in enumerate(other.later):
             yield from _zip(f'head {j} A_{i + 2}', head.units[i], later)
+        if other.own is not None:
+            yield from _zip(f'head {j} independent', head.independent.head, other.own)
     for ours, theirs in zip(task_modules(model), reference.task_modules, strict=True):
         yield from _zip('model', ours, theirs)
 

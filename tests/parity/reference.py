@@ -2,7 +2,7 @@
 
 A network is a list of units. ``cuts`` holds the indices of the units that end the first K-1 blocks, ``taps`` those whose output
 the model's neck or head takes. Local head j sits on cut j and sees s_j * E_j(x) + (2 - s_j) * B_j(x). In MLAAN's LAM, E_j and
-B_j = A_1 copy a later unit, and A_2 to A_d run behind them.
+B_j = A_1 copy a later unit, and A_2 to A_d run behind them; in its windows, a local loss trains several blocks.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,8 @@ class Head:
     task: nn.Module
     loss: Callable[[Tensor, dict], Tensor]
     later: list[nn.Module] = field(default_factory=list)
+    own: nn.Module | None = None
+    own_loss: Callable[[Tensor, dict], Tensor] | None = None
 
     def __call__(self, x: Tensor, batch: dict) -> Tensor:
         y = self.transfer(x)
@@ -45,7 +47,8 @@ class Head:
     def trained(self) -> list[nn.Parameter]:
         delta = [] if self.delta is None else [self.delta]
         bias = [] if self.bias is None else [*self.bias.parameters()]
-        return [*delta, *bias, *self.task.parameters(), *(p for unit in self.later for p in unit.parameters())]
+        own = [] if self.own is None else [*self.own.parameters()]
+        return [*delta, *bias, *self.task.parameters(), *(p for unit in self.later for p in unit.parameters()), *own]
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Reference:
     momentum: float = 0.995
     accumulate: int = 1
     max_norm: float | None = None
+    window: int = 1
     iteration: int = 0
     groups: list[list[nn.Parameter]] = field(init=False)
 
@@ -72,6 +76,13 @@ class Reference:
 
     def step(self, batch: dict) -> list[float]:
         """One iteration on ``batch``; returns the K-1 local losses and the task loss."""
+        losses = self.isolated(batch) if self.window == 1 else self.windows(batch)
+        self.iteration += 1
+        if self.iteration % self.accumulate == 0:
+            self.update()
+        return losses
+
+    def isolated(self, batch: dict) -> list[float]:
         losses, features, x = [], [], batch['inputs']
         for i, unit in enumerate(self.units):
             x = unit(x)
@@ -86,10 +97,45 @@ class Reference:
         loss = self.task_loss(features, batch)
         (loss / self.accumulate).backward()
         losses.append(loss.item())
-        self.iteration += 1
-        if self.iteration % self.accumulate == 0:
-            self.update()
         return losses
+
+    def windows(self, batch: dict) -> list[float]:
+        """MLAAN's two streams. Block j alone, from the detached output of the block before; and a cascade of the last blocks,
+        from the detached output of the block before them. Running statistics move once, in the first stream."""
+        starts = [0, *(cut + 1 for cut in self.cuts)]
+        losses, features, inputs = [], [], [batch['inputs']]
+        for j, (cut, head) in enumerate(zip(self.cuts, self.heads, strict=True)):
+            alone = inputs[j]
+            for i in range(starts[j], cut + 1):
+                alone = self.units[i](alone)
+                if i in self.taps:
+                    features.append(alone.detach())
+            first = max(0, j - self.window + 1)
+            cascade = self.run_again(starts[first], cut + 1, inputs[first])
+            loss = 0.001 * head.own_loss(alone, batch) + 0.999 * head(cascade, batch)
+            (loss / self.accumulate).backward()
+            losses.append(loss.item())
+            inputs.append(alone.detach())
+        x = entry = inputs[-1].requires_grad_()
+        for i in range(starts[-1], len(self.units)):
+            x = self.units[i](x)
+            if i in self.taps:
+                features.append(x)
+        loss = self.task_loss(features, batch)  # of both streams: 0.001 + 0.999 = 1
+        (loss / self.accumulate).backward()
+        losses.append(loss.item())
+        first = max(0, len(self.heads) - self.window + 1)
+        self.run_again(starts[first], starts[-1], inputs[first].detach()).backward(0.999 * entry.grad)
+        return losses
+
+    def run_again(self, start: int, end: int, x: Tensor) -> Tensor:
+        """The units from ``start`` to ``end`` once more, without another update of their buffers."""
+        before = [(buffer, buffer.clone()) for unit in self.units[start:end] for buffer in unit.buffers()]
+        for unit in self.units[start:end]:
+            x = unit(x)
+        for buffer, value in before:
+            buffer.data.copy_(value)
+        return x
 
     def update(self) -> None:
         if self.max_norm is not None:

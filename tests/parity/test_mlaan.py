@@ -5,7 +5,9 @@ import torch
 from mmengine.registry import MODELS
 
 from mmman import LAMLocalHead
+from mmman.local import window as windows
 from mmman.local.transfer import MomentumTransfer
+from mmman.local.window import WindowSession
 from tests.parity.lockstep import ROWS, LockStepHook, pairs, reference_of, run_lockstep
 from tests.toy import classify, task_logits, toy_batches, toy_config
 
@@ -13,6 +15,7 @@ LAM = {
     'transfer': {'source_unit': 'next_stage', 'scale': False},
     'local_head': {'type': 'mmman.LAMLocalHead', 'depth': 3, 'head': {'type': 'mmman.ToyLinearHead', 'num_classes': 5}},
 }
+LINEAR = {'type': 'mmman.LinearLocalHead', 'head': LAM['local_head']['head']}
 NET = {'units': (2, 2, 3)}
 # The units that LAM samples in ToyNet of 2, 2 and 3 units, where each is a block.
 LEAPS = [
@@ -24,28 +27,40 @@ LEAPS = [
 SGD = {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 1e-3}
 
 
-def lockstep(tmp_path, iters=4, accumulate=1, max_norm=0.5, **options):
+def lockstep(tmp_path, is_lam=True, window=1, iters=4, accumulate=1, max_norm=0.5):
     torch.manual_seed(0)
-    model = MODELS.build(toy_config(8, net=NET, **LAM, **options)).double()
+    options = LAM if is_lam else {}
+    if window > 1:
+        options = {**options, 'window': window, 'independent_head': None if is_lam else LINEAR}
+    model = MODELS.build(toy_config(8, net=NET, **options)).double()
+
+    def pooled_loss(linear, x, batch):
+        return classify(linear.fc(x.mean((2, 3))), batch['data_samples'])['loss_ce']
+
+    def toy_loss(fc, y, batch):
+        return classify(fc(torch.nn.functional.adaptive_avg_pool2d(y, 2)), batch['data_samples'])['loss_ce']
+
+    def local_task(head):
+        return head.head if is_lam else head.fc
 
     def make_reference(model):
         return reference_of(
             model.backbone,
             [model.head],
-            ROWS['man'],
-            local_task=lambda head: head.head,
-            local_loss=lambda j, task, y, batch: classify(task.fc(y.mean((2, 3))), batch['data_samples'])['loss_ce'],
+            ROWS['man' if is_lam else 'manpp'],
+            local_task=local_task,
+            local_loss=lambda j, task, y, batch: (pooled_loss if is_lam else toy_loss)(task, y, batch),
             task_loss=lambda own, features, batch: classify(task_logits(own[0], features), batch['data_samples'])['loss_ce'],
-            leaps=LEAPS,
+            leaps=LEAPS if is_lam else None,
+            own_loss=pooled_loss if window > 1 else None,
+            window=window,
             optimizer=lambda parameters: torch.optim.SGD(parameters, **SGD),
             momentum=0.9,
             accumulate=accumulate,
             max_norm=max_norm,
         )
 
-    hook = LockStepHook(
-        make_reference, lambda model, ref: pairs(model, ref, lambda head: head.head, lambda model: [model.head])
-    )
+    hook = LockStepHook(make_reference, lambda model, ref: pairs(model, ref, local_task, lambda model: [model.head]))
     run_lockstep(
         model,
         hook,
@@ -62,6 +77,12 @@ def lockstep(tmp_path, iters=4, accumulate=1, max_norm=0.5, **options):
 
 def test_lam(tmp_path):
     lockstep(tmp_path)
+
+
+@pytest.mark.parametrize('is_lam', [False, True], ids=['manpp', 'lam'])
+@pytest.mark.parametrize('window', [2, 3])
+def test_windows(window, is_lam, tmp_path):
+    lockstep(tmp_path, is_lam, window)
 
 
 def no_momentum_update(patch):
@@ -90,3 +111,44 @@ def test_a_broken_lam_fails_parity(mutate, tmp_path, monkeypatch):
     mutate(monkeypatch)
     with pytest.raises(AssertionError, match='differs after iteration'):
         lockstep(tmp_path, max_norm=None)
+
+
+def no_gradient_across_blocks(patch):
+    propagate = WindowSession._propagate
+    patch.setattr(WindowSession, '_propagate', lambda self, grad, blocks, frees: propagate(self, grad, 1, False))
+
+
+def no_end(patch):
+    patch.setattr(WindowSession, 'end_windows', lambda self: (self._window.clear(), setattr(self, '_input', None)))
+
+
+def one_block_more(patch):
+    train_block = WindowSession.train_block
+
+    def wider(self, head, x):
+        with patch.context() as inner:
+            inner.setattr(self.local, 'window', self.local.window + 1)
+            return train_block(self, head, x)
+
+    patch.setattr(WindowSession, 'train_block', wider)
+
+
+def independent_loss_crosses_blocks(patch):
+    propagate = WindowSession._propagate
+    patch.setattr(
+        WindowSession, '_propagate', lambda self, grad, blocks, frees: propagate(self, grad, self.local.window, False)
+    )
+
+
+def cascade_alone(patch):
+    patch.setattr(windows, 'INDEPENDENT', 0.0)
+
+
+BROKEN_WINDOWS = [no_gradient_across_blocks, no_end, one_block_more, independent_loss_crosses_blocks, cascade_alone]
+
+
+@pytest.mark.parametrize('mutate', BROKEN_WINDOWS, ids=lambda mutation: mutation.__name__)
+def test_broken_windows_fail_parity(mutate, tmp_path, monkeypatch):
+    mutate(monkeypatch)
+    with pytest.raises(AssertionError, match='differs after iteration'):
+        lockstep(tmp_path, is_lam=False, window=2, iters=2, max_norm=None)

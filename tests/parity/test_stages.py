@@ -6,7 +6,9 @@ import io
 import pytest
 import torch
 from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
 
+from mmman.errors import ConfigError
 from mmman.parallel.pipeline.channel import _Pickler, _Unpickler
 from mmman.parallel.pipeline.stage import PipelineStage
 from mmman.parallel.pipeline.stage_rank import StageRank
@@ -18,6 +20,8 @@ pytest.importorskip('mmdet')
 from tests.parity import test_classifiers as classifiers
 from tests.parity import test_retinanet as detectors
 from tests.parity import test_segmentors as segmentors
+from tests.parity.test_mlaan import LINEAR
+from tests.toy import toy_config
 
 OPTIMIZER = {'type': 'SGD', 'lr': 0.05, 'momentum': 0.9}
 
@@ -113,3 +117,16 @@ def test_detectors(partition, options):
     assert [stage._sends_images for stage, _ in stages] == [False] * 4
     held = [sum(p.numel() for p in stage.parameters() if not p.is_meta) for stage, _ in stages]
     assert sum(held) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'transfer': {'source_unit': ['layer3.0', 'layer3.1']}}, 'of the first unit of the next block, not of layer3.0'),
+        ({'window': 2, 'independent_head': LINEAR}, 'a pipeline stage trains one block by itself, not window=2'),
+    ],
+)
+def test_local_learning_that_stages_cannot_do_is_refused(options, message):
+    model = MODELS.build(toy_config(partition=['layer2.0', 'layer2.1', 'layer3.0'], **options))
+    with pytest.raises(ConfigError, match=message):
+        PipelineStage(model, StageRank(0, 4, 0, 1), staleness=0)

@@ -19,6 +19,7 @@ def test_public_names():
         'EMABiasHook',
         'InfoProLocalHead',
         'LAMLocalHead',
+        'LinearLocalHead',
         'LocalBackbone',
         'LocalDistributedDataParallel',
         'LocalHead',

@@ -50,7 +50,7 @@ class PipelineStage(nn.Module):
         iteration: Iteration of the next batch.
 
     Raises:
-        ConfigError: A momentum copy follows a unit that the next stage doesn't begin with.
+        ConfigError: A momentum copy follows a unit that the next stage doesn't begin with, or losses train several blocks.
     """
 
     def __init__(self, module: nn.Module, stage_rank: StageRank, staleness: int) -> None:
@@ -239,11 +239,15 @@ class PipelineStage(nn.Module):
 
 def _check_local(local: LocalBlocks) -> None:
     """Raise if stages can't train these blocks: a stage sends the one before it only the first unit of its block."""
+    if local.window > 1:
+        raise ConfigError(
+            f'a pipeline stage trains one block by itself, not window={local.window}: set window=1, or train in one process'
+        )
     for head in local.values():
         if head.transfer.momentum is not None and head.source != local.plan.blocks[head.block][0]:
             raise ConfigError(
                 f'a pipeline updates momentum copies of the first unit of the next block, not of {head.source.name}: set '
-                "transfer.source_unit='next', or train without pipeline"
+                "transfer.source_unit='next', or train in one process"
             )
 
 

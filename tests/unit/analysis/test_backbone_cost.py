@@ -126,6 +126,8 @@ def test_biases():
     assert predict_cost(localized({'bias': False, 'scale': False}), SHAPE).bias == Bias(0, 0, 0)
     with pytest.raises(CostError, match='set ema=True in transfer'):
         predict_cost(localized({'ema': False, 'bias': False, 'scale': False}), SHAPE)
+    with pytest.raises(CostError, match="set source_unit='next' in transfer"):
+        predict_cost(localized({'source_unit': 'next_stage'}), SHAPE)
 
 
 def test_one_block_costs_what_end_to_end_does():

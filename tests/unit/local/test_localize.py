@@ -28,6 +28,9 @@ def trained_alike(model, other):
     return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
 
 
+LINEAR = {'independent_head': {'type': 'mmman.LinearLocalHead', 'head': {'type': 'mmman.ToyLinearHead', 'num_classes': 5}}}
+
+
 @pytest.mark.parametrize('clone', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=['deepcopy', 'pickle'])
 def test_a_clone_is_independent_and_trains_alike(clone):
     model = toy()
@@ -44,7 +47,7 @@ def test_a_clone_is_independent_and_trains_alike(clone):
     assert trained_alike(model, other)
 
 
-@pytest.mark.parametrize('options', [{}, {'transfer': {'source_unit': 'next_stage'}}], ids=str)
+@pytest.mark.parametrize('options', [{}, {'transfer': {'source_unit': 'next_stage'}}, {'window': 2, **LINEAR}], ids=str)
 def test_the_whole_model_saves_and_loads(options):
     model = toy(**options)
     buffer = io.BytesIO()
@@ -194,6 +197,15 @@ def fail(*_):
             {'transfer': {'source_unit': ['layer3.0']}},
             ConfigError,
             'layer3.0 takes 8 channels at stride 2, but the block that ends with stem returns 4 channels at stride 1',
+        ),
+        ({'window': 5, **LINEAR}, ConfigError, 'window=5, but the backbone has 4 blocks: choose from 1 to that'),
+        ({'window': 0}, ConfigError, 'window=0'),
+        ({'window': 2}, ConfigError, 'window=2 requires independent_head, because local_head has no option head'),
+        (LINEAR, ConfigError, 'independent_head has an effect in windows of several blocks only: set window'),
+        (
+            {'window': 2, 'independent_head': {'type': 'mmman.ToyNet'}},
+            ConfigError,
+            'independent_head.type=.* is not a subclass',
         ),
         ({'loss_weight': [1.0, 2.0]}, ConfigError, 'loss_weight has 2 values for 3 local heads: give one'),
     ],

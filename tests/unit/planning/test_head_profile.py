@@ -5,7 +5,8 @@ import logging
 import pytest
 from mmengine.logging import MMLogger
 
-from mmman.planning.head_profile import quiet
+from mmman.errors import CostError
+from mmman.planning.head_profile import HeadCosts, quiet
 from mmman.planning.profile import profile_step
 from tests.unit.planning.test_profile import load
 
@@ -16,6 +17,15 @@ def test_heads_that_are_alike_are_run_once():
     heads = {id(profile.step.head(cut, None, True, False)) for cut in profile.step.candidates}
     assert len(profile.step.candidates) == 15
     assert len(heads) == 5 + 3  # a copy of a stage's first unit and of its others; the last three have fewer units behind
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [({'transfer': {'source_unit': 'next_stage'}}, "set transfer.source_unit='next'"), ({'window': 2}, 'set window=1')],
+)
+def test_options_that_plans_do_not_cover(options, message):
+    with pytest.raises(CostError, match=message):
+        HeadCosts(None, options, 0.0, {})
 
 
 def test_log_levels_return_also_after_an_error():
