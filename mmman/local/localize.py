@@ -74,11 +74,9 @@ def localize_(
     chain = chain_of(backbone)
     plan = _plan(backbone, chain, num_blocks, partition)
     weights = _loss_weights(plan, local_head, loss_weight)
-    independent_head = _independent_head(plan, local_head, window, independent_head)
-    if window > 1 and any(chain.out_units[i] < chain.units.index(plan.blocks[-1][0]) for i in chain.norms):
-        raise ConfigError(
-            f'window={window} does not support norms on outputs from inside the first K-1 blocks: remove these outputs'
-        )
+    if window > 1:
+        _check_window(plan, chain, window, selective_recompute)
+    independent_head = _independent_head(local_head, window, independent_head)
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     measured = measure(backbone, chain)
     output_relus = _find_output_relus(backbone, measured, recomputed)
@@ -127,14 +125,27 @@ def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequ
     return weights
 
 
-def _independent_head(plan: Plan, local_head: dict | None, window: int, given: dict | None) -> dict | None:
+def _check_window(plan: Plan, chain: Chain, window: int, selective_recompute: bool | Sequence[str]) -> None:
+    """Raise :class:`ConfigError` if losses can't train ``window`` blocks of this backbone."""
+    if window > len(plan.blocks):
+        raise ConfigError(f'window={window}, but the backbone has {len(plan.blocks)} blocks: choose from 1 to that')
+    if selective_recompute:
+        raise ConfigError(
+            f'selective_recompute back-propagates through a unit once, but window={window} more often: use recompute'
+        )
+    if any(chain.units[chain.out_units[i]] not in plan.blocks[-1] for i in chain.norms):
+        raise ConfigError(
+            f'window={window} does not support norms on outputs from inside the first K-1 blocks: take these outputs out of '
+            'out_indices'
+        )
+
+
+def _independent_head(local_head: dict | None, window: int, given: dict | None) -> dict | None:
     """The config of the heads of the independent losses; None without windows."""
     if window == 1:
         if given is not None:
             raise ConfigError('independent_head has an effect in windows of several blocks only: set window, or remove it')
         return None
-    if window > len(plan.blocks):
-        raise ConfigError(f'window={window}, but the backbone has {len(plan.blocks)} blocks: choose from 1 to that')
     if given is None and 'head' not in (local_head or {}):
         raise ConfigError(
             f'window={window} requires independent_head, because local_head has no option head for an mmman.LinearLocalHead'
