@@ -1,4 +1,4 @@
-"""The rows of the paper's tables of accuracy, and those of the authors' code: what is trained, and the paper's numbers.
+"""The rows of the paper's tables of accuracy, of the authors' code and of MLAAN: what is trained, and the paper's numbers.
 
 ``tools/benchmarks/accuracy.py paper`` lists them (``--list``), trains them (``--rows``) and writes one's config (``--write``).
 """
@@ -10,12 +10,14 @@ transfers = dict(
     man=dict(scale=False),
     manpp=dict(),
     release=dict(scale='release'),
+    leap=dict(source_unit='next_stage', scale=False),
 )
 
 # Local heads. Each gets a copy of the model's own head, too.
 cifar_heads = dict(
     dgl=dict(type='mmman.DGLLocalHead'),
     infopro=dict(type='mmman.InfoProLocalHead', classifier='1c2f', lambda_rec=(5.0, 0.0), lambda_task=(0.5, 0.0)),
+    lam=dict(type='mmman.LAMLocalHead'),
 )
 infopro = dict(type='mmman.InfoProLocalHead', classifier='imagenet', lambda_rec=5.0, lambda_task=0.75)
 # DGL's original head, as the row without a transfer is DGL's own. mmpretrain's VGG has its linear layers in the backbone, so
@@ -104,7 +106,8 @@ for kind in ('deeplabv3', 'deeplabv3plus'):
         cuts=deeplab_r101_cuts,
     )
 
-# The rows, by the paper's table that has their numbers. K=1 is trained end to end. `-`: none, or not given.
+# The rows, by the paper's table that has their numbers. K=1 is trained end to end. `-`: none, or not given. MLAAN's rows are a
+# system that the paper cites and gives no numbers of.
 tables = {
     'I': """
 name                                       network            K heads   transfer error
@@ -298,6 +301,14 @@ table7/imagenet_resnet101_k4_infopro resnet101 4 infopro none     22.81       6.
 table7/imagenet_resnet101_k4_ema     resnet101 4 infopro ema      22.09       6.07
 table7/imagenet_resnet101_k4_man     resnet101 4 infopro man      21.73       5.81
 table7/imagenet_resnet101_k4_manpp   resnet101 4 infopro manpp    21.66       5.72
+""",
+    'MLAAN': """
+name                               network            K heads transfer window
+mlaan/cifar10_resnet32_k8_mlaan    cifar10_resnet32   8 lam   leap          2
+mlaan/cifar10_resnet32_k16_lam     cifar10_resnet32  16 lam   leap          1
+mlaan/cifar10_resnet32_k16_mlaan   cifar10_resnet32  16 lam   leap          2
+mlaan/cifar10_resnet110_k32_mlaan  cifar10_resnet110 32 lam   leap          2
+mlaan/cifar10_resnet110_k55_mlaan  cifar10_resnet110 55 lam   leap          2
 """,
     'release': """
 name                                      network               K heads transfer start

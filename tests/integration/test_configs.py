@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmman.engine.config_check import check_config
 from mmman.errors import ConfigError
-from mmman.heads import DGLLocalHead, InfoProLocalHead, SegLocalHead, ViTLocalHead
+from mmman.heads import DGLLocalHead, InfoProLocalHead, LAMLocalHead, LinearLocalHead, SegLocalHead, ViTLocalHead
 from tests.alive import without_gradient
 from tests.configs import CONFIGS, read_config
 from tests.transfer_effect import assert_transfer_has_effect
@@ -96,7 +96,7 @@ def end_to_end_twin(name: str) -> str:
     if name in SEGMENTORS:
         network, start = re.search(r'deeplabv3(plus)?_r\d+', name)[0], 'scratch' if 'scratch' in name else 'pretrained'
         return f'table5/{network}_e2e_{start}'
-    name = name.replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
+    name = name.replace('mlaan/', 'table1/').replace('table7/cifar10', 'table1/cifar10').replace('table7/imagenet_', 'table2/')
     return re.sub(r'manpp_k\d+', 'e2e', name) if name in DETECTORS else re.sub(r'_k\d+_\w+', '_e2e', name)
 
 
@@ -178,12 +178,13 @@ LAMBDA_REC = {
     32: [5 * 29 / 30] * 10 + [5 * 28 / 30] * 11 + [4.5] * 10,
     55: [5] + [5 * 52 / 53] * 17 + [5 * 51 / 53] * 18 + [5 * 50 / 53] * 18,
 }
-TRANSFERS = {'manpp': (True, True, True), 'man': (True, True, False), 'ema': (True, False, False)}
+MAN = (True, True, False)
+TRANSFERS = {'manpp': (True, True, True), 'man': MAN, 'lam': MAN, 'mlaan': MAN, 'ema': (True, False, False)}
 
 
 @pytest.mark.parametrize('name', [name for name in CLASSIFIERS if name not in END_TO_END])
 def test_local_classifier_is_what_its_name_says(name: str) -> None:
-    words = re.split(r'[_/.-]', name)
+    words = re.split(r'[_/.-]', name.removeprefix('mlaan/'))
     net = next(word for word in words if word.startswith(('resn', 'vgg', 'vit')))
     num_blocks = int(re.search(r'_k(\d+)', name)[1])
     model = meta_model(name)
@@ -202,8 +203,14 @@ def test_local_classifier_is_what_its_name_says(name: str) -> None:
     assert_transfer_has_effect(config(name), model)
 
     is_infopro = 'infopro' in words or (net == 'resnet101' and num_blocks == 4)
-    kind = InfoProLocalHead if is_infopro else ViTLocalHead if net == 'vit' else DGLLocalHead
+    is_leap = 'lam' in words or 'mlaan' in words
+    kind = InfoProLocalHead if is_infopro else ViTLocalHead if net == 'vit' else LAMLocalHead if is_leap else DGLLocalHead
     assert {type(head) for head in heads} == {kind}
+    assert local.window == (2 if 'mlaan' in words else 1)
+    assert {type(head.independent) for head in heads} == {LinearLocalHead if 'mlaan' in words else type(None)}
+    if is_leap:
+        stages = [(head.source.stage, head.source.stage - local.plan.blocks[head.block - 1][-1].stage) for head in heads]
+        assert {*stages} == {(1, 1), (2, 1), (2, 0)}
     if is_infopro:
         weights = [(head.lambda_rec, head.lambda_task) for head in heads]
         if net in ('resnet32', 'resnet110'):
@@ -598,10 +605,12 @@ def test_the_options_that_save_memory_train_the_same(network: str, in_channels: 
 CLASSIFIER_STEPS = {
     'paper/resnet32_manpp_k16_cifar10.py': ({}, 32, 15),
     'paper/resnet101_manpp_k4_imagenet.py': ({}, 64, 3),
+    'mlaan/cifar10_resnet32_k16_mlaan': ({}, 32, 15),
+    'mlaan/cifar10_resnet110_k32_mlaan': ({}, 32, 31),
 }
 
 
-@pytest.mark.parametrize('name', STOCK_RECIPES)
+@pytest.mark.parametrize('name', CLASSIFIER_STEPS)
 def test_step_of_a_classifier_reaches_every_parameter(name: str) -> None:
     from mmpretrain.structures import DataSample
 

@@ -127,7 +127,7 @@ def test_biases():
     with pytest.raises(CostError, match='set ema=True in transfer'):
         predict_cost(localized({'ema': False, 'bias': False, 'scale': False}), SHAPE)
     with pytest.raises(CostError, match="set source_unit='next' in transfer"):
-        predict_cost(localized({'source_unit': 'next_stage'}), SHAPE)
+        predict_cost(localized({'source_unit': ['layer2.0', 'layer3.1']}), SHAPE)
 
 
 def test_one_block_costs_what_end_to_end_does():

@@ -21,11 +21,12 @@ class PaperRow:
     """A row of the table.
 
     Attributes:
-        table: The paper's table that has its numbers, e.g. ``'VII a'``, or ``'release'``.
+        table: The paper's table that has its numbers, e.g. ``'VII a'``; ``'release'`` or ``'MLAAN'``.
         network: A key of ``networks`` in ``rows.py``.
         num_blocks: K; 1 is trained end to end.
         heads: A key of the network's ``heads``; ``'-'`` for K=1.
         transfer: A key of ``transfers`` in ``rows.py``; ``'-'`` for K=1.
+        window: Number of blocks that a local loss trains.
         start: ``'scratch'`` or ``'pretrained'``.
         numbers: The paper's numbers by name, e.g. ``error``, %. Empty if it has none.
     """
@@ -36,6 +37,7 @@ class PaperRow:
     num_blocks: int
     heads: str
     transfer: str
+    window: int
     start: str
     numbers: Mapping[str, float]
 
@@ -58,16 +60,16 @@ def _table() -> Config:
 
 
 def _row(table: str, cells: dict[str, str]) -> PaperRow:
-    """A row by its cells: the columns that all tables have, ``start`` where there are both, and numbers of the paper."""
+    """A row by its cells: the columns of all tables, ``window`` and ``start`` where they differ, and numbers of the paper."""
     name, network, num_blocks, heads, transfer = (cells.pop(key) for key in ('name', 'network', 'K', 'heads', 'transfer'))
-    start = cells.pop('start', 'scratch')
+    start, window = cells.pop('start', 'scratch'), int(cells.pop('window', 1))
     numbers = {key: float(value) for key, value in cells.items() if value != '-'}
-    return PaperRow(name, table, network, int(num_blocks), heads, transfer, start, numbers)
+    return PaperRow(name, table, network, int(num_blocks), heads, transfer, window, start, numbers)
 
 
 def list_rows() -> str:
     """The tables as text."""
-    titles = {'release': "The authors' code"}
+    titles = {'release': "The authors' code", 'MLAAN': 'MLAAN'}
     return '\n\n'.join(f'{titles.get(name, f"Table {name}")}{text.rstrip()}' for name, text in _table().tables.items())
 
 
@@ -111,4 +113,6 @@ def _local_backbone(row: PaperRow, network: ConfigDict, cfg: Config) -> dict:
     options['local_head'] = local_head
     if transfer := _table().transfers[row.transfer]:
         options['transfer'] = copy.deepcopy(transfer)
+    if row.window > 1:
+        options['window'] = row.window
     return options
