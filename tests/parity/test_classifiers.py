@@ -148,12 +148,14 @@ FAMILIES = {
     ),
 }
 TRANSFORMERS = ('vit', 'vit_mean', 'deit', 'swin')
+ONLY = {'vit': TRANSFORMERS, 'lam': ('cifar_resnet', 'regnet', 'vit', 'swin')}  # LAM has no adapters
 SYSTEMS = {
     'dgl': {'type': 'mmman.DGLLocalHead', 'conv_channels': 8, 'fc_channels': 12},
     'infopro': {'type': 'mmman.InfoProLocalHead'},
     'infopro_contrast': {'type': 'mmman.InfoProLocalHead', 'classifier': '1c2f', 'contrast': True, 'lambda_rec': (5.0, 1.0)},
     'predsim': {'type': 'mmman.PredSimLocalHead'},
     'auglocal': {'type': 'mmman.AugLocalHead', 'depth': 2},
+    'lam': {'type': 'mmman.LAMLocalHead', 'depth': 3},
     'vit': {'type': 'mmman.ViTLocalHead'},
 }
 
@@ -248,11 +250,7 @@ def lockstep(model, family, row, iters=2):
 
 
 CASES = [
-    (family, system, row)
-    for family in FAMILIES
-    for system in SYSTEMS
-    for row in ROWS
-    if system != 'vit' or family in TRANSFORMERS
+    (family, system, row) for family in FAMILIES for system in SYSTEMS for row in ROWS if family in ONLY.get(system, FAMILIES)
 ]
 
 
