@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from mmman.errors import CheckpointError, NonFiniteLossError
 from mmman.runtime.seeded import seed_process
 from tests.integration.test_train import assert_same, load
+from tests.parity.test_mlaan import LINEAR
 from tests.toy import CLASSES, ToyClassifier, toy_config
 
 IMAGES, BATCH, EPOCHS = 11, 3, 3
@@ -52,8 +53,8 @@ class Mixup(BaseDataPreprocessor):
         return {**data, 'inputs': share * data['inputs'] + (1 - share) * data['inputs'][order]}
 
 
-def local_model() -> ToyClassifier:
-    model = MODELS.build(toy_config()).double()
+def local_model(**options) -> ToyClassifier:
+    model = MODELS.build(toy_config(**options)).double()
     model.data_preprocessor = Mixup()
     model.register_module('dropout', nn.Dropout(0.3))
     model.head[0].register_forward_pre_hook(lambda module, inputs: model.dropout(inputs[0]))
@@ -88,7 +89,9 @@ def loader_of(sampler='default', workers=0, persistent=False, aspect=False, drop
     return DataLoader(dataset, batch_size=batch, sampler=sampler, drop_last=drop_last, **options)
 
 
-def start(folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, resume=None, seed=None, **options) -> Runner:
+def start(
+    folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, resume=None, seed=None, local=None, **options
+) -> Runner:
     """Train from the beginning or from a checkpoint; where ``stop`` is an iteration, the run ends there."""
     seed_process(next(FRESH) if seed is None else seed)
     schedulers = [
@@ -100,7 +103,7 @@ def start(folder, by_epoch=True, loaders=loader_of, accumulate=1, stop=None, res
         train_cfg = {'type': 'mmman.IterBasedTrainLoop', 'max_iters': ITERATIONS}
     checkpoint = {'type': 'mmman.CheckpointHook', 'by_epoch': False, 'interval': 1, 'max_keep_ckpts': 1}
     arguments = dict(
-        model=local_model(),
+        model=local_model(**(local or {})),
         work_dir=str(folder),
         train_dataloader=loaders(),
         train_cfg={**train_cfg, 'val_interval': 99},
@@ -165,6 +168,7 @@ KINDS = {
     'epochs, workers': {'workers': 2},
     'epochs, persistent workers': {'workers': 2, 'persistent': True},
     'epochs, accumulation': {'accumulate': 3},
+    'epochs, MLAAN': {'local': {'transfer': {'source_unit': 'next_stage'}, 'window': 2, 'independent_head': LINEAR}},
     'epochs, aspect ratios': {'aspect': True},
     'iterations, infinite sampler': {'by_epoch': False, 'sampler': 'infinite'},
     'iterations, workers': {'by_epoch': False, 'sampler': 'infinite', 'workers': 2, 'persistent': True},
@@ -176,7 +180,7 @@ KINDS = {
 @pytest.mark.parametrize('kind', KINDS)
 def test_stopped_runs_end_as_the_whole_one(kind, tmp_path):
     options = dict(KINDS[kind])
-    run = {name: options.pop(name) for name in ('by_epoch', 'accumulate') if name in options}
+    run = {name: options.pop(name) for name in ('by_epoch', 'accumulate', 'local') if name in options}
     if options.get('aspect'):
         pytest.importorskip('mmdet')
 

@@ -71,6 +71,7 @@ SETTINGS = {
     'immediate, accumulation': {**OURS, 'optim': {'update': 'immediate', 'accumulative_counts': 2}},
     'immediate, clipping': {**OURS, 'optim': {'update': 'immediate', 'clip_grad': {'max_norm': 0.1}}},
     'another tensor': {**OURS, 'hook': (None, to_another_tensor)},
+    'a later unit': {**OURS, 'model': {'transfer': {'source_unit': 'next_stage'}}},
     'recompute': {**OURS, 'ddp': {'bucket_cap_mb': 0.001}, 'model': {'recompute': ['layer1', 'layer2.0'], **SELECTIVE}},
 }
 COMPRESSED = {**OURS, 'hook': (None, fp16_compress_hook)}
@@ -110,9 +111,9 @@ def train(rank, world, wrapper=None, ddp=None, optim=None, hook=None, set_to_non
     return states
 
 
-def expected(world, accumulative_counts=1, clip_grad=None, clip_scope='block', update=None):
+def expected(world, accumulative_counts=1, clip_grad=None, clip_scope='block', update=None, transfer=None):
     """The same by hand: a model a rank, gradients of its own batches, averaged over ranks, one step for all."""
-    models = [localized_toy() for _ in range(world)]
+    models = [localized_toy(transfer=transfer) for _ in range(world)]
     optimizers = [optimizer(model) for model in models]
     states = []
     for step in range(STEPS):
@@ -156,7 +157,7 @@ def check_settings(rank, world):
     computed = {}
     for name, setting in SETTINGS.items():
         states = train(rank, world, **setting)
-        options = setting.get('optim', {})
+        options = {**setting.get('optim', {}), 'transfer': setting.get('model', {}).get('transfer')}
         if repr(options) not in computed:
             computed[repr(options)] = expected(world, **options)
         theirs = computed[repr(options)]
@@ -168,7 +169,7 @@ def check_settings(rank, world):
     states = train(rank, world, **COMPRESSED)
     assert_same_on_all_ranks({key: states[-1][key] for key in parameters})
     for key in parameters:
-        torch.testing.assert_close(states[0][key], computed['{}'][0][rank][key], rtol=0, atol=1e-4)
+        torch.testing.assert_close(states[0][key], computed[repr({'transfer': None})][0][rank][key], rtol=0, atol=1e-4)
 
 
 def check_mutations(rank, world):
