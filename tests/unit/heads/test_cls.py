@@ -25,6 +25,12 @@ def test_dgl_shapes():
     assert seen == [(8, 8), (8, 8), (4, 4)]  # larger maps are pooled
 
 
+def test_the_linear_head_pools_the_map():
+    head = local_head('LinearLocalHead')
+    assert head.head.fc.weight.shape == (3, 8)
+    assert torch.equal(head.embed(Y, IMAGES), Y.mean((2, 3)))
+
+
 def test_the_loss_is_the_models_own():
     smooth = {'type': 'mmpretrain.LabelSmoothLoss', 'label_smooth_val': 0.3, 'num_classes': 3}
     head = local_head('DGLLocalHead', {**HEAD, 'loss': smooth}).eval()
