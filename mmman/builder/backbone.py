@@ -53,7 +53,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
     Returns:
         The backbone, an instance of the stock class.
     """
-    check_local_options(transfer, local_head, independent_head)
+    check_local_options(transfer, local_head, independent_head=independent_head)
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
     if isinstance(partition, dict):
@@ -87,4 +87,4 @@ def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backb
         ConfigError: An option is unknown, missing or of a wrong type or value, or contradicts another.
     """
     check_options(LocalBackbone, options, where)
-    check_local_options(*(options.get(name) for name in ('transfer', 'local_head', 'independent_head')), where)
+    check_local_options(options.get('transfer'), options.get('local_head'), where, options.get('independent_head'))

@@ -68,7 +68,7 @@ def localize_(
         PartitionError: The cuts don't fit, the last block makes no output, a block has no trainable parameter, or no such unit.
         ConfigError: The backbone is already localised, or options contradict each other.
     """
-    check_local_options(transfer, local_head, independent_head)
+    check_local_options(transfer, local_head, independent_head=independent_head)
     if hasattr(backbone, 'local'):
         raise ConfigError(f'{type(backbone).__name__} already has a module named `local`: it can be localised only once')
     chain = chain_of(backbone)

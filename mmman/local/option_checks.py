@@ -14,8 +14,8 @@ from mmman.registry import resolve_type
 def check_local_options(
     transfer: Mapping | None,
     local_head: Mapping | None,
-    independent_head: Mapping | None = None,
     where: str = 'model.backbone',
+    independent_head: Mapping | None = None,
 ) -> None:
     """Check the options of the transfer and the local heads; also for K = 1, where neither is built."""
     if transfer:

@@ -53,6 +53,11 @@ def test_the_message_names_the_option(changes, message):
         MODELS.build({'type': 'mmman.LocalBackbone', **OPTIONS, **changes})
 
 
+def test_cuts_by_memory_are_refused_with_windows():
+    with pytest.raises(ConfigError, match='cuts by memory assume that one block is alive at a time, not window=2'):
+        MODELS.build(toy_config(3, {'type': 'memory'}, window=2)['backbone'])
+
+
 def test_the_stock_backbone_is_required():
     with pytest.raises(ConfigError, match='LocalBackbone requires the option backbone'):
         check_backbone_options({'num_blocks': 2})
