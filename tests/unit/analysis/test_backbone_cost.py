@@ -11,11 +11,12 @@ from mmman.errors import CostError
 from tests.toy import ToyNet
 
 SHAPE = (2, 3, 16, 16)
+HEAD = {'type': 'mmman.ToyLocalHead'}
 
 
 def localized(transfer=None, **options):
     net = ToyNet(**options)
-    return localize_(net, 3, {'type': 'mmman.ToyLocalHead'}, partition='stage', transfer=transfer)
+    return localize_(net, 3, HEAD, partition='stage', transfer=transfer)
 
 
 def test_unit_costs_are_what_arithmetic_says():
@@ -127,7 +128,7 @@ def test_biases():
     with pytest.raises(CostError, match='set ema=True in transfer'):
         predict_cost(localized({'ema': False, 'bias': False, 'scale': False}), SHAPE)
     with pytest.raises(CostError, match="set source_unit='next' in transfer"):
-        predict_cost(localized({'source_unit': ['layer2.0', 'layer3.1']}), SHAPE)
+        predict_cost(localize_(ToyNet(), 2, HEAD, partition=['layer1.0'], transfer={'source_unit': 'next_stage'}), SHAPE)
 
 
 def test_one_block_costs_what_end_to_end_does():
