@@ -69,19 +69,19 @@ class ViTLocalHead(ClsLocalHead):
 
     def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
-            return self.transfer(x, run_copy=forward_class_token)
+            return self.transfer(x, *self.hw_shape_args(self.output, inputs), run_copy=forward_class_token)
         return super().apply_transfer(x, inputs)
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         hw_shape = self.hw_shape_args(self.feature, inputs)
         for i, layer in enumerate(self.layers, start=1):
             is_read = self.pool == 'cls_token' and i == len(self.layers)
-            y = forward_class_token(layer, y) if is_read else layer(y, *hw_shape)
+            y = forward_class_token(layer, y, *hw_shape) if is_read else layer(y, *hw_shape)
         y = self.norm(y)
         return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
 
 
-def forward_class_token(layer: nn.Module, x: Tensor) -> Tensor:
+def forward_class_token(layer: nn.Module, x: Tensor, *hw_shape: tuple[int, int]) -> Tensor:
     """Compute a transformer layer's output for the first token only: attention is computed for this token's query only.
 
     The result equals ``layer(x)[:, :1]`` up to rounding, with a few percent of its FLOPs and activations. Dropout draws fewer
@@ -90,12 +90,13 @@ def forward_class_token(layer: nn.Module, x: Tensor) -> Tensor:
     Args:
         layer: A layer of mmpretrain's ViT; any other layer runs in full.
         x: (B, L, C).
+        hw_shape: Height and width in patches, for layers that take them (EVA02).
 
     Returns:
         (B, 1, C).
     """
     if not _is_stock_layer(layer):
-        return layer(x)[:, :1]
+        return layer(x, *hw_shape)[:, :1]
     own, first = vars(layer).get('forward'), partial(_forward_first_token, layer)
     return own.run(first, x) if isinstance(own, Recomputed) else first(x)
 

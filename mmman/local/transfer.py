@@ -76,20 +76,19 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(
-        self, x: Tensor, *hw_shape: tuple[int, int], run_copy: Callable[[nn.Module, Tensor], Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *hw_shape: tuple[int, int], run_copy: Callable[..., Tensor] | None = None) -> Tensor:
         """Compute the task head's input from the output x of block j.
 
         Args:
             x: (B, C, H, W) or (B, L, C).
             hw_shape: Height and width of x in patches, if the backbone's units take them.
-            run_copy: Called as ``run_copy(copy, x)`` in place of ``copy(x, *hw_shape)``, where part of the output is enough.
+            run_copy: Called as ``run_copy(copy, x, *hw_shape)`` in place of ``copy(x, *hw_shape)``, where part of the output is
+                enough.
 
         Returns:
             Shaped as the unit's output, or as the result of ``run_copy``.
         """
-        terms = [copied(x, *hw_shape) if run_copy is None else run_copy(copied, x) for copied in self.copies]
+        terms = [copied(x, *hw_shape) if run_copy is None else run_copy(copied, x, *hw_shape) for copied in self.copies]
         if self.depthwise_bias is not None:
             return self._with_depthwise_bias(terms[0])
         if self.channel_bias is not None:

@@ -24,7 +24,7 @@ class Unit:
             copied, may run other operations between its modules.
         output: Path of the module whose output is the unit's output. It is the last of ``modules``, except in a first unit.
         stage: Zero-based index of the stage. A stem belongs to the first stage.
-        tensors: Names of parameters that belong to the backbone itself and that the unit uses, e.g. ``cls_token``.
+        tensors: Names of parameters and buffers that belong to the backbone itself and that the unit uses, e.g. ``cls_token``.
     """
 
     name: str
@@ -51,8 +51,8 @@ class Unit:
     def parameters(self, backbone: nn.Module) -> Iterator[nn.Parameter]:
         for path in self.modules:
             yield from backbone.get_submodule(path).parameters()
-        for name in self.tensors:
-            yield getattr(backbone, name)
+        own = dict(backbone.named_parameters(recurse=False))
+        yield from (own[name] for name in self.tensors if name in own)
 
     def is_trainable(self, backbone: nn.Module) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters(backbone))

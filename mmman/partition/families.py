@@ -1,4 +1,4 @@
-"""A table of the backbone families that can be cut, with one row for each forward pass.
+"""A table of the backbone families that can be cut, with one row for each forward pass, and a table of those that can't be.
 
 The key of a row is the class that *defines* ``forward``. The row serves all subclasses that inherit this forward unchanged
 (ResNeXt, ResNetV1d, SE-ResNet, a user's subclass). A subclass with its own forward (DetectoRS_ResNet) is refused by name.
@@ -6,132 +6,96 @@ The key of a row is the class that *defines* ``forward``. The row serves all sub
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import nn
 
 from mmman.errors import UnsupportedBackboneError
-from mmman.partition.chain import STEM, Chain, Unit
-
-
-def resnet(backbone: nn.Module) -> Chain:
-    """Stem (7x7 or deep), then residual blocks in ``layer1`` to ``layer4``; one output for each stage in ``out_indices``."""
-    stem = ('stem',) if backbone.deep_stem else ('conv1', backbone.norm1_name)
-    return _staged(backbone, Unit(STEM, (*stem, 'maxpool'), 'maxpool', 0), backbone.res_layers)
-
-
-def cifar_resnet(backbone: nn.Module) -> Chain:
-    """mmman's ResNet of depth 6n+2: a 3x3 stem, then three stages of n residual blocks."""
-    return _staged(backbone, Unit(STEM, ('stem',), 'stem', 0), backbone.res_layers)
-
-
-def regnet(backbone: nn.Module) -> Chain:
-    """A 3x3 stem without pooling, then four stages of residual blocks; mmpretrain's ResNet_CIFAR has the same layout."""
-    return _staged(backbone, Unit(STEM, ('conv1', backbone.norm1_name, 'relu'), 'relu', 0), backbone.res_layers)
-
-
-def mobilenet_v2(backbone: nn.Module) -> Chain:
-    """A 3x3 stem, seven stages of inverted residuals, and an optional 1x1 convolution as the last stage."""
-    return _staged(backbone, Unit(STEM, ('conv1',), 'conv1', 0), backbone.layers)
-
-
-def vgg(backbone: nn.Module) -> Chain:
-    """Each convolution with its norm and activation is a unit; a max pooling is part of the unit before it.
-
-    The fully connected layers of a VGG with ``num_classes`` only make an output, so they count as part of the model's head.
-    """
-    units, out_units = [], []
-    for stage, (first, end) in enumerate(backbone.range_sub_modules):
-        layers = [f'{backbone.module_name}.{i}' for i in range(first, end)]
-        pools = [path for path in layers if isinstance(backbone.get_submodule(path), nn.MaxPool2d)]
-        convolutions = [path for path in layers if path not in pools]
-        units += [Unit.single(path, stage) for path in convolutions[:-1]]
-        last = (convolutions[-1], *pools)
-        units.append(Unit(convolutions[-1], last, last[-1], stage))
-        if stage in backbone.out_indices:
-            out_units.append(len(units) - 1)
-    if backbone.num_classes > 0:
-        out_units.append(len(units) - 1)
-        return Chain(tuple(units), tuple(out_units), input_size=(224, 224))
-    return Chain(tuple(units), tuple(out_units))
-
-
-def vision_transformer(backbone: nn.Module) -> Chain:
-    """Patch, class and position embedding, then the layers. The final norm counts as part of the model's head."""
-    own = ('pos_embed', 'cls_token', 'dist_token')
-    tensors = tuple(name for name in own if isinstance(getattr(backbone, name, None), nn.Parameter))
-    is_distilled = 'dist_token' in tensors  # a distilled ViT's forward has no pre_norm
-    stem = ('patch_embed', 'drop_after_pos') if is_distilled else ('patch_embed', 'drop_after_pos', 'pre_norm')
-    units = [Unit(STEM, stem, stem[-1], 0, tensors), *(Unit.single(f'layers.{i}', 0) for i in range(len(backbone.layers)))]
-    out_units = tuple(1 + i for i in range(len(backbone.layers)) if i in backbone.out_indices)
-    norms = dict.fromkeys(range(len(out_units)), 'ln2') if backbone.out_type == 'avg_featmap' else {}
-    size = tuple(backbone.patch_embed.init_input_size)
-    return Chain(tuple(units), out_units, norms, extra_tokens=backbone.num_extra_tokens, input_size=size)
-
-
-def swin(backbone: nn.Module) -> Chain:
-    """Patch embedding, then window-attention blocks; a patch merging is one unit with the block that follows it."""
-    tensors = ('absolute_pos_embed',) if backbone.use_abs_pos_embed else ()
-    units = [Unit(STEM, ('patch_embed', 'drop_after_pos'), 'drop_after_pos', 0, tensors)]
-    last, out_units = [], []
-    after = getattr(backbone, 'out_after_downsample', False)
-    for i, stage in enumerate(backbone.stages):
-        merging = (f'stages.{i - 1}.downsample',) if i else ()
-        units.append(Unit.sequence((*merging, f'stages.{i}.blocks.0'), i))
-        units += [Unit.single(f'stages.{i}.blocks.{j}', i) for j in range(1, len(stage.blocks))]
-        last.append(len(units) - 1)
-    for i in backbone.out_indices:
-        # an output after the patch merging comes from inside the next stage's first unit
-        out_units.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
-    norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
-    size = backbone.patch_embed.init_input_size or (224, 224)
-    return Chain(tuple(units), tuple(sorted(out_units)), norms, needs_hw_shape=True, input_size=tuple(size))
-
-
-def convnext(backbone: nn.Module) -> Chain:
-    """A patch stem, then ConvNeXt blocks; a downsampling layer is one unit with the block that follows it."""
-    units, out_units = [Unit(STEM, ('downsample_layers.0',), 'downsample_layers.0', 0)], []
-    for i, stage in enumerate(backbone.stages):
-        downsampling = (f'downsample_layers.{i}',) if i else ()
-        units.append(Unit.sequence((*downsampling, f'stages.{i}.0'), i))
-        units += [Unit.single(f'stages.{i}.{j}', i) for j in range(1, len(stage))]
-        if i in backbone.out_indices:
-            out_units.append(len(units) - 1)
-    norms = {element: f'norm{i}' for element, i in enumerate(sorted(backbone.out_indices))}
-    return Chain(tuple(units), tuple(out_units), norms)
-
-
-def _staged(backbone: nn.Module, stem: Unit, layers: Sequence[str]) -> Chain:
-    """A stem, then stages that are sequences of units or single units; one output for each stage in ``out_indices``."""
-    units, out_units = [stem], []
-    for stage, layer in enumerate(layers):
-        module = backbone.get_submodule(layer)
-        names = [f'{layer}.{name}' for name, _ in module.named_children()] if isinstance(module, nn.Sequential) else [layer]
-        units += [Unit.single(name, stage) for name in names]
-        if stage in backbone.out_indices:
-            out_units.append(len(units) - 1)
-    return Chain(tuple(units), tuple(out_units))
-
+from mmman.partition import convolutional, transformers
+from mmman.partition.chain import Chain
 
 _FAMILIES: dict[str, Callable[[nn.Module], Chain]] = {
-    'mmdet.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
-    'mmdet.models.backbones.regnet.RegNet': regnet,
-    'mmdet.models.backbones.resnet.ResNet': resnet,
-    'mmdet.models.backbones.swin.SwinTransformer': swin,
-    'mmman.backbones.cifar_resnet.CIFARResNet': cifar_resnet,
-    'mmpretrain.models.backbones.convnext.ConvNeXt': convnext,
-    'mmpretrain.models.backbones.deit.DistilledVisionTransformer': vision_transformer,
-    'mmpretrain.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
-    'mmpretrain.models.backbones.regnet.RegNet': regnet,
-    'mmpretrain.models.backbones.resnet.ResNet': resnet,
-    'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': regnet,
-    'mmpretrain.models.backbones.swin_transformer.SwinTransformer': swin,
-    'mmpretrain.models.backbones.vgg.VGG': vgg,
-    'mmpretrain.models.backbones.vision_transformer.VisionTransformer': vision_transformer,
-    'mmseg.models.backbones.mobilenet_v2.MobileNetV2': mobilenet_v2,
-    'mmseg.models.backbones.resnet.ResNet': resnet,
-    'mmseg.models.backbones.swin.SwinTransformer': swin,
+    'mmdet.models.backbones.csp_darknet.CSPDarknet': convolutional.named_layers,
+    'mmdet.models.backbones.cspnext.CSPNeXt': convolutional.named_layers,
+    'mmdet.models.backbones.darknet.Darknet': convolutional.darknet,
+    'mmdet.models.backbones.efficientnet.EfficientNet': convolutional.efficientnet,
+    'mmdet.models.backbones.mobilenet_v2.MobileNetV2': convolutional.mobilenet_v2,
+    'mmdet.models.backbones.regnet.RegNet': convolutional.regnet,
+    'mmdet.models.backbones.resnet.ResNet': convolutional.resnet,
+    'mmdet.models.backbones.ssd_vgg.SSDVGG': convolutional.ssd_vgg,
+    'mmdet.models.backbones.swin.SwinTransformer': transformers.swin,
+    'mmman.backbones.cifar_resnet.CIFARResNet': convolutional.cifar_resnet,
+    'mmpretrain.models.backbones.convmixer.ConvMixer': convolutional.convmixer,
+    'mmpretrain.models.backbones.convnext.ConvNeXt': convolutional.convnext,
+    'mmpretrain.models.backbones.cspnet.CSPNet': convolutional.csp_net,
+    'mmpretrain.models.backbones.davit.DaViT': transformers.davit,
+    'mmpretrain.models.backbones.deit.DistilledVisionTransformer': transformers.vision_transformer,
+    'mmpretrain.models.backbones.deit3.DeiT3': transformers.deit3,
+    'mmpretrain.models.backbones.densenet.DenseNet': convolutional.densenet,
+    'mmpretrain.models.backbones.efficientnet.EfficientNet': convolutional.efficientnet,
+    'mmpretrain.models.backbones.efficientnet_v2.EfficientNetV2': convolutional.efficientnet,
+    'mmpretrain.models.backbones.hornet.HorNet': convolutional.hornet,
+    'mmpretrain.models.backbones.mlp_mixer.MlpMixer': transformers.mlp_mixer,
+    'mmpretrain.models.backbones.mobilenet_v2.MobileNetV2': convolutional.mobilenet_v2,
+    'mmpretrain.models.backbones.mobilenet_v3.MobileNetV3': convolutional.named_layers,
+    'mmpretrain.models.backbones.mobileone.MobileOne': convolutional.mobileone,
+    'mmpretrain.models.backbones.mobilevit.MobileViT': convolutional.mobilevit,
+    'mmpretrain.models.backbones.poolformer.PoolFormer': convolutional.poolformer,
+    'mmpretrain.models.backbones.regnet.RegNet': convolutional.regnet,
+    'mmpretrain.models.backbones.repvgg.RepVGG': convolutional.repvgg,
+    'mmpretrain.models.backbones.resnet.ResNet': convolutional.resnet,
+    'mmpretrain.models.backbones.resnet_cifar.ResNet_CIFAR': convolutional.regnet,
+    'mmpretrain.models.backbones.riformer.RIFormer': convolutional.poolformer,
+    'mmpretrain.models.backbones.shufflenet_v1.ShuffleNetV1': convolutional.shufflenet,
+    'mmpretrain.models.backbones.shufflenet_v2.ShuffleNetV2': convolutional.shufflenet,
+    'mmpretrain.models.backbones.swin_transformer.SwinTransformer': transformers.swin,
+    'mmpretrain.models.backbones.swin_transformer_v2.SwinTransformerV2': transformers.swin_v2,
+    'mmpretrain.models.backbones.t2t_vit.T2T_ViT': transformers.t2t_vit,
+    'mmpretrain.models.backbones.vgg.VGG': convolutional.vgg,
+    'mmpretrain.models.backbones.vig.PyramidVig': convolutional.pyramid_vig,
+    'mmpretrain.models.backbones.vig.Vig': convolutional.vig,
+    'mmpretrain.models.backbones.vision_transformer.VisionTransformer': transformers.vision_transformer,
+    'mmpretrain.models.backbones.vit_eva02.ViTEVA02': transformers.eva02,
+    'mmseg.models.backbones.beit.BEiT': transformers.beit,
+    'mmseg.models.backbones.erfnet.ERFNet': convolutional.erfnet,
+    'mmseg.models.backbones.mae.MAE': transformers.beit,
+    'mmseg.models.backbones.mobilenet_v2.MobileNetV2': convolutional.mobilenet_v2,
+    'mmseg.models.backbones.mobilenet_v3.MobileNetV3': convolutional.named_layers,
+    'mmseg.models.backbones.resnet.ResNet': convolutional.resnet,
+    'mmseg.models.backbones.swin.SwinTransformer': transformers.swin,
+    'mmseg.models.backbones.vit.VisionTransformer': transformers.seg_vision_transformer,
 }
+
+_HRNET = 'its branches of several resolutions exchange features at every stage, and all of them are passed on'
+NO_CHAIN: dict[str, str] = {
+    'mmdet.models.backbones.hourglass.HourglassNet': (
+        'the input of every hourglass is added to its output, and each hourglass has connections across its own layers'
+    ),
+    'mmdet.models.backbones.hrnet.HRNet': _HRNET,
+    'mmpretrain.models.backbones.beit.BEiTViT': 'its layers take a position bias beside their input',
+    'mmpretrain.models.backbones.conformer.Conformer': 'a convolutional and a transformer branch exchange features all along',
+    'mmpretrain.models.backbones.hrnet.HRNet': _HRNET,
+    'mmpretrain.models.backbones.revvit.RevVisionTransformer': (
+        'its reversible layers pass two streams on, and run again in the backward pass'
+    ),
+    'mmpretrain.models.backbones.tnt.TNT': 'its layers pass pixel and patch embeddings on side by side',
+    'mmpretrain.models.backbones.xcit.XCiT': (
+        'the class token is added in front of the last layers, so the number of extra tokens changes inside the network'
+    ),
+    'mmseg.models.backbones.bisenetv1.BiSeNetV1': 'a spatial and a context path run side by side and are fused at the end',
+    'mmseg.models.backbones.bisenetv2.BiSeNetV2': 'a detail and a semantic branch run side by side and are fused at the end',
+    'mmseg.models.backbones.cgnet.CGNet': 'the downsampled image and the first output of a stage are joined to the last one',
+    'mmseg.models.backbones.ddrnet.DDRNet': 'a spatial and a context branch exchange features at every stage',
+    'mmseg.models.backbones.fast_scnn.FastSCNN': 'high-resolution features bypass the extractor and are fused at the end',
+    'mmseg.models.backbones.hrnet.HRNet': _HRNET,
+    'mmseg.models.backbones.icnet.ICNet': 'a branch on the whole image runs beside a network on the image at half size',
+    'mmseg.models.backbones.pidnet.PIDNet': 'three branches exchange features at every stage',
+    'mmseg.models.backbones.stdc.STDCContextPathNet': (
+        'a context path from the last stage back to earlier ones, and a fusion, follow the stages'
+    ),
+    'mmseg.models.backbones.unet.UNet': 'every stage of the decoder takes the output of an encoder stage, too',
+}
+"""Why a forward pass is no chain of units, by the class that defines it. docs/supported_models.md has this table, too."""
 
 
 def register_chain(forward_class: str) -> Callable[[Callable[[nn.Module], Chain]], Callable[[nn.Module], Chain]]:
@@ -164,15 +128,15 @@ def chain_of(backbone: nn.Module) -> Chain:
             or a unit other than the first has an output that isn't that of its last module.
     """
     owner = next(cls for cls in type(backbone).__mro__ if 'forward' in vars(cls))
-    enumerate_units = _FAMILIES.get(f'{owner.__module__}.{owner.__qualname__}')
+    path = f'{owner.__module__}.{owner.__qualname__}'
+    enumerate_units = _FAMILIES.get(path)
+    refused = f'{type(backbone).__name__} cannot be cut into blocks: '
+    if enumerate_units is None and path in NO_CHAIN:
+        raise UnsupportedBackboneError(f'{refused}{NO_CHAIN[path]} (docs/supported_models.md lists those that can)')
     if enumerate_units is None or 'forward' in vars(backbone):
         raise UnsupportedBackboneError(
-            f'{type(backbone).__name__} cannot be cut into blocks: its forward pass '
-            + (
-                'was replaced on the instance'
-                if enumerate_units
-                else f'({owner.__module__}.{owner.__qualname__}) is not supported'
-            )
+            f'{refused}its forward pass '
+            + ('was replaced on the instance' if enumerate_units else f'({path}) is not supported')
             + f'. Supported are the classes that inherit it unchanged from {", ".join(sorted(_FAMILIES))}; '
             'docs/howto/new_backbone.md shows how to add another.'
         )
