@@ -66,7 +66,8 @@ class MomentumTransfer(BaseModule):
         self.depthwise_bias = nn.Parameter(torch.zeros(feature.channels, 1, 3, 3)) if bias == 'depthwise' else None
         self.delta = nn.Parameter(torch.zeros(())) if scale is True else None
         self.rho = nn.Parameter(torch.ones(())) if scale == 'release' else None
-        self.is_loaded = False  # the last loaded state dict contained the copies
+        self.is_loaded = False  # the last loaded state dict contained the copies' parameters
+        self._missing_buffers: list[str] = []  # those that this state dict lacked
         self.is_initialized = not self.copies  # init_from_ was called, or there are no copies
 
     @property
@@ -116,9 +117,10 @@ class MomentumTransfer(BaseModule):
 
         Args:
             source: The unit that the transfer copies.
-            keep_loaded: Leave E and B unchanged if the last loaded state dict contained all of their tensors.
+            keep_loaded: Leave E and B unchanged if the last loaded state dict contained all of their tensors. Buffers that
+                equal those of ``source`` may be missing: some backbones (SwinV2) drop constant buffers when they load.
         """
-        if not (keep_loaded and self.is_loaded):
+        if not (keep_loaded and self.is_loaded and self._has_buffers_of(source)):
             for module in self.copies:
                 module.load_state_dict(source.state_dict())
         self.is_initialized = True
@@ -147,10 +149,17 @@ class MomentumTransfer(BaseModule):
                 if layer.training != copied.training:
                     layer.training = copied.training
 
+    def _has_buffers_of(self, source: nn.Module) -> bool:
+        """Whether the buffers of E and B that were not loaded equal those of ``source``."""
+        own, theirs = self.state_dict(), source.state_dict()
+        return all(torch.equal(own[name], theirs[name.partition('.')[2]]) for name in self._missing_buffers)
+
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         own = self.state_dict(keep_vars=True)
-        given = [state_dict.get(prefix + name) for name in own]
-        self.is_loaded = all(v is not None and v.shape == own[name].shape for name, v in zip(own, given, strict=True))
+        given = {name: state_dict.get(prefix + name) for name in own}
+        missing = [name for name, value in given.items() if value is None or value.shape != own[name].shape]
+        self.is_loaded = not any(isinstance(own[name], nn.Parameter) for name in missing)
+        self._missing_buffers = missing
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

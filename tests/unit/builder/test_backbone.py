@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from mmman.builder.backbone import check_backbone_options
 from mmman.errors import ConfigError
 from tests.toy import ToyNet, toy_config
-from tests.unit.partition.test_families import build
+from tests.unit.partition.off import build
 
 
 @pytest.mark.whole_models

@@ -1,5 +1,7 @@
 """The local head of vision transformers: its layers, what it classifies, and layers of which only that is computed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +105,22 @@ def test_the_class_token_of_an_attention_that_is_another():
     expected = layer(X.double())[:, :1]
     layer.attn.qkv = nn.Sequential(layer.attn.qkv)  # an adapter around it, say
     torch.testing.assert_close(forward_class_token(layer, X.double()), expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize('layers', [0, 1])
+def test_layers_that_take_the_grid(layers):
+    """EVA02's: they run in full, and the class token is taken."""
+    from mmpretrain.models.backbones.vit_eva02 import EVA02EndcoderLayer, RotaryEmbeddingFast
+
+    rope = RotaryEmbeddingFast(embed_dims=4, patch_resolution=(4, 4))
+    source, following = (EVA02EndcoderLayer(8, 2, 16, rope=rope) for _ in range(2))
+    where = replace(boundary(TOKENS, following=[(following, TOKENS)]), needs_hw_shape=True)
+    transfer = MomentumTransfer(source, TOKENS)
+    head = MODELS.build({'type': 'mmman.ViTLocalHead', 'head': HEAD, 'boundary': where, 'transfer': transfer, 'layers': layers})
+    y = source(X, (4, 4)) * 2
+    if layers:
+        y = following(y, (4, 4))
+    assert torch.equal(head.embed(head.apply_transfer(X, IMAGES), IMAGES), F.layer_norm(y[:, 0], (8,), eps=1e-6))
 
 
 def test_vit_head_options_are_checked():

@@ -13,7 +13,7 @@ from mmman import LocalHead, LocalLearningOptimWrapper, localize_
 from mmman.errors import ConfigError
 from mmman.registry import MODELS
 from tests.toy import ToyNet, toy_batches
-from tests.unit.partition.test_families import SWIN, VIT, build
+from tests.unit.partition.off import SWIN, VIT, build
 
 WEIGHT, BIAS = 7.0, 3.0
 

@@ -145,6 +145,19 @@ def test_copies_from_a_state_dict_are_kept_where_asked(source):
     assert MomentumTransfer(source, Feature(8, 2), ema=False, bias=False, scale=False).is_initialized
 
 
+@pytest.mark.parametrize('changed', [False, True])
+def test_constant_buffers_may_be_missing_from_a_state_dict(source, changed):
+    transfer, other = MomentumTransfer(source, Feature(8, 2)), MomentumTransfer(source, Feature(8, 2))
+    transfer.momentum.conv.weight.data += 1
+    source.bn.running_mean += changed
+    parameters = {name: value for name, value in transfer.state_dict().items() if '.running_' not in name}
+    other.load_state_dict(parameters, strict=False)
+    other.init_from_(source, keep_loaded=True)
+    expected = source if changed else transfer.momentum
+    assert torch.equal(other.momentum.conv.weight, expected.conv.weight)
+    assert torch.equal(other.momentum.bn.running_mean, expected.bn.running_mean)
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+import torch
 from torch import nn
 
 from mmman import localize_, register_chain
@@ -29,16 +30,45 @@ def test_localising_changes_no_mode_statistics_or_random_state():
 
 @pytest.mark.parametrize(
     ('library', 'kind', 'options'),
-    [
-        ('mmdet', 'DetectoRS_ResNet', {'depth': 50}),
-        ('mmseg', 'UNet', {}),
-        ('mmpretrain', 'HRNet', {'arch': 'w18'}),
-        ('mmpretrain', 'SwinTransformerV2', {}),
-    ],
+    [('mmdet', 'DetectoRS_ResNet', {'depth': 50}), ('mmpretrain', 'LeNet5', {}), ('mmpretrain', 'AlexNet', {})],
 )
 def test_another_forward_is_refused_by_name(library, kind, options):
     with pytest.raises(UnsupportedBackboneError, match=f'^{kind} cannot be cut .* mmdet.models.backbones.resnet.ResNet.*how'):
         localize_(build(library, kind, options), 2, HEAD)
+
+
+@pytest.mark.parametrize(
+    ('library', 'kind', 'options', 'reason'),
+    [
+        ('mmseg', 'UNet', {}, 'every stage of the decoder takes the output of an encoder stage, too'),
+        ('mmpretrain', 'HRNet', {'arch': 'w18'}, 'its branches of several resolutions exchange features'),
+    ],
+)
+def test_what_is_no_chain_is_refused_with_the_reason(library, kind, options, reason):
+    with pytest.raises(UnsupportedBackboneError, match=f'^{kind} cannot be cut into blocks: {reason}.*supported_models.md'):
+        localize_(build(library, kind, options), 2, HEAD)
+
+
+def test_rows_name_classes_that_define_a_forward():
+    """And no class is in both tables."""
+    assert not _FAMILIES.keys() & NO_CHAIN.keys()
+    paths = [path for path in (*_FAMILIES, *NO_CHAIN) if path.startswith(('mmdet.', 'mmseg.', 'mmpretrain.'))]
+    for path in paths:
+        module, _, name = path.rpartition('.')
+        pytest.importorskip(module.partition('.')[0])
+        assert 'forward' in vars(getattr(importlib.import_module(module), name)), path
+
+
+def test_the_docs_name_what_is_no_chain_and_why():
+    """Classes of one name and one reason share a row."""
+    rows = {}
+    for path, reason in NO_CHAIN.items():
+        library, name = path.partition('.')[0], path.rpartition('.')[2]
+        rows.setdefault((name, reason), []).append(library.replace('mmseg', 'mmsegmentation'))
+    text = (ROOT / 'docs' / 'supported_models.md').read_text()
+    section = text[text.index('### No chain') : text.index('## Stock configs')]
+    table = [line for line in section.splitlines() if line.startswith('| ') and not line.startswith('| backbone |')]
+    assert sorted(table) == sorted(f'| {name} | {", ".join(libraries)} | {why} |' for (name, why), libraries in rows.items())
 
 
 def test_units_that_pass_on_several_tensors_are_refused():

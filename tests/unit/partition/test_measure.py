@@ -9,7 +9,7 @@ from mmman import LocalLearningOptimWrapper, localize_, register_chain
 from mmman.errors import UnsupportedBackboneError
 from mmman.partition import Chain, Feature, Unit, chain_of, measure
 from tests.toy import toy_batches
-from tests.unit.partition.test_families import HEAD, build
+from tests.unit.partition.off import HEAD, build
 
 
 class Stages(nn.Module):

@@ -9,7 +9,7 @@ from mmman.errors import ConfigError, PartitionError
 from mmman.partition import chain_of, trainable_units
 from tests.toy import ToyNet, block_parameters, toy_batches
 from tests.unit.local.test_session import step, toy
-from tests.unit.partition.test_families import HEAD, SWIN, VIT, build
+from tests.unit.partition.off import HEAD, SWIN, VIT, build
 
 SMALL_SWIN = {'embed_dims': 24, 'depths': (2, 2, 2, 2)}
 FREEZING = [

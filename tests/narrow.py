@@ -1,0 +1,64 @@
+"""Narrow variants of backbones whose widths are class attributes: subclasses that inherit their forward pass."""
+
+import importlib
+
+from mmengine.registry import MODELS
+
+ATTRIBUTES = {
+    'mmdet.Darknet': {'arch_settings': {53: ((1, 2, 1, 1, 2), ((32, 8), (8, 8), (8, 12), (12, 16), (16, 24)))}},
+    'mmdet.EfficientNet': {'arch_settings': {'b0': (0.25, 0.6, 32)}},
+    'mmpretrain.EfficientNet': {'arch_settings': {'b0': (0.25, 0.6, 32), 'es': (0.25, 0.5, 32)}},
+    'mmpretrain.EfficientNetV2': {
+        'arch_settings': {
+            'b0': [
+                [1, 3, 1, 1, 8, 8, 0.0, -1],
+                [2, 3, 2, 4, 8, 12, 0.0, 0],
+                [2, 3, 2, 4, 12, 16, 0.25, 1],
+                [2, 3, 1, 6, 16, 16, 0.25, 1],
+                [1, 1, 1, 1, 16, 32, 0.0, -2],
+            ]
+        }
+    },
+    'mmpretrain.CSPDarkNet': {
+        'arch_settings': {
+            53: {
+                'in_channels': (8, 8, 12),
+                'out_channels': (8, 12, 16),
+                'num_blocks': (1, 2, 1),
+                'expand_ratio': (2, 1, 1),
+                'bottle_ratio': (2, 1, 1),
+                'has_downsampler': True,
+                'down_growth': True,
+            }
+        }
+    },
+    'mmpretrain.CSPResNet': {
+        'arch_settings': {
+            50: {
+                'in_channels': (8, 12, 16, 24),
+                'out_channels': (12, 16, 24, 32),
+                'num_blocks': (1, 2, 1, 1),
+                'expand_ratio': 2,
+                'bottle_ratio': 2,
+                'has_downsampler': (False, True, True, True),
+                'down_growth': False,
+            }
+        }
+    },
+    'mmpretrain.Vig': {'arch_settings': {'tiny': {'num_blocks': 4, 'channels': 16}}},
+    'mmpretrain.PyramidVig': {'arch_settings': {'tiny': {'blocks': [1, 2, 1, 1], 'channels': [8, 8, 12, 16]}}},
+}
+
+
+def narrow(kind):
+    """Register the narrow variant of ``kind``, e.g. ``mmdet.Darknet``, and return the name to build it by."""
+    library, _, name = kind.partition('.')
+    base = getattr(importlib.import_module(f'{library}.models.backbones'), name)
+    registered = f'Narrow{library.capitalize()}{name}'
+    if registered not in MODELS.module_dict:
+        attributes = dict(ATTRIBUTES[kind])
+        if name.startswith('CSP'):  # the block is a class
+            settings = {depth: {**base.arch_settings[depth], **arch} for depth, arch in attributes['arch_settings'].items()}
+            attributes['arch_settings'] = settings
+        MODELS.register_module(name=registered, module=type(registered, (base,), {**attributes, '__module__': __name__}))
+    return f'mmengine.{registered}'
