@@ -29,11 +29,21 @@ STOCK = {
     'mmdet::atss/atss_r50_fpn_1x_coco.py': 4,
     'mmdet::gfl/gfl_r50_fpn_1x_coco.py': 4,
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 4,
+    'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': 4,
+    'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py': 4,
+    'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py': 4,
+    'mmdet::ssd/ssd300_coco.py': 4,
+    'mmdet::efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py': 4,
     'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py': 4,
     'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py': 4,
+    'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py': 4,
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 4,
+    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': 4,
+    'mmseg::mobilenet_v3/mobilenet-v3-d8-scratch-s_lraspp_4xb4-320k_cityscapes-512x1024.py': 4,
+    'mmseg::erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1024.py': 4,
     'mmpretrain::resnet/resnet50_8xb32_in1k.py': 4,
     'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py': 4,
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py': 4,
@@ -41,7 +51,36 @@ STOCK = {
     'mmpretrain::vgg/vgg13_8xb32_in1k.py': 10,
     'mmpretrain::regnet/regnetx-400mf_8xb128_in1k.py': 4,
     'mmpretrain::mobilenet_v2/mobilenet-v2_8xb32_in1k.py': 4,
+    'mmpretrain::mobilenet_v3/mobilenet-v3-small-050_8xb128_in1k.py': 4,
+    'mmpretrain::efficientnet/efficientnet-b0_8xb32_in1k.py': 4,
+    'mmpretrain::efficientnet_v2/efficientnetv2-b0_8xb32_in1k.py': 4,
+    'mmpretrain::repvgg/repvgg-A0_8xb32_in1k.py': 4,
+    'mmpretrain::mobileone/mobileone-s0_8xb32_in1k.py': 4,
+    'mmpretrain::shufflenet_v1/shufflenet-v1-1x_16xb64_in1k.py': 4,
+    'mmpretrain::shufflenet_v2/shufflenet-v2-1x_16xb64_in1k.py': 4,
+    'mmpretrain::cspnet/cspresnet50_8xb32_in1k.py': 4,
+    'mmpretrain::densenet/densenet121_4xb256_in1k.py': 4,
+    'mmpretrain::mobilevit/mobilevit-xxsmall_8xb128_in1k.py': 4,
+    'mmpretrain::convmixer/convmixer-768-32_10xb64_in1k.py': 4,
+    'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 4,
+    'mmpretrain::poolformer/poolformer-s12_32xb128_in1k.py': 4,
+    'mmpretrain::riformer/riformer-s12_8xb128_in1k.py': 4,
+    'mmpretrain::vig/vig-tiny_8xb128_in1k.py': 4,
+    'mmpretrain::vig/pvig-tiny_8xb128_in1k.py': 4,
+    'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py': 4,
+    'mmpretrain::deit3/deit3-small-p16_64xb64_in1k.py': 4,
+    'mmpretrain::t2t_vit/t2t-vit-t-14_8xb64_in1k.py': 4,
+    'mmpretrain::eva02/eva02-tiny-p14_in1k.py': 4,
+    'mmpretrain::swin_transformer_v2/swinv2-tiny-w8_16xb64_in1k-256px.py': 4,
+    'mmpretrain::davit/davit-tiny_4xb256_in1k.py': 4,
 }
+
+SIDES = {
+    **dict.fromkeys(('SwinTransformer', 'VGG', 'DaViT', 'Vig', 'PyramidVig', 'MlpMixer'), 224),
+    'SwinTransformerV2': 256,
+    'ViTEVA02': 56,
+}
+"""Sides, in pixels, of the images of classifiers that need other than 64."""
 
 
 def child_of(stock, num_blocks, folder):
@@ -96,7 +135,7 @@ def batch_of(cfg):
         return detection_batch()
     if cfg.default_scope == 'mmseg':
         return segmentation_batch()
-    return classification_batch(224 if cfg.model.backbone.backbone.type in ('SwinTransformer', 'VGG') else 64)
+    return classification_batch(SIDES.get(cfg.model.backbone.backbone.type, 64))
 
 
 def table_row(stock, head):
@@ -112,6 +151,8 @@ def test_inheritance_alone_localises(stock, tmp_path):
     cfg = child_of(stock, STOCK[stock], tmp_path)
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (128, 128)
+    if cfg.model.backbone.backbone.type in ('BEiT', 'MAE'):
+        cfg.model.backbone.backbone.img_size = (128, 128)
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     is_double = not hasattr(model, 'roi_head')  # mmcv's NMS of proposals takes single precision alone

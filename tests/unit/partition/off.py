@@ -9,8 +9,9 @@ from torch.utils import _pytree as pytree
 from mmman import delocalize_, localize_
 from mmman.partition import chain_of
 from tests.narrow import ATTRIBUTES, narrow
+from tests.toy import ToyLocalHead
 
-HEAD = {'type': 'mmman.ToyLocalHead'}
+HEAD = {'type': f'mmman.{ToyLocalHead.__name__}'}
 VIT = {'embed_dims': 24, 'num_layers': 6, 'num_heads': 3, 'feedforward_channels': 48}
 SWIN = {'embed_dims': 24, 'depths': [2, 2, 2, 2], 'num_heads': [1, 2, 4, 8]}
 
