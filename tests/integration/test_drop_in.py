@@ -81,10 +81,19 @@ SIDES = {
     'ViTEVA02': 56,
 }
 """Sides, in pixels, of the images of classifiers that need other than 64."""
+BACKBONES = {
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 'img_size=128',
+    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': 'img_size=128',
+    'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 'use_layer_scale=False',
+}
+"""What is changed of a stock backbone: images of one size would cost too much, a scale of 1e-6 makes gradients of rounding."""
 
 
 def child_of(stock, num_blocks, folder):
     """The localised child of a stock config, as a user keeps it, without weights to download; CPUs have no float16."""
+    if stock in BACKBONES:
+        (folder / 'stock.py').write_text(f'_base_ = {stock!r}\nmodel = dict(backbone=dict({BACKBONES[stock]}))\n')
+        stock = str(folder / 'stock.py')
     path = folder / 'child.py'
     path.write_text(localize(StockConfig.read(stock), Changes(local={'num_blocks': num_blocks}), dry_run=False).text)
     cfg = Config.fromfile(path)
@@ -151,8 +160,6 @@ def test_inheritance_alone_localises(stock, tmp_path):
     cfg = child_of(stock, STOCK[stock], tmp_path)
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (128, 128)
-    if cfg.model.backbone.backbone.type in ('BEiT', 'MAE'):
-        cfg.model.backbone.backbone.img_size = (128, 128)
     init_default_scope(cfg.default_scope)
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     is_double = not hasattr(model, 'roi_head')  # mmcv's NMS of proposals takes single precision alone
@@ -160,6 +167,8 @@ def test_inheritance_alone_localises(stock, tmp_path):
     backbone = model.backbone
     assert len(backbone.local) == STOCK[stock] - 1
     assert table_row(stock, next(iter(backbone.local.values()))) in (ROOT / 'docs' / 'supported_models.md').read_text()
+    if is_double:  # a preprocessor without mean and std makes single precision of images
+        backbone.register_forward_pre_hook(lambda module, args: (args[0].double(),))
     backbone.local.init_weights()
     for module in backbone.local.modules():
         if isinstance(module, torch.nn.Linear) and not module.weight.any():  # a ViT's classifier passes no gradient on
@@ -174,6 +183,8 @@ def test_inheritance_alone_localises(stock, tmp_path):
     wrapper.optimizer.step = lambda: None
     # a level's scale factor has a gradient only where an object is assigned to that level
     trained = {name: p for name, p in backbone.named_parameters() if p.requires_grad and '.scales.' not in name}
+    if type(backbone).__name__ == 'DeiT3':  # its layers run ln1 twice and never ln2, in the stock model too
+        trained = {name: p for name, p in trained.items() if '.ln2.' not in name}
     for _ in range(4):  # drop path may drop a layer for the whole batch
         assert model.train_step(batch_of(cfg), wrapper)['loss'].isfinite()
         gradients = {name: parameter.grad for name, parameter in trained.items()}
