@@ -218,7 +218,7 @@ FAMILIES = {
 LAYERS = {'embed_dims': 12, 'num_layers': 4, 'num_heads': 3, 'img_size': SIZE, 'patch_size': 8}
 DW = {'type': 'DW', 'kernel_size': 7}
 POOLFORMER = {
-    'arch': {'layers': [1, 2, 1, 1], 'embed_dims': [8, 12, 16, 16], 'layer_scale_init_value': 0.1},
+    'arch': {'layers': [1, 2, 1, 1], 'embed_dims': [8, 12, 16, 24], 'layer_scale_init_value': 0.1},
     'frozen_stages': -1,
 }
 BY_NORM = {'outputs': lambda tail, taps: tuple(norm(x) for norm, x in zip(tail, taps, strict=True))}
@@ -262,12 +262,8 @@ FURTHER = {
     'convmixer': Family(
         {'type': 'ConvMixer', 'arch': {'embed_dims': 8, 'depth': 4, 'patch_size': 4, 'kernel_size': 5}, 'out_indices': [1, 3]}
     ),
-    'poolformer': Family(
-        {'type': 'PoolFormer', **POOLFORMER, 'frozen_stages': -1, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM
-    ),
-    'riformer': Family(
-        {'type': 'RIFormer', **POOLFORMER, 'frozen_stages': -1, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM
-    ),
+    'poolformer': Family({'type': 'PoolFormer', **POOLFORMER, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM),
+    'riformer': Family({'type': 'RIFormer', **POOLFORMER, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM),
     'hornet': Family(
         {
             'type': 'HorNet',
