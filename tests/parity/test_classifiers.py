@@ -262,7 +262,9 @@ FURTHER = {
     'convmixer': Family(
         {'type': 'ConvMixer', 'arch': {'embed_dims': 8, 'depth': 4, 'patch_size': 4, 'kernel_size': 5}, 'out_indices': [1, 3]}
     ),
-    'poolformer': Family({'type': 'PoolFormer', **POOLFORMER, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM),
+    'poolformer': Family(
+        {'type': 'PoolFormer', **POOLFORMER, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM, size=64
+    ),
     'riformer': Family({'type': 'RIFormer', **POOLFORMER, 'out_indices': [2, 6]}, tail=('norm2', 'norm6'), **BY_NORM),
     'hornet': Family(
         {
