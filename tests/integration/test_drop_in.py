@@ -35,10 +35,6 @@ STOCK = {
     'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py': 4,
     'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py': 4,
-    'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py': 4,
-    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 4,
-    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': 4,
-    'mmseg::mobilenet_v3/mobilenet-v3-d8-scratch-s_lraspp_4xb4-320k_cityscapes-512x1024.py': 4,
     'mmseg::erfnet/erfnet_fcn_4xb4-160k_cityscapes-512x1024.py': 4,
     'mmpretrain::resnet/resnet50_8xb32_in1k.py': 4,
     'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py': 4,
@@ -61,8 +57,6 @@ STOCK = {
     'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 4,
     'mmpretrain::poolformer/poolformer-s12_32xb128_in1k.py': 4,
     'mmpretrain::riformer/riformer-s12_8xb128_in1k.py': 4,
-    'mmpretrain::vig/vig-tiny_8xb128_in1k.py': 4,
-    'mmpretrain::vig/pvig-tiny_8xb128_in1k.py': 4,
     'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py': 4,
     'mmpretrain::deit3/deit3-small-p16_64xb64_in1k.py': 4,
     'mmpretrain::t2t_vit/t2t-vit-t-14_8xb64_in1k.py': 4,
@@ -78,11 +72,9 @@ SIDES = {
 }
 """Sides, in pixels, of the images of classifiers that need other than 64."""
 BACKBONES = {
-    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 'img_size=128',
-    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': 'img_size=128',
     'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 'use_layer_scale=False',
 }
-"""What is changed of a stock backbone: images of one size would cost too much, a scale of 1e-6 makes gradients of rounding."""
+"""What is changed of a stock backbone: a scale of 1e-6 makes gradients of rounding."""
 
 
 def child_of(stock, num_blocks, folder):
