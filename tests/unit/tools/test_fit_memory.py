@@ -69,7 +69,7 @@ def test_words_are_checked(words, message, capsys):
         ('stock.py', "_base_ = 'mmpretrain::resnet/resnet18_8xb32_in1k.py'\ntrain_dataloader = None", '--batch'),
         ('mmpretrain::resnet/resnet18_8xb32_in1k.py', None, 'ResNet is frozen completely (frozen_stages?)'),
         ('mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py', None, '--frozen-stages: the backbone of'),
-        ('mmpretrain::repvgg/repvgg-A0_8xb32_in1k.py', None, 'RepVGG cannot be cut'),
+        ('mmpretrain::hrnet/hrnet-w18_4xb32_in1k.py', None, 'HRNet cannot be cut into blocks: its branches'),
     ],
 )
 def test_configs_are_checked(config, text, message, tmp_path, monkeypatch):
