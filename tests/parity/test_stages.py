@@ -84,10 +84,20 @@ def compare(model, batches, **options):
 
 @pytest.mark.filterwarnings('ignore:MMPretrain cannot train the distilled')
 @pytest.mark.parametrize('system', ['dgl', 'infopro'])
-@pytest.mark.parametrize('family', classifiers.FAMILIES)
+@pytest.mark.parametrize('family', [family for family in classifiers.FAMILIES if family != 'eva02'])
 def test_classifiers(family, system):
     torch.manual_seed(0)
-    compare(classifiers.classifier(family, system), [classifiers.images(seed=i) for i in range(2)])
+    size = classifiers.FAMILIES[family].size
+    compare(classifiers.classifier(family, system), [classifiers.images(seed=i, size=size) for i in range(2)])
+
+
+def test_a_tensor_that_stages_share_is_refused():
+    """Layers of EVA02 have one position embedding."""
+    model = classifiers.classifier('eva02', 'dgl')
+    with pytest.raises(
+        ConfigError, match=r'rope.freqs_cos and .*rope.freqs_cos are the same tensor, but belong to different st'
+    ):
+        stage_of(model, 0, 1)
 
 
 @pytest.mark.parametrize('family', classifiers.INNER)

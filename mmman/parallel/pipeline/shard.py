@@ -30,11 +30,15 @@ class StageShard:
 
     Attributes:
         own, foreign: Names of the tensors that this stage holds, and of all others.
+
+    Raises:
+        ConfigError: Units of several stages share a tensor.
     """
 
     def __init__(self, model: nn.Module, stage: int) -> None:
         self.model = model
         blocks = block_index(model)
+        _check_unshared(model, blocks)
         self.own = {name for name, block in blocks.items() if block == stage or name.startswith(SHARED)}
         self.foreign = blocks.keys() - self.own
         self._meta: dict[str, Tensor] = {}
@@ -98,3 +102,14 @@ class StageShard:
             for key in [*module._parameters, *module._buffers]:
                 if getattr(module, key) is not None:
                     yield f'{path}.{key}' if path else key, (module, key)
+
+
+def _check_unshared(model: nn.Module, blocks: dict[str, int]) -> None:
+    first: dict[Tensor, str] = {}
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        other = first.setdefault(tensor, name)
+        if blocks[other] != blocks[name]:
+            raise ConfigError(
+                f'{other} and {name} are the same tensor, but belong to different stages of a pipeline: train in one process, '
+                'or cut so that both are in one block'
+            )
