@@ -29,7 +29,6 @@ STOCK = {
     'mmdet::atss/atss_r50_fpn_1x_coco.py': 4,
     'mmdet::gfl/gfl_r50_fpn_1x_coco.py': 4,
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 4,
-    'mmdet::efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py': 4,
     'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
