@@ -27,7 +27,7 @@ model = dict(
 optim_wrapper = dict(
     type='mmman.LocalLearningOptimWrapper',
     update='immediate',
-    images_per_chunk=2,  # planned for 1, which takes 6 % less memory and starts 39 % more operators
+    images_per_chunk=2,  # planned for 1, which takes less memory and starts more kernels
 )
 custom_hooks = [*_base_.get('custom_hooks', []), dict(type='mmman.EMABiasHook', momentum=0.995)]
 

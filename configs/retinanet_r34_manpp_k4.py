@@ -10,4 +10,4 @@ model = dict(
         selective_recompute=['layer2'],
     )
 )
-# Two images a chunk, as in retinanet_r18_manpp_k4.py, start 27 % fewer operators than the plan for one, for 1 % more bytes.
+# Two images a chunk, as in retinanet_r18_manpp_k4.py, start fewer kernels than the plan for one, for 1 % more bytes.
