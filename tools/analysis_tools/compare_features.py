@@ -24,10 +24,10 @@ from rich.table import Table
 from torch import Tensor
 
 import mmman  # noqa: F401  registers what the configs name
-from mmman import LocalLearningError
 from mmman.analysis.cka import MIN_BATCH, MinibatchCKA, u_centred_gram
 from mmman.analysis.unit_outputs import unit_outputs
 from mmman.errors import ConfigError
+from mmman.messages import errors_end_the_program
 from mmman.partition import chain_of
 from mmman.runtime.trained_model import TrainedModel, add_model_arguments, load_models, preprocess
 
@@ -102,10 +102,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

@@ -20,9 +20,9 @@ from rich.progress import track
 from torch import Tensor
 
 import mmman  # noqa: F401  registers what the configs name
-from mmman import LocalLearningError
 from mmman.analysis.grad_cam import class_score, grad_cam
 from mmman.errors import ConfigError
+from mmman.messages import errors_end_the_program
 from mmman.partition import chain_of, measure
 from mmman.runtime.trained_model import TrainedModel, add_model_arguments, load_models, preprocess
 
@@ -101,10 +101,8 @@ def run(args: argparse.Namespace) -> list[tuple[Tensor, list[Tensor]]]:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

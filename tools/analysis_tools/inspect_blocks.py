@@ -26,12 +26,13 @@ from mmengine.logging import MessageHub
 from rich.console import Console
 from rich.table import Table
 
-from mmman import LocalLearningError, LocalLearningOptimWrapper
+from mmman import LocalLearningOptimWrapper
 from mmman.analysis.inspection import StepMonitor, copy_distance
 from mmman.analysis.scalars import by_block, read_scalars
 from mmman.engine.block_parameters import parameters_by_block
 from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
+from mmman.messages import errors_end_the_program
 from mmman.runtime.trained_model import TrainedModel, add_model_arguments, load_models
 
 CONSOLE = Console(width=140)
@@ -126,10 +127,8 @@ def run(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

@@ -23,9 +23,9 @@ from rich.table import Table
 from torch import Tensor
 
 import mmman  # noqa: F401  registers what the configs name
-from mmman import LocalLearningError
 from mmman.analysis.linear_probe import loads_boxes_after_resize, samples_of, separability
 from mmman.analysis.unit_outputs import unit_outputs
+from mmman.messages import errors_end_the_program
 from mmman.partition import chain_of, measure
 from mmman.runtime.trained_model import TrainedModel, add_model_arguments, load_models, preprocess
 
@@ -125,10 +125,8 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

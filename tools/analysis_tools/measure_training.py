@@ -55,6 +55,7 @@ from mmman.analysis.roofline import DEVICES, Device, step_time
 from mmman.analysis.sizes_only import SizesOnly
 from mmman.analysis.training import Memory, StepMeter
 from mmman.memory.detection.focal_loss import fused_focal_loss
+from mmman.messages import errors_end_the_program
 from mmman.runtime.stock_config import config_path
 
 CONSOLE = Console(width=140)
@@ -337,10 +338,8 @@ def run(args: argparse.Namespace) -> list[dict]:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from mmman import LocalLearningError
 from mmman.analysis.scalars import by_block, read_scalars
 from mmman.errors import ConfigError
+from mmman.messages import errors_end_the_program
 
 CONSOLE = Console(width=140)
 BY_BLOCK = {
@@ -111,10 +111,8 @@ def run(args: argparse.Namespace) -> dict[str, Curves]:
 
 def main() -> None:
     args = parse_args()
-    try:
+    with errors_end_the_program():
         run(args)
-    except LocalLearningError as error:
-        raise SystemExit(f'{type(error).__name__}: {error}') from None
 
 
 if __name__ == '__main__':

@@ -96,7 +96,8 @@ def test_trains_what_is_trained_without(options, capturer):
     for log, other in zip(logs, expected, strict=True):
         assert log == pytest.approx(other, rel=rtol, abs=0)
     for name, value in state.items():
-        torch.testing.assert_close(own[name], value, rtol=rtol, atol=rtol, msg=name)
+        atol = rtol if 'running_' in name else 0.03 * rtol  # a step moves a weight by 1e-6 of its gradient
+        torch.testing.assert_close(own[name], value, rtol=0, atol=atol, msg=name)
 
 
 def test_blocks_step_one_by_one(capturer):

@@ -69,14 +69,14 @@ def losses_and_gradients(run, head, feature_maps, samples, packed=None):
     loss = batch_loss(head, map_sizes(leaves), samples, leaves[0])
     if packed is not None:
         loss.pack_(packed)
-    values = [value for own in loss(run(leaves)).values() for value in [sum(own)]]
+    values = [sum(own) for own in loss(run(leaves)).values()]
     return values, torch.autograd.grad(sum(values), [*leaves, *head.parameters()])
 
 
 @pytest.mark.parametrize('counts', [(3, 0, 5, 1), (0, 0)], ids=str)
 @pytest.mark.parametrize(
     ('convs', 'loss', 'tolerance'),
-    [(0, 'FocalLoss', 1e-12), (1, 'FocalLoss', 1e-12), (3, 'FocalLoss', 1e-12), (1, 'CrossEntropyLoss', 1e-6)],  # in float32
+    [(0, 'FocalLoss', 1e-12), (1, 'FocalLoss', 1e-12), (3, 'FocalLoss', 1e-12), (1, 'CrossEntropyLoss', 1e-5)],  # in float32
 )
 def test_losses_and_gradients_of_the_levels_one_by_one(convs, loss, tolerance, counts):
     from mmdet.models.dense_heads import RetinaHead
