@@ -18,8 +18,8 @@ from mmman.partition import chain_of, plan_blocks
 from mmman.planning.choice import AS_IT_IS, END_TO_END, LOCAL, SAME, WITH_CP, Changes, FitRow, Limits
 from mmman.planning.chunk_support import ChunkSupport, chunk_support
 from mmman.planning.costs import HeadCost, MemoryPlan, RecomputeMode, StepCost, peak_of
+from mmman.planning.local_plan import ChunkPlan, best_of, local_plan
 from mmman.planning.profile import Profile, as_single_block, profile_end_to_end, profile_step
-from mmman.planning.search import fewest_flops, smallest_peak
 from mmman.registry import resolve_type
 
 BLOCKS = (2, 3, 4)
@@ -39,8 +39,8 @@ class FitCase:
         local_wrapper: Options of the optim wrapper for local learning.
         batch: Images per step.
         height, width: Size of the images, pixels.
-        images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: that of the config, or a
-            quarter of the batch.
+        images_per_chunk: Images per chunk of neck and head where the detector supports it. Default: that of the config; else
+            with a device the number that suits the limits best, without one a quarter of the batch.
         is_localized: Whether the config itself has the ``mmman.LocalBackbone``.
         device: The GPU whose time is predicted. None: no time is.
     """
@@ -69,9 +69,12 @@ class FitCase:
         return bool(self.localized.model.backbone.backbone.get('with_cp'))
 
     @property
-    def chunk_size(self) -> int:
-        own = self.localized.optim_wrapper.get('images_per_chunk')
-        return self.images_per_chunk or own or max(1, self.batch // 4)
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Numbers of images per chunk to choose from: powers of two if time on a device is planned, where each chunk costs."""
+        asked = self.images_per_chunk or self.localized.optim_wrapper.get('images_per_chunk')
+        if asked or self.device is None:
+            return (asked or max(1, self.batch // 4),)
+        return tuple(2**i for i in range(self.batch.bit_length()) if 2**i < self.batch) or (1,)
 
 
 def predict_rows(
@@ -97,32 +100,35 @@ def predict_rows(
     """
     cfg = _without_checkpointing(case.localized)
     chunks = chunk_support(cfg, case.height, case.width) if case.is_detector else ChunkSupport(SAME)
-    if case.is_detector and not chunks.obstacle:
-        cfg.optim_wrapper.images_per_chunk = case.chunk_size
+    sizes = case.chunk_sizes if case.is_detector and not chunks.obstacle else ()
+    one_chunk = (case.batch,) if sizes and chunks.trains == SAME else ()
+    if sizes:
+        cfg.optim_wrapper.images_per_chunk = sizes[0]
     counts = [len(partition) + 1] if isinstance(partition, (list, tuple)) else blocks
     last_units = {} if partition is None else {count: _last_units(cfg, case, count, partition) for count in counts}
     report('the config as it is, and what recomputing costs', 0.0)
-    profile = profile_step(cfg, *case.shape, may_recompute=True, device=case.device)
+    profile = profile_step(cfg, *case.shape, True, case.device, (*sizes[1:], *one_chunk))
     base = profile.at_once
     if case.has_own_checkpointing:
         base = profile_end_to_end(case.localized, *case.shape, case.device)
     shipped = _own_row(case) if case.is_localized else _row(AS_IT_IS, SAME, Changes(case.stock), base, MemoryPlan())
     yield shipped
     report(WITH_CP, 0.2)
-    exact = _exact_rows(case, profile, chunks)
+    exact = _exact_rows(case, profile, chunks, limits, shipped)
     if not case.is_localized:
         yield from sorted(exact, key=_risk_and_work)
         if case.localized.optim_wrapper.get('dtype') is None:
             report('mixed precision', 0.25)
             yield _mixed_precision_row(case)
     profile = _reporting(profile, report)
+    sizes = sizes if case.device is None else (*sizes, *one_chunk)
     for count in counts:
         try:
-            plan = _local_plan(profile, count, last_units.get(count), limits, shipped)
+            planned = local_plan(profile, sizes, count, last_units.get(count), limits, shipped)
         except CostError as error:
             yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
             continue
-        yield _local_row(case, profile, plan)
+        yield _local_row(case, profile, planned)
     if case.is_localized:
         changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
         whole = _row('one block', SAME, changes, base, MemoryPlan())
@@ -170,26 +176,26 @@ def _row(name: str, trains: str, changes: Changes, step: StepCost, plan: MemoryP
     return FitRow(name, trains, changes, peak_of(step, plan), step.total(plan), step.operators(plan), time)
 
 
-def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport) -> Iterator[FitRow]:
+def _exact_rows(case: FitCase, profile: Profile, chunks: ChunkSupport, limits: Limits, base: FitRow) -> Iterator[FitRow]:
     """Ways to train the same: recompute, the stock ``with_cp``, chunks, and chunks with recompute."""
     stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
     wrapper = {key: value for key, value in case.local_wrapper.items() if key != 'update'}
-    wrapper |= {'images_per_chunk': case.chunk_size}
-    for mode, name in MODE_NAMES.items():
+    modes = {'': RecomputeMode.NONE, **{name: mode for mode, name in MODE_NAMES.items()}}
+    for name, mode in modes.items():
         plan = MemoryPlan((), (mode,))
         changes = Changes(stock, _options(case, profile, plan), _at_once(case))
-        yield _row(name, SAME, changes, profile.at_once, plan)
-        if profile.step.in_chunks:
-            name = f'{name}, {_chunks(case)}'
-            changes = Changes(stock, _options(case, profile, plan), wrapper)
-            yield _row(name, chunks.trains, changes, profile.step, plan)
-    if profile.step.in_chunks:
-        changes = Changes(stock, _options(case, profile, MemoryPlan()), wrapper)
-        yield _row(_chunks(case), chunks.trains, changes, profile.step, MemoryPlan())
-        if profile.one_chunk is not None and case.chunk_size < case.batch:
+        if name:
+            yield _row(name, SAME, changes, profile.at_once, plan)
+        if not profile.tasks:
+            continue
+        several = [ChunkPlan(images, profile.in_chunks_of(images), plan) for images in case.chunk_sizes]
+        chosen = best_of(several, limits, base)
+        changes = replace(changes, optim_wrapper=wrapper | {'images_per_chunk': chosen.images})
+        yield _row(f'{name}, {chosen}'.removeprefix(', '), chunks.trains, changes, chosen.step, plan)
+        if not name and case.batch in profile.tasks and case.batch not in case.chunk_sizes:
             changes = replace(changes, optim_wrapper=wrapper | {'images_per_chunk': case.batch})
-            yield _row('all images in one chunk', SAME, changes, profile.one_chunk, MemoryPlan())
-    elif case.is_detector:
+            yield _row('all images in one chunk', SAME, changes, profile.in_chunks_of(case.batch), plan)
+    if case.is_detector and not profile.tasks:
         yield FitRow('images in chunks', SAME, Changes(), note=chunks.obstacle, is_available=False)
     if not case.has_own_checkpointing and supports_option(case.localized.model.backbone.backbone, 'with_cp'):
         cfg = copy.deepcopy(case.localized)
@@ -214,26 +220,21 @@ def _mixed_precision_row(case: FitCase) -> FitRow:
     return _row(name, trains, changes, step, MemoryPlan())
 
 
-def _local_row(case: FitCase, profile: Profile, plan: MemoryPlan) -> FitRow:
-    wrapper = dict(case.local_wrapper)
-    if profile.step.in_chunks:
-        wrapper['images_per_chunk'] = case.chunk_size
+def _local_row(case: FitCase, profile: Profile, planned: ChunkPlan) -> FitRow:
+    wrapper, plan = dict(case.local_wrapper), planned.plan
     stock = case.stock | ({'with_cp': False} if case.has_own_checkpointing else {})
     name = f'{len(plan.modes)} blocks, cut after {", ".join(profile.names[cut] for cut in plan.cuts)}'
     if any(plan.modes):
         name += ', recompute'
-    if profile.step.in_chunks:
-        name += f', {_chunks(case)}'
-    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), profile.step, plan)
+    if planned.images is not None:
+        wrapper['images_per_chunk'] = planned.images
+        name += f', {planned}'
+    return _row(name, LOCAL, Changes(stock, _options(case, profile, plan), wrapper), planned.step, plan)
 
 
 def _at_once(case: FitCase) -> dict[str, Any]:
     """Options of the optim wrapper for all images at once."""
     return {'images_per_chunk': None} if case.localized.optim_wrapper.get('images_per_chunk') else {}
-
-
-def _chunks(case: FitCase) -> str:
-    return f'{case.chunk_size} image{"s" * (case.chunk_size > 1)} a chunk'
 
 
 def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any]:
@@ -242,31 +243,6 @@ def _options(case: FitCase, profile: Profile, plan: MemoryPlan) -> dict[str, Any
     if case.is_localized:
         return {'partition': 'stage', **options}
     return {key: value for key, value in options.items() if value}
-
-
-def _local_plan(profile: Profile, blocks: int, last_units: Sequence[str] | None, limits: Limits, base: FitRow) -> MemoryPlan:
-    """The plan within the limits with the fewest FLOPs, on a device with the least time.
-
-    Without a memory limit, or if no plan is within it, the plan with the smallest peak. With given cuts all blocks have one
-    recompute mode; if no mode is within the limits, nothing is recomputed.
-    """
-    step, overhead = profile.step, None
-    if step.time:
-        step = step.timed()
-    share, work = (limits.slowdown, base.time) if step.time else (limits.overhead, base.flops)
-    if share is not None:
-        overhead = (1 + share) * work / step.flops - 1
-    if last_units is not None:
-        cuts = _cuts_after(profile, last_units)
-        plans = [MemoryPlan(cuts, (mode,) * blocks) for mode in step.choices]
-        peaks = [peak_of(step, plan).total for plan in plans]
-        affordable = [i for i, plan in enumerate(plans) if overhead is None or step.overhead(plan) <= overhead] or [0]
-        within = [i for i in affordable if limits.memory is not None and peaks[i] <= limits.memory]
-        return plans[within[0] if within else min(affordable, key=peaks.__getitem__)]
-    smallest = smallest_peak(step, blocks, overhead)
-    if limits.memory is None or peak_of(step, smallest).total > limits.memory:
-        return smallest
-    return fewest_flops(step, limits.memory, blocks)
 
 
 def _last_units(cfg: Config, case: FitCase, blocks: int, partition: str | Sequence[str]) -> list[str]:
@@ -279,13 +255,6 @@ def _last_units(cfg: Config, case: FitCase, blocks: int, partition: str | Sequen
     except PartitionError as error:
         raise PartitionError(f'--cuts: {error}') from None
     return [block[-1].name for block in plan.blocks[:-1]]
-
-
-def _cuts_after(profile: Profile, last_units: Sequence[str]) -> tuple[int, ...]:
-    cuts = tuple(map(profile.names.index, last_units))
-    if not set(cuts) <= set(profile.step.candidates):
-        raise CostError(f'a cut after {profile.names[cuts[-1]]} leaves no backbone output to the last block')
-    return cuts
 
 
 def supports_option(backbone: ConfigDict, option: str) -> bool:
