@@ -24,8 +24,8 @@ def profile_of(seed: int, is_timed: bool) -> Profile:
             return replace(cost, time=3 * cost.flops + 1)
 
         units, *recomputed = (tuple(map(timed, own)) for own in (step.units, *step.recomputed))
-        costs = {'units': units, 'recomputed': tuple(recomputed), 'head': lambda *at: timed(plain(*at)), 'task': timed(step.task)}
-        step = replace(step, **costs, time=3 * step.flops)
+        step = replace(step, units=units, recomputed=tuple(recomputed), task=timed(step.task), time=3 * step.flops)
+        step = replace(step, head=lambda *at: timed(plain(*at)))
     task = step.task
     tasks = {n: replace(task, peak=task.peak + 12 * n, flops=task.flops + 60 // n, time=task.time + 90 // n) for n in (1, 2, 4)}
     return Profile(replace(step, task=tasks[1]), step, tasks, tuple(map(str, range(len(step.units)))), {}, None, (4, 3, 8, 8))
