@@ -1,6 +1,7 @@
 """Lock-step parity on mmpretrain's classifiers: every backbone family, under every system, in every row of the ablation."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from torch import nn
 
 from mmman.partition import chain_of
 from tests.alive import without_gradient
-from tests.narrow import ATTRIBUTES, narrow
+from tests.narrow import is_narrowed, narrow
 from tests.parity.lockstep import ROWS, compare_steps, reference_of, task_of, total
 
 pytest.importorskip('mmpretrain')
@@ -170,12 +171,14 @@ VIT = {
 FAMILIES = {
     'cifar_resnet': Family({'type': 'mmman.CIFARResNet', 'depth': 20, 'out_indices': (1, 2)}),
     'resnet': Family({'type': 'ResNet', **NARROW}),
-    'resnext': Family({'type': 'ResNeXt', **NARROW, 'depth': 50, 'base_channels': 16, 'groups': 4, 'width_per_group': 4}),
-    'se_resnet': Family({'type': 'SEResNet', **NARROW, 'depth': 50, 'base_channels': 16}),
-    'vgg': Family({'type': 'VGG', 'depth': 11}),
-    'vgg_bn': Family({'type': 'VGG', 'depth': 11, 'norm_cfg': {'type': 'BN'}}),
+    'resnext': Family(
+        {'type': 'mmpretrain.ResNeXt', **NARROW, 'depth': 50, 'base_channels': 16, 'groups': 4, 'width_per_group': 4}
+    ),
+    'se_resnet': Family({'type': 'mmpretrain.SEResNet', **NARROW, 'depth': 50, 'base_channels': 16}),
+    'vgg': Family({'type': 'mmpretrain.VGG', 'depth': 11}),
+    'vgg_bn': Family({'type': 'mmpretrain.VGG', 'depth': 11, 'norm_cfg': {'type': 'BN'}}),
     'regnet': Family({'type': 'RegNet', 'arch': REGNET, 'zero_init_residual': False}),
-    'mobilenet_v2': Family({'type': 'MobileNetV2', 'widen_factor': 0.25}),
+    'mobilenet_v2': Family({'type': 'mmpretrain.MobileNetV2', 'widen_factor': 0.25}),
     'vit': Family(VIT, Vit, tail=('ln1',), outputs=lambda tail, taps: (tail[0](taps[0])[:, 0],)),
     'vit_mean': Family(
         {**VIT, 'with_cls_token': False, 'out_type': 'avg_featmap', 'out_indices': [1, 3]},
@@ -279,7 +282,19 @@ FURTHER = {
     ),
     'vig': Family({'type': 'mmpretrain.Vig', 'arch': 'tiny', 'out_indices': [1, 3]}, JoinedVit, size=224),
     'pyramid_vig': Family({'type': 'mmpretrain.PyramidVig', 'arch': 'tiny', 'out_indices': [1, 3]}, JoinedVit, size=224),
-    'erfnet': Family({'type': 'mmseg.ERFNet', 'dropout_ratio': 0.0}),
+    'erfnet': Family(
+        {
+            'type': 'mmseg.ERFNet',
+            'dropout_ratio': 0.0,
+            'enc_downsample_channels': (8, 12, 16),
+            'enc_stage_non_bottlenecks': (2, 2),
+            'enc_non_bottleneck_dilations': (2, 4),
+            'enc_non_bottleneck_channels': (12, 16),
+            'dec_upsample_channels': (12, 8),
+            'dec_stages_non_bottleneck': (2, 1),
+            'dec_non_bottleneck_channels': (12, 8),
+        }
+    ),
     'seg_vit': Family(
         {'type': 'mmseg.VisionTransformer', **LAYERS, 'out_indices': (1, 3), 'final_norm': True},
         Vit,
@@ -378,12 +393,6 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, 
     loss = {'type': 'LabelSmoothLoss', 'label_smooth_val': 0.1, 'num_classes': CLASSES}
     kind = 'DeiTClsHead' if family == 'deit' else 'LinearClsHead'
     head = {'type': kind, 'num_classes': CLASSES, 'in_channels': 1, 'loss': loss}
-    stock = MODELS.build(copy.deepcopy(config))
-    stock.eval()
-    with torch.no_grad():
-        outs = stock(torch.zeros(1, 3, *[FAMILIES[family].size] * 2))
-    if family != 'deit':
-        outs = [torch.cat([out.flatten(1)[:, : out.shape[1]] for out in outs], dim=1)]
     backbone = {
         'type': 'mmman.LocalBackbone',
         'backbone': copy.deepcopy(config),
@@ -396,7 +405,7 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, 
         'type': 'ImageClassifier',
         'backbone': backbone,
         'neck': None if family == 'deit' else {'type': 'JoinOutputs'},
-        'head': {**head, 'in_channels': outs[0][0].shape[-1]},
+        'head': {**head, 'in_channels': out_channels(family)},
         'data_preprocessor': {
             'type': 'ClsDataPreprocessor',
             'mean': [120.0, 110.0, 100.0],
@@ -418,12 +427,22 @@ def classifier(family, system='dgl', row='manpp', num_blocks=3, partition=None, 
     return model
 
 
+@functools.cache
+def out_channels(family):
+    """Channels of all outputs of the stock backbone."""
+    with torch.random.fork_rng(), torch.no_grad():
+        stock = MODELS.build(config_of(family))
+        stock.eval()
+        outs = stock(torch.zeros(1, 3, *[FAMILIES[family].size] * 2))
+    return outs[0][0].shape[-1] if family == 'deit' else sum(out.shape[1] for out in outs)
+
+
 def config_of(family):
     config = copy.deepcopy(FAMILIES[family].config)
     library, dot, _ = config['type'].partition('.')
     if dot and library != 'mmman':
         pytest.importorskip(library)
-    return config | {'type': narrow(config['type']) if config['type'] in ATTRIBUTES else config['type']}
+    return config | {'type': narrow(config['type']) if is_narrowed(config['type']) else config['type']}
 
 
 def images(count=6, seed=0, size=SIZE):

@@ -8,7 +8,7 @@ from torch.utils import _pytree as pytree
 
 from mmman import delocalize_, localize_
 from mmman.partition import chain_of
-from tests.narrow import ATTRIBUTES, narrow
+from tests.narrow import is_narrowed, narrow
 from tests.toy import ToyLocalHead
 
 HEAD = {'type': f'mmman.{ToyLocalHead.__name__}'}
@@ -23,7 +23,7 @@ def build(library, kind, options):
 
     path = f'{library}.{kind}'
     with DefaultScope.overwrite_default_scope(library):  # backbones change their list of out_indices
-        return MODELS.build({'type': narrow(path) if path in ATTRIBUTES else path, **copy.deepcopy(options)})
+        return MODELS.build({'type': narrow(path) if is_narrowed(path) else path, **copy.deepcopy(options)})
 
 
 @torch.no_grad()
