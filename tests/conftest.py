@@ -1,17 +1,20 @@
 """What all tests share: where the data is, one thread, bounded memory, and no default scope left over from another test."""
 
 import ctypes
+import functools
 import gc
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 if 'MMMAN_TEST_GPU' not in os.environ:  # before any library looks: the suite is the CPU's, tests/gpu is run by itself
     os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 import pytest
 import torch
+from mmengine.config import Config, utils
 from mmengine.registry import DefaultScope
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,18 @@ def no_default_scope():
     DefaultScope._instance_dict.clear()
     yield
     DefaultScope._instance_dict.clear()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cached_library_configs() -> Iterator[None]:
+    """Find a library's config once: for every ``mmpretrain::``, mmengine parses the metafiles of the whole library."""
+    find = functools.cache(Config._get_cfg_path)
+
+    def find_once(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        return find(cfg_path, '' if '::' in cfg_path else filename)
+
+    with patch.object(Config, '_get_cfg_path', find_once), patch.object(utils, 'load', functools.cache(utils.load)):
+        yield
 
 
 @pytest.fixture(scope='session')

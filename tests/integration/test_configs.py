@@ -55,18 +55,8 @@ END_TO_END = [name for name in SHIPPED if '_e2e' in name]
 
 
 @functools.cache
-def base_path(base: str, name: str) -> tuple:
-    """mmengine searches the libraries' metafiles for every ``mmpretrain::`` anew."""
-    return find_base_path(base, name)
-
-
-find_base_path = Config._get_cfg_path
-
-
-@functools.cache
 def config(name: str) -> Config:
-    with patch.object(Config, '_get_cfg_path', base_path):
-        return read_config(name)
+    return read_config(name)
 
 
 def build_model(cfg: Config) -> BaseModel:
