@@ -65,15 +65,16 @@ STOCK = {
 }
 
 SIDES = {
-    **dict.fromkeys(('SwinTransformer', 'VGG', 'DaViT', 'Vig', 'PyramidVig', 'MlpMixer'), 224),
+    **dict.fromkeys(('SwinTransformer', 'VGG', 'DaViT', 'Vig', 'PyramidVig'), 224),
     'SwinTransformerV2': 256,
     'ViTEVA02': 56,
 }
 """Sides, in pixels, of the images of classifiers that need other than 64."""
 BACKBONES = {
     'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 'use_layer_scale=False',
+    'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py': 'img_size=64',
 }
-"""What is changed of a stock backbone: a scale of 1e-6 makes gradients of rounding."""
+"""What is changed of a stock backbone: a scale of 1e-6 makes gradients of rounding; a mixer is built for its image size.""" ''
 
 
 def child_of(stock, num_blocks, folder):
