@@ -72,7 +72,7 @@ def _loss_of(head: LocalHead, cfg: Config, model: BaseModel) -> Callable[[], flo
     """The local loss on a random output of the block and random annotations, as a function of the head's parameters."""
     small = any(name in str(cfg.model.backbone.backbone.type) for name in ('CIFAR', 'Transformer'))
     side = model.backbone.patch_embed.init_input_size[0] if hasattr(model.backbone, 'patch_embed') else 32 if small else 64
-    x = torch.randn(2, head.output.channels, *head.output.hw_shape((side, side)), dtype=torch.double)
+    x = torch.randn(2, head.output.channels, *[side // head.output.stride] * 2, dtype=torch.double)
     if head.output.extra_tokens is not None:
         x = torch.cat([torch.randn(2, x.shape[1], head.output.extra_tokens), x.flatten(2)], dim=2).transpose(1, 2)
     inputs, samples = torch.rand(2, 3, side, side).double(), [_sample(cfg.default_scope, side, i) for i in range(2)]

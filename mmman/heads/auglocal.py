@@ -64,7 +64,7 @@ class AugLocalHead(ClsLocalHead):
         size = inputs.shape[-2:]
         for adapter, unit in zip(self.adapters, self.units, strict=True):
             y = adapter(y, size)
-            y = unit(y, *self.hw_shape_args(adapter.target, inputs))
+            y = unit(y, *self.hw_shape_args(y, adapter.target, inputs))
         return self.last_feature.pool(y)
 
 

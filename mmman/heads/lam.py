@@ -56,7 +56,7 @@ class LAMLocalHead(ClsLocalHead):
         inputs = [shapes[i - first] for i in chosen]
         outputs = [boundary.feature, *(shapes[i - first + 1] for i in chosen)]
         for i, takes, gets in zip(chosen, inputs, outputs, strict=False):
-            if takes != gets:
+            if not takes.fits(gets):
                 raise ConfigError(
                     f'local_head.units: {names[i]} takes {takes}, but gets {gets} in the head after {boundary.unit}: name '
                     'other units, or use AugLocalHead, which has adapters'
@@ -72,7 +72,7 @@ class LAMLocalHead(ClsLocalHead):
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         for feature, unit in zip(self.unit_inputs, self.units, strict=True):
-            y = unit(y, *self.hw_shape_args(feature, inputs))
+            y = unit(y, *self.hw_shape_args(y, feature, inputs))
         return self.last_feature.pool(y)
 
 

@@ -17,6 +17,7 @@ from mmman.local.local_head import INJECTED_ARGS, Boundary
 from mmman.local.transfer import MomentumTransfer
 from mmman.memory.recompute import Recomputed
 from mmman.options import Range, checked
+from mmman.partition.chain import run_unit
 from mmman.registry import MODELS
 
 
@@ -69,15 +70,15 @@ class ViTLocalHead(ClsLocalHead):
 
     def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         if self.pool == 'cls_token' and not self.layers and self.transfer.copies:
-            return self.transfer(x, *self.hw_shape_args(self.output, inputs), run_copy=forward_class_token)
+            return self.transfer(x, *self.hw_shape_args(x, self.output, inputs), run_copy=forward_class_token)
         return super().apply_transfer(x, inputs)
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
-        hw_shape = self.hw_shape_args(self.feature, inputs)
+        features = (y, *self.hw_shape_args(y, self.feature, inputs))
         for i, layer in enumerate(self.layers, start=1):
             is_read = self.pool == 'cls_token' and i == len(self.layers)
-            y = forward_class_token(layer, y, *hw_shape) if is_read else layer(y, *hw_shape)
-        y = self.norm(y)
+            features = (forward_class_token(layer, *features),) if is_read else run_unit(layer, *features)
+        y = self.norm(features[0])
         return y[:, 0] if self.pool == 'cls_token' else y[:, self.feature.extra_tokens :].mean(1)
 
 

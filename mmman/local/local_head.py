@@ -169,11 +169,11 @@ class LocalHead(BaseModule):
 
     def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:
         """The task head's input: the transfer applied to the block's output x, for the model's input batch ``inputs``."""
-        return self.transfer(x, *self.hw_shape_args(self.output, inputs))
+        return self.transfer(x, *self.hw_shape_args(x, self.output, inputs))
 
-    def hw_shape_args(self, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
-        """Extra arguments for a unit that runs on features of this shape: their grid (height, width), or none."""
-        return [feature.hw_shape(inputs.shape[-2:])] if self.needs_hw_shape else []
+    def hw_shape_args(self, x: Tensor, feature: Feature, inputs: Tensor) -> list[tuple[int, int]]:
+        """Extra arguments for a unit that runs on x, of the shape ``feature``: its grid (height, width), or none."""
+        return [feature.hw_shape(x, inputs.shape[-2:])] if self.needs_hw_shape else []
 
     def as_map(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Convert the transfer's output y to a map (B, C, H, W), without class tokens, for convolutional task heads."""

@@ -200,7 +200,7 @@ def _build_heads(
             local_head,
             default_args={
                 'boundary': boundary,
-                'transfer': MomentumTransfer(modules[source], features[source], **transfer),
+                'transfer': MomentumTransfer(modules[source], features[source], has_grid=chain.needs_hw_shape, **transfer),
                 'loss_weight': weight,
             },
         )
@@ -216,7 +216,7 @@ def _build_heads(
 def _source(chain: Chain, features: Sequence[Feature], cut: int, transfer: Mapping[str, Any]) -> int:
     """Index of the unit that the transfer behind unit ``cut`` copies, checked to take that unit's output."""
     source = find_source(chain.units, cut, transfer.get('source_unit', 'next'))
-    if features[source - 1] != features[cut]:
+    if not features[source - 1].fits(features[cut]):
         raise ConfigError(
             f'transfer.source_unit: {chain.units[source].name} takes {features[source - 1]}, but the block that ends with '
             f'{chain.units[cut].name} returns {features[cut]}: name a unit that takes this, or cut elsewhere'

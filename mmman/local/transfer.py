@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from mmman.errors import ConfigError
 from mmman.options import checked
 from mmman.partition import Feature, Unit
+from mmman.partition.calls import Grid, to_map, to_tokens
+from mmman.partition.chain import run_unit
 
 
-@checked('model.backbone.transfer', injected=('source', 'feature'))
+@checked('model.backbone.transfer', injected=('source', 'feature', 'has_grid'))
 class MomentumTransfer(BaseModule):
     """``y = s * E(x) + (2 - s) * B(x)`` on the output x of block j (MAN++, Eq. 6-7).
 
@@ -31,15 +33,16 @@ class MomentumTransfer(BaseModule):
         feature: The shape of the unit's output, used by the biases that are not a copy of the unit.
         ema: Whether to use E.
         bias: ``'unit'``: B is a trainable copy of the unit (the paper's experiments). ``'depthwise'``: B(x) is a 3x3 depthwise
-            convolution of E(x), initialised to zero, for feature maps. ``'channel'``: B(x) is one learnable value per output
-            channel (the paper's cost model), initialised to zero. It is only for local heads that set
-            :attr:`mmman.LocalHead.supports_channel_bias`, because a convolution with BatchNorm removes it together with the
-            scale. ``False``: no B.
+            convolution of E(x), initialised to zero, for feature maps, and tokens with a grid (Swin, PVT). ``'channel'``: B(x)
+            is one learnable value per output channel (the paper's cost model), initialised to zero. It is only for local heads
+            that set :attr:`mmman.LocalHead.supports_channel_bias`, because a convolution with BatchNorm removes it together
+            with the scale. ``False``: no B.
         scale: ``True``: learnable s = 1 + delta. ``'release'``: s = 2 - rho with rho initialised to 1, as the authors' code
             stores it, so weight decay pulls s towards 2, E alone. ``False``: s = 1.
         source_unit: The unit that E and B copy; it must take the shape of x. ``'next'``: the first unit of block j+1.
             ``'next_stage'``: the first unit of the next stage; in the last stage as ``'next'``. A list of names: the first of
             these units that follows block j.
+        has_grid: Whether units take the grid of their input (:class:`mmman.partition.Chain`).
 
     Raises:
         ConfigError: The options contradict each other.
@@ -53,10 +56,11 @@ class MomentumTransfer(BaseModule):
         bias: Literal['unit', 'depthwise', 'channel', False] = 'unit',
         scale: Literal[True, False, 'release'] = True,
         source_unit: Literal['next', 'next_stage'] | Sequence[str] = 'next',
+        has_grid: bool = False,
     ) -> None:
         super().__init__()
         check_transfer_options(ema, bias, scale, source_unit)
-        if bias == 'depthwise' and feature.extra_tokens is not None:
+        if bias == 'depthwise' and (feature.extra_tokens or (feature.extra_tokens == 0 and not has_grid)):
             raise ConfigError("transfer.bias='depthwise' requires feature maps: for tokens choose 'channel' or 'unit'")
         self.momentum = copy.deepcopy(source).requires_grad_(False) if ema else None
         self.bias = copy.deepcopy(source) if bias == 'unit' else None
@@ -77,7 +81,7 @@ class MomentumTransfer(BaseModule):
             return 1 + self.delta
         return None if self.rho is None else 2 - self.rho
 
-    def forward(self, x: Tensor, *hw_shape: tuple[int, int], run_copy: Callable[..., Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, *hw_shape: Grid, run_copy: Callable[..., Tensor] | None = None) -> Tensor:
         """Compute the task head's input from the output x of block j.
 
         Args:
@@ -89,9 +93,9 @@ class MomentumTransfer(BaseModule):
         Returns:
             Shaped as the unit's output, or as the result of ``run_copy``.
         """
-        terms = [copied(x, *hw_shape) if run_copy is None else run_copy(copied, x, *hw_shape) for copied in self.copies]
         if self.depthwise_bias is not None:
-            return self._with_depthwise_bias(terms[0])
+            return self._with_depthwise_bias(*run_unit(self.momentum, x, *hw_shape))
+        terms = [copied(x, *hw_shape) if run_copy is None else run_copy(copied, x, *hw_shape) for copied in self.copies]
         if self.channel_bias is not None:
             terms.append(self.channel_bias)
         if not terms:
@@ -100,11 +104,13 @@ class MomentumTransfer(BaseModule):
             return s * terms[0] + (2 - s) * terms[1]
         return sum(terms[1:], terms[0])
 
-    def _with_depthwise_bias(self, y: Tensor) -> Tensor:
+    def _with_depthwise_bias(self, y: Tensor, *grid: Grid) -> Tensor:
         """``s * y + (2 - s) * depthwise(y)`` of E's output, as one convolution: only ``y`` is saved for the backward pass."""
         s = 1 if self.s is None else self.s
         identity = F.pad(y.new_ones(1, 1, dtype=self.depthwise_bias.dtype), (1, 1, 1, 1))
-        return F.conv2d(y, s * identity + (2 - s) * self.depthwise_bias, padding=1, groups=len(self.depthwise_bias))
+        kernel = s * identity + (2 - s) * self.depthwise_bias
+        biased = F.conv2d(to_map(y, *grid), kernel, padding=1, groups=len(self.depthwise_bias))
+        return biased if y.dim() == 4 else to_tokens(biased)
 
     @property
     def copies(self) -> list[nn.Module]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil, floor
 
 from torch import Tensor, nn
+
+from mmman.partition.calls import Call, Grid, call
 
 STEM = 'stem'
 """Name of a stem, the first unit. When a stage is split evenly, a stem stays with the next unit and isn't counted."""
@@ -25,6 +28,8 @@ class Unit:
         output: Path of the module whose output is the unit's output. It is the last of ``modules``, except in a first unit.
         stage: Zero-based index of the stage. A stem belongs to the first stage.
         tensors: Names of parameters and buffers that belong to the backbone itself and that the unit uses, e.g. ``cls_token``.
+        calls: How each of ``modules`` is called, of :mod:`mmman.partition.calls`. Default: each as
+            :func:`mmman.partition.calls.call` does.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Unit:
     output: str
     stage: int
     tensors: tuple[str, ...] = ()
+    calls: tuple[Call, ...] = ()
 
     @classmethod
     def single(cls, path: str, stage: int) -> Unit:
@@ -44,9 +50,12 @@ class Unit:
         return cls(paths[-1], paths, paths[-1], stage)
 
     def of(self, backbone: nn.Module) -> nn.Module:
-        """Return the unit of ``backbone`` as one module. Several modules are wrapped in a :class:`UnitSequence`."""
+        """Return the unit of ``backbone`` as one module, called as ``unit(x)``, or ``unit(x, (h, w))`` if the chain needs that.
+
+        Several modules, and modules with ``calls`` of their own, are wrapped in a :class:`UnitSequence`.
+        """
         modules = [backbone.get_submodule(path) for path in self.modules]
-        return modules[0] if len(modules) == 1 else UnitSequence(modules)
+        return modules[0] if len(modules) == 1 and not self.calls else UnitSequence(modules, self.calls)
 
     def parameters(self, backbone: nn.Module) -> Iterator[nn.Parameter]:
         for path in self.modules:
@@ -69,7 +78,8 @@ class Chain:
             ``norm0``, a ViT's final norm). The module counts as part of the neck: an output from inside a non-final block is
             detached before it.
         extra_tokens: Number of tokens before the patch tokens in features (B, L, C): class and distillation tokens.
-        needs_hw_shape: Whether units are called as ``unit(x, (h, w))``, with the height and width of x in patches (Swin).
+        needs_hw_shape: Whether units, as :meth:`Unit.of` returns them, are called as ``unit(x, (h, w))``, with the height and
+            width of x in pixels or patches (Swin, PVT).
         input_size: Height and width in pixels of the image for the dry run. If the backbone rejects it, larger images are
             tried.
         in_channels: Number of image channels that the backbone takes. Default: found by the dry run.
@@ -101,15 +111,35 @@ class Feature:
     def __str__(self) -> str:
         return f'{self.channels} channels at stride {self.stride}'
 
-    def hw_shape(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, in feature pixels or patches, for images of ``size`` (H, W) in pixels. Sizes are rounded up."""
-        return -(-size[0] // self.stride), -(-size[1] // self.stride)
+    def fits(self, other: Feature) -> bool:
+        """Whether a unit that takes features of the shape ``other`` takes those of this shape.
+
+        Of a chain that hands on both, each unit takes a map as well as tokens.
+        """
+        return (self.channels, self.stride) == (other.channels, other.stride)
+
+    def hw_shape(self, x: Tensor, size: tuple[int, int]) -> Grid:
+        """Height and width of ``x``, in feature pixels or patches.
+
+        Of tokens they are the sides of the images over the stride, rounded so that their product is the number of patch tokens:
+        some backbones pad images that aren't a multiple of the stride, others (PVT) drop the border.
+
+        Args:
+            x: Features of this shape, (B, C, H, W) or (B, L, C).
+            size: Height and width of the images, pixels.
+        """
+        if x.dim() == 4:
+            return tuple(x.shape[-2:])
+        count, (height, width) = x.shape[1] - (self.extra_tokens or 0), (side / self.stride for side in size)
+        near = [(h, count // h) for h in range(max(1, floor(height) - 1), ceil(height) + 2) if count % h == 0]
+        assert near, f'{count} tokens make no grid of about {height:g} x {width:g}'
+        return min(near, key=lambda grid: abs(grid[0] - height) + abs(grid[1] - width))
 
     def as_map(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Convert features of this shape, from images of ``size``, to a map (B, C, H, W) without the extra tokens."""
         if self.extra_tokens is None:
             return x
-        return x[:, self.extra_tokens :].transpose(1, 2).unflatten(2, self.hw_shape(size))
+        return x[:, self.extra_tokens :].transpose(1, 2).unflatten(2, self.hw_shape(x, size))
 
     def pool(self, x: Tensor) -> Tensor:
         """Pool features to vectors (B, C): the class token if there is one, else the mean over the map or the tokens."""
@@ -119,11 +149,28 @@ class Feature:
 
 
 class UnitSequence(nn.ModuleList):
-    """A unit of several modules as one module."""
+    """A unit of several modules as one module.
 
-    def forward(self, x: Tensor, *hw_shape: tuple[int, int]) -> Tensor:
-        """Run the modules in order. A module that changes the shape (Swin's patch merging) returns (features, new hw_shape)."""
-        for module in self:
-            out = module(x, *hw_shape)
-            x, *hw_shape = out if isinstance(out, tuple) else (out, *hw_shape)
-        return x
+    Args:
+        modules: The modules.
+        calls: How each is called. Default: each as :func:`mmman.partition.calls.call` does.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], calls: Sequence[Call] = ()) -> None:
+        super().__init__(modules)
+        self.calls = tuple(calls) or (call,) * len(self)
+
+    def forward(self, x: Tensor, *grid: Grid) -> Tensor:
+        return self.run(x, *grid)[0]
+
+    def run(self, x: Tensor, *grid: Grid) -> tuple:
+        """Run the modules in order, from features ``(x, *grid)`` to features."""
+        features = (x, *grid)
+        for module, call_ in zip(self, self.calls, strict=True):
+            features = call_(module, *features)
+        return features
+
+
+def run_unit(unit: nn.Module, x: Tensor, *grid: Grid) -> tuple:
+    """Run a unit, :meth:`Unit.of` a backbone, on features, and return its features: x, and with a grid the new grid."""
+    return unit.run(x, *grid) if isinstance(unit, UnitSequence) else call(unit, x, *grid)

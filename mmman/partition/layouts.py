@@ -8,10 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from mmman.partition.calls import Call
 from mmman.partition.chain import STEM, Chain, Unit
 
 Grouping = Callable[[list[str]], list[tuple[str, ...]]]
 """From the paths of a stage's modules, in order, to the paths of each unit."""
+
+Calls = Mapping[str, Call]
+"""The paths of modules in the order in which they run, and how each is called."""
 
 
 def stem(*paths: str, tensors: tuple[str, ...] = ()) -> Unit:
@@ -100,6 +104,26 @@ def isotropic(
         units = [stem(*embedding, tensors=tensors), *(Unit.single(path, 0) for path in paths)]
         out_units = [1 + i for i in out_units]
     return Chain(tuple(units), tuple(out_units), **options)
+
+
+def pyramid(stages: Iterable[tuple[Calls, Sequence[Calls], Calls]], out_indices: Iterable[int]) -> Chain:
+    """Stages of an embedding, blocks and a norm: each stage embeds the map that the norm of the stage before it makes.
+
+    The embedding is part of the unit of the stage's first block, and the norm of that of its last block. A unit has the name of
+    its block. The backbone's first unit is no stem, because an embedding returns a grid beside its output.
+
+    Args:
+        stages: For each stage the modules of the embedding, those of each block, and those behind the last block.
+        out_indices: Indices of the stages that make outputs.
+    """
+    units, out_units = [], []
+    for i, (embedding, blocks, norm) in enumerate(stages):
+        for j, block in enumerate(blocks):
+            calls = {**(embedding if j == 0 else {}), **block, **(norm if j == len(blocks) - 1 else {})}
+            units.append(Unit(next(iter(block)), tuple(calls), [*calls][-1], i, calls=tuple(calls.values())))
+        if i in out_indices:
+            out_units.append(len(units) - 1)
+    return Chain(tuple(units), tuple(out_units), needs_hw_shape=True)
 
 
 def output_norms(backbone: nn.Module) -> Mapping[int, str]:

@@ -1,14 +1,15 @@
-"""The chains of backbones whose features are tokens (B, L, C)."""
+"""The chains of backbones whose features are tokens (B, L, C), and of those that change between tokens and maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from torch import nn
 
+from mmman.partition.calls import Call, call, call_on_map, call_on_tokens, call_on_view, call_with_sides
 from mmman.partition.chain import Chain, Unit
-from mmman.partition.layouts import isotropic, output_norms, own_tensors, stem
+from mmman.partition.layouts import children, isotropic, output_norms, own_tensors, pyramid, stem
 
 
 def vision_transformer(backbone: nn.Module) -> Chain:
@@ -92,6 +93,37 @@ def davit(backbone: nn.Module) -> Chain:
     return _windowed(backbone, [], lambda i: f'stages.{i - 1}.downsample' if i else 'patch_embed')
 
 
+def mix_transformer(backbone: nn.Module) -> Chain:
+    """MixVisionTransformer, the backbone of SegFormer."""
+    return _pyramid_transformer(backbone, call_on_view)
+
+
+def pyramid_transformer(backbone: nn.Module) -> Chain:
+    """PVT and PVTv2."""
+    return _pyramid_transformer(backbone, call_on_map)
+
+
+def twins(backbone: nn.Module) -> Chain:
+    """mmpretrain's PCPVT and SVT: the norm of a stage may be an identity."""
+    return _twins(backbone, 'stages', [f'norm_after_stage{i}' for i in range(len(backbone.stages))])
+
+
+def seg_twins(backbone: nn.Module) -> Chain:
+    """mmseg's PCPVT and SVT."""
+    return _twins(backbone, 'layers', children(backbone, 'norm_list') if backbone.norm_after_stage else [])
+
+
+def mscan(backbone: nn.Module) -> Chain:
+    """SegNeXt's backbone: convolutional blocks between which tokens are handed on. Every stage makes an output."""
+    count = backbone.num_stages
+    return _numbered(backbone, count, 'block', call_with_sides, range(count))
+
+
+def van(backbone: nn.Module) -> Chain:
+    """The Visual Attention Network: blocks on maps; the norm behind a stage makes tokens of them."""
+    return _numbered(backbone, backbone.num_stages, 'blocks', call_on_map, backbone.out_indices)
+
+
 def _pretrain_vit(backbone: nn.Module, embedding: tuple[str, ...], tensors: tuple[str, ...], **options: bool) -> Chain:
     """A ViT of mmpretrain. With ``out_type='avg_featmap'`` every output passes ``ln2``."""
     chain = isotropic(
@@ -122,3 +154,38 @@ def _windowed(backbone: nn.Module, units: list[Unit], downsampling: Callable[[in
         out_units.append(last[i] + 1 if after and i + 1 < len(last) else last[i])
     size = getattr(backbone.patch_embed, 'init_input_size', None) or (224, 224)
     return Chain(tuple(units), tuple(out_units), output_norms(backbone), needs_hw_shape=True, input_size=tuple(size))
+
+
+def _pyramid_transformer(backbone: nn.Module, call_embedding: Call) -> Chain:
+    """``layers`` lists the embedding, blocks and norm of every stage.
+
+    PVT's position embedding, the first of a stage's blocks, is part of the embedding.
+    """
+    stages = []
+    for i, count in enumerate(backbone.num_layers):
+        embed, layers, norm = children(backbone, f'layers.{i}')
+        paths = children(backbone, layers)
+        position, blocks = paths[:-count], paths[-count:]
+        embedding = {embed: call_embedding, **dict.fromkeys(position, call)}
+        stages.append((embedding, [{path: call} for path in blocks], {norm: call_on_tokens}))
+    return pyramid(stages, backbone.out_indices)
+
+
+def _twins(backbone: nn.Module, layers: str, norms: list[str]) -> Chain:
+    """Twins: a position encoding follows the first block of every stage, and is part of its unit."""
+    stages = []
+    for i, path in enumerate(children(backbone, layers)):
+        blocks = [{block: call} for block in children(backbone, path)]
+        blocks[0][f'position_encodings.{i}'] = call
+        embedding = {f'patch_embeds.{i}': call_on_map, f'position_encoding_drops.{i}': call_on_tokens}
+        stages.append((embedding, blocks, dict.fromkeys(norms[i : i + 1], call_on_tokens)))
+    return pyramid(stages, backbone.out_indices)
+
+
+def _numbered(backbone: nn.Module, count: int, blocks: str, block_call: Call, out_indices: Iterable[int]) -> Chain:
+    """Stages whose parts are attributes of the backbone, numbered from 1."""
+    stages = []
+    for i in range(1, count + 1):
+        own = [{path: block_call} for path in children(backbone, f'{blocks}{i}')]
+        stages.append(({f'patch_embed{i}': call_on_map}, own, {f'norm{i}': call_on_tokens}))
+    return pyramid(stages, out_indices)

@@ -209,7 +209,10 @@ def _recipes(cfg: Config, model: str) -> list[Recipe]:
     if 'decode_head' in stock:
         head = f"dict(type='mmman.SegLocalHead', decode_head={model}.decode_head)"
         why = "FCN, with the classes, losses and sampler of the model's decode_head"
-        return [Recipe(head, "dict(bias='depthwise')", why), Recipe(head, 'dict()', f'{why}; tokens take no depthwise bias')]
+        return [
+            Recipe(head, "dict(bias='depthwise')", why),
+            Recipe(head, 'dict()', f'{why}; tokens without a grid take no depthwise bias'),
+        ]
     if 'bbox_head' in stock:
         train_cfg = f', train_cfg={model}.train_cfg' if stock.get('train_cfg') else ''
         kind, own = type_name(stock.bbox_head), f'{model}.bbox_head'

@@ -16,6 +16,7 @@ from torch import nn
 from mmman.partition import chain_of
 from tests.alive import without_gradient
 from tests.narrow import is_narrowed, narrow
+from tests.parity.grids import ALIKE, GRIDS
 from tests.parity.lockstep import ROWS, compare_steps, reference_of, task_of, total
 
 pytest.importorskip('mmpretrain')
@@ -373,8 +374,9 @@ FURTHER = {
         outputs=lambda tail, taps: tuple(swin_out(norm, x) for norm, x in zip(tail, taps, strict=True)),
     ),
 }
+FURTHER |= {name: Family(**options) for name, options in GRIDS.items()}
 FAMILIES |= FURTHER
-TRANSFORMERS = ('vit', 'vit_mean', 'deit', 'swin', 'mlp_mixer', 'deit3', 'eva02', 't2t_vit', 'swin_v2', 'davit')
+TRANSFORMERS = ('vit', 'vit_mean', 'deit', 'swin', 'mlp_mixer', 'deit3', 'eva02', 't2t_vit', 'swin_v2', 'davit', 'pcpvt', 'svt')
 ONLY = {'vit': TRANSFORMERS, 'lam': ('cifar_resnet', 'regnet', 'vit', 'swin')}  # LAM has no adapters
 SYSTEMS = {
     'dgl': {'type': 'mmman.DGLLocalHead', 'conv_channels': 8, 'fc_channels': 12},
@@ -495,7 +497,10 @@ CASES = [
     for system in SYSTEMS
     for row in ROWS
     if family in ONLY.get(system, FAMILIES)
-    if family not in FURTHER or (row == 'manpp' and system == ('vit' if family in TRANSFORMERS else 'dgl'))
+    if family not in FURTHER
+    or (
+        system == ('vit' if family in TRANSFORMERS else 'dgl') and (row == 'manpp' or (family in GRIDS and family not in ALIKE))
+    )
 ]
 
 
@@ -517,7 +522,7 @@ def test_parity_under_mixup_and_label_smoothing(family):
 
 
 @pytest.mark.filterwarnings('ignore:MMPretrain cannot train the distilled')
-@pytest.mark.parametrize('family', [family for family in FAMILIES if family not in ('vgg', 'ssd_vgg')])
+@pytest.mark.parametrize('family', [family for family in FAMILIES if family not in ('vgg', 'ssd_vgg', *ALIKE)])
 def test_every_number_of_blocks(family):
     """From 2 to one unit a block: a training step, every parameter with a gradient but the scales, which start balanced.
 
@@ -553,8 +558,8 @@ def test_norms_on_outputs_from_inside_a_block(family, monkeypatch):
         lockstep(classifier(family, num_blocks=2, partition=[INNER[family]]), family, 'manpp')
 
 
-UNUSED = {'deit3': '.ln2.', 'seg_vit_without_token': '.cls_token'}
-"""Parameters that the stock forward pass doesn't use: a second norm of every layer, a token that is dropped."""
+UNUSED = {'deit3': '.ln2.', 'seg_vit_without_token': '.cls_token', 'seg_pcpvt': 'backbone.norm1.', 'seg_svt': 'backbone.norm1.'}
+"""Parameters that the stock forward pass doesn't use: a second norm of every layer, a token that is dropped, a last norm."""
 
 
 def dead(gradients, family):

@@ -20,6 +20,7 @@ pytest.importorskip('mmdet')
 from tests.parity import test_classifiers as classifiers
 from tests.parity import test_retinanet as detectors
 from tests.parity import test_segmentors as segmentors
+from tests.parity.grids import ALIKE
 from tests.parity.test_mlaan import LINEAR
 from tests.toy import toy_config
 
@@ -84,7 +85,7 @@ def compare(model, batches, **options):
 
 @pytest.mark.filterwarnings('ignore:MMPretrain cannot train the distilled')
 @pytest.mark.parametrize('system', ['dgl', 'infopro'])
-@pytest.mark.parametrize('family', [family for family in classifiers.FAMILIES if family != 'eva02'])
+@pytest.mark.parametrize('family', [family for family in classifiers.FAMILIES if family not in ('eva02', *ALIKE)])
 def test_classifiers(family, system):
     torch.manual_seed(0)
     size = classifiers.FAMILIES[family].size

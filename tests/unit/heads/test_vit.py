@@ -14,6 +14,7 @@ from mmman.errors import ConfigError
 from mmman.heads.vit import forward_class_token
 from mmman.memory.recompute import recompute_
 from mmman.partition import Feature
+from mmman.partition.chain import UnitSequence
 
 pytest.importorskip('mmpretrain')
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
@@ -121,6 +122,26 @@ def test_layers_that_take_the_grid(layers):
     if layers:
         y = following(y, (4, 4))
     assert torch.equal(head.embed(head.apply_transfer(X, IMAGES), IMAGES), F.layer_norm(y[:, 0], (8,), eps=1e-6))
+
+
+def test_layers_behind_one_that_changes_the_grid_get_the_new_one():
+    """Swin's patch merging is part of the first unit of a stage."""
+
+    class Merging(nn.Module):
+        def forward(self, x, grid):
+            return x[:, ::4], (grid[0] // 2, grid[1] // 2)
+
+    class Block(nn.Module):
+        def forward(self, x, grid):
+            assert grid[0] * grid[1] == x.shape[1] == 4
+            return x + 1
+
+    where = boundary(
+        Feature(8, 8, 0), following=[(UnitSequence([Merging(), Block()]), Feature(8, 16, 0)), (Block(), Feature(8, 16, 0))]
+    )
+    head = local_head('ViTLocalHead', where=replace(where, needs_hw_shape=True), layers=2)
+    expected = F.layer_norm(X[:, 1::4] + 2, (8,), eps=1e-6).mean(1)
+    torch.testing.assert_close(head.embed(X[:, 1:], IMAGES), expected)
 
 
 def test_vit_head_options_are_checked():

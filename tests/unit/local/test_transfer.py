@@ -1,11 +1,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from mmman import MomentumTransfer
 from mmman.errors import ConfigError
 from mmman.local.transfer import find_source
 from mmman.partition import Feature, Unit
+from mmman.partition.calls import call_on_map, call_on_tokens
+from mmman.partition.chain import UnitSequence
 from tests.toy import ToyUnit
 
 
@@ -86,11 +89,29 @@ def test_depthwise_bias(source):
     torch.testing.assert_close(without_scale(X), y + F.conv2d(y, transfer.depthwise_bias, padding=1, groups=8))
 
 
-def test_depthwise_bias_is_for_maps(source):
+def test_depthwise_bias_of_tokens_is_that_of_their_map():
+    source = UnitSequence([nn.Conv2d(8, 8, 2, 2), nn.LayerNorm(8)], (_halve, call_on_tokens)).double()
+    transfer = MomentumTransfer(source, Feature(8, 4, 0), bias='depthwise', has_grid=True).double()
+    transfer.depthwise_bias.data.normal_()
+    x = torch.randn(2, 24, 8, dtype=torch.double)
+    y = source(x, (4, 6))
+    assert y.shape == (2, 6, 8)
+    as_map = y.transpose(1, 2).reshape(2, 8, 2, 3)
+    expected = as_map + F.conv2d(as_map, transfer.depthwise_bias, padding=1, groups=8)
+    torch.testing.assert_close(transfer(x, (4, 6)), expected.flatten(2).transpose(1, 2))
+
+
+def _halve(module, x, grid):
+    return call_on_map(module, x, grid)[0], (grid[0] // 2, grid[1] // 2)
+
+
+@pytest.mark.parametrize('options', [{'extra_tokens': 1}, {'extra_tokens': 0}])
+def test_depthwise_bias_is_for_grids(source, options):
+    feature = Feature(8, 2, **options)
     with pytest.raises(
         ConfigError, match="transfer.bias='depthwise' requires feature maps: for tokens choose 'channel' or 'unit'"
     ):
-        MomentumTransfer(source, Feature(8, 2, extra_tokens=1), bias='depthwise')
+        MomentumTransfer(source, feature, bias='depthwise', has_grid=bool(feature.extra_tokens))
 
 
 def test_sync_copies_and_update_is_lerp(source):

@@ -6,7 +6,8 @@ from torch import nn
 
 from mmman import localize_, register_chain
 from mmman.partition import Chain, Feature, Unit
-from mmman.partition.chain import UnitSequence
+from mmman.partition.calls import call_with_sides
+from mmman.partition.chain import UnitSequence, run_unit
 from tests.toy import ToyNet
 
 HEAD = {'type': 'mmman.ToyLocalHead'}
@@ -67,9 +68,41 @@ def test_a_sequence_hands_the_grid_on():
     assert grid.seen == (2, 3) and torch.equal(y, torch.ones(1, 6, 2))
 
 
-@pytest.mark.parametrize(('size', 'expected'), [((64, 96), (4, 6)), ((65, 81), (5, 6)), ((1, 16), (1, 1))])
-def test_a_feature_has_as_many_pixels_as_cover_the_image(size, expected):
-    assert Feature(8, 16).hw_shape(size) == expected
+class Sides(nn.Module):
+    def forward(self, x, height, width):
+        self.seen = height, width
+        return x + 1
+
+
+def test_a_unit_with_calls_of_its_own_is_called_so():
+    backbone = nn.ModuleDict({'sides': Sides(), 'grid': Grid()})
+    x = torch.zeros(1, 6, 2)
+    unit = Unit('sides', ('sides',), 'sides', 0, calls=(call_with_sides,)).of(backbone)
+    assert torch.equal(run_unit(unit, x, (2, 3))[0], x + 1) and backbone['sides'].seen == (2, 3)
+    assert Unit.single('grid', 0).of(backbone) is backbone['grid']
+    assert run_unit(backbone['grid'], x, (2, 3))[1] == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ('size', 'expected'),
+    [((64, 96), (4, 6)), ((65, 81), (5, 6)), ((65, 81), (4, 5)), ((65, 81), (5, 5)), ((1, 16), (1, 1)), ((133, 139), (8, 9))],
+)
+def test_the_grid_of_tokens_is_that_of_their_number(size, expected):
+    """A backbone pads images that are no multiple of the stride, or drops a border."""
+    for extra in (0, 2):
+        feature = Feature(8, 16, extra)
+        assert feature.hw_shape(torch.zeros(1, extra + expected[0] * expected[1], 8), size) == expected
+    assert Feature(8, 16).hw_shape(torch.zeros(1, 8, 7, 3), size) == (7, 3)
+
+
+def test_tokens_that_make_no_grid_of_the_image():
+    with pytest.raises(AssertionError, match='7 tokens make no grid of about 4 x 6'):
+        Feature(8, 16, 0).hw_shape(torch.zeros(1, 7, 8), (64, 96))
+
+
+def test_a_unit_takes_features_of_its_channels_and_stride():
+    assert Feature(8, 4).fits(Feature(8, 4, 0))
+    assert not Feature(8, 4).fits(Feature(8, 8)) and not Feature(8, 4).fits(Feature(4, 4))
 
 
 def test_features_are_pooled_to_their_class_token_or_their_mean():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from mmman.partition.calls import call, call_on_map, call_on_tokens
 from mmman.partition.layouts import (
     first_two,
     in_pairs,
@@ -12,6 +13,7 @@ from mmman.partition.layouts import (
     one_each,
     output_norms,
     own_tensors,
+    pyramid,
     staged,
     stem,
     stem_in_list,
@@ -49,6 +51,21 @@ def test_a_stage_is_a_sequence_of_units_or_one_unit(group, units):
 @pytest.mark.parametrize(('out_indices', 'out_units'), [((0, 2), (0, 5)), ((2, 1, 0), (0, 4, 5)), ((1,), (4,)), ((-1,), ())])
 def test_a_stem_in_the_list_of_stages_is_stage_0(out_indices, out_units):
     assert stem_in_list(Staged(out_indices), ['stem', *LAYERS]).out_units == out_units
+
+
+def test_an_embedding_and_a_norm_are_part_of_the_units_next_to_them():
+    stages = [
+        ({'embed0': call_on_map}, [{'block0': call, 'position': call}, {'block1': call}], {'norm0': call_on_tokens}),
+        ({'embed1': call_on_map}, [{'block2': call}], {}),
+    ]
+    chain = pyramid(stages, (1, 0))
+    assert [(unit.name, unit.modules, unit.output, unit.stage) for unit in chain.units] == [
+        ('block0', ('embed0', 'block0', 'position'), 'position', 0),
+        ('block1', ('block1', 'norm0'), 'norm0', 0),
+        ('block2', ('embed1', 'block2'), 'block2', 1),
+    ]
+    assert chain.units[1].calls == (call, call_on_tokens)
+    assert chain.out_units == (1, 2) and chain.needs_hw_shape
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,32 @@
 """Off means off for every family of tokens, and what the dry run needs to know of them."""
 
+from dataclasses import replace
+
 import pytest
 
-from mmman.partition import chain_of
+from mmman.partition import chain_of, measure
 from tests.unit.partition.off import SWIN, VIT, build, check_off_means_off
 
 pytestmark = pytest.mark.whole_models
 
 LAYERS = {'embed_dims': 24, 'num_layers': 4, 'num_heads': 3}
+PVT = {'embed_dims': 8, 'num_layers': [2, 1, 1, 1], 'num_heads': [1, 2, 2, 2]}
+TWINS = {'embed_dims': [8, 8, 16, 16], 'depths': [2, 1, 1, 1], 'num_heads': [1, 2, 2, 2], 'mlp_ratios': [2, 2, 2, 2]}
+TWINS |= {'sr_ratios': [8, 4, 2, 1]}
+PATCHES = {'patch_sizes': [4, 2, 2, 2], 'strides': [4, 2, 2, 2]}
+STAGES = {'embed_dims': [8, 8, 16, 16], 'depths': [2, 1, 1, 1]}
 FAMILIES = {
     'mmdet': [
+        ('PyramidVisionTransformer', {**PVT, 'pretrain_img_size': 64, 'out_indices': (3, 1)}),
+        ('PyramidVisionTransformerV2', {**PVT, 'drop_rate': 0.1}),
         ('SwinTransformer', {'embed_dims': 24, 'depths': (2, 2, 2, 2), 'frozen_stages': 1}),
         ('SwinTransformer', {'embed_dims': 24, 'depths': (1, 2, 3, 2), 'use_abs_pos_embed': True, 'with_cp': True}),
     ],
     'mmseg': [
+        ('MixVisionTransformer', {**PVT, 'out_indices': (1, 3), 'with_cp': True}),
+        ('PCPVT', {**TWINS, 'drop_rate': 0.1}),
+        ('SVT', {**TWINS, 'windiow_sizes': [7, 7, 7, 7], 'out_indices': (1, 3)}),
+        ('MSCAN', {**STAGES, 'norm_cfg': {'type': 'BN'}, 'drop_path_rate': 0.1}),
         ('SwinTransformer', {'embed_dims': 24, 'depths': (2, 2, 2, 2), 'out_indices': (1, 3)}),
         ('VisionTransformer', {**LAYERS, 'out_indices': (1, 3), 'img_size': 64}),
         (
@@ -35,6 +48,9 @@ FAMILIES = {
         ('MAE', {**LAYERS, 'img_size': 64, 'out_indices': (3, 1, 0), 'drop_path_rate': 0.1}),
     ],
     'mmpretrain': [
+        ('PCPVT', {'arch': {**TWINS, **PATCHES}, 'norm_after_stage': [True, False, False, True], 'out_indices': (0, 3)}),
+        ('SVT', {'arch': {**TWINS, **PATCHES, 'window_sizes': [7, 7, 7, 7]}, 'drop_path_rate': 0.1}),
+        ('VAN', {'arch': {**STAGES, 'ffn_ratios': [2, 2, 2, 2]}, 'out_indices': (3, 1), 'frozen_stages': 0}),
         ('VisionTransformer', {'arch': VIT, 'img_size': 64}),
         ('VisionTransformer', {'arch': VIT, 'out_type': 'avg_featmap', 'out_indices': [1, 4, 5], 'drop_path_rate': 0.1}),
         (
@@ -162,3 +178,32 @@ def test_the_merging_of_swin_v2_is_in_the_stage_of_its_blocks():
     arch = {**SWIN, 'extra_norm_every_n_blocks': 0}
     chain = chain_of(build('mmpretrain', 'SwinTransformerV2', {'arch': arch}))
     assert chain.units[3].modules == ('stages.1.downsample', 'stages.1.blocks.0')
+
+
+def test_units_of_pvt_have_the_names_of_its_blocks():
+    """The position embedding is the first of a stage's blocks, and part of the unit of the first layer."""
+    chain = chain_of(build('mmdet', 'PyramidVisionTransformer', {**PVT, 'pretrain_img_size': 64}))
+    assert [unit.modules for unit in chain.units[:2]] == [
+        ('layers.0.0', 'layers.0.1.0', 'layers.0.1.1'),
+        ('layers.0.1.2', 'layers.0.2'),
+    ]
+    assert [unit.name for unit in chain.units] == [f'layers.{i}' for i in ('0.1.1', '0.1.2', '1.1.1', '2.1.1', '3.1.1')]
+
+
+@pytest.mark.parametrize('extra', [{}, {'norm_after_stage': True}])
+def test_mmsegs_twins_with_and_without_norms(extra):
+    chain = chain_of(build('mmseg', 'PCPVT', {**TWINS, **extra}))
+    assert chain.units[1].modules == (('layers.0.1', 'norm_list.0') if extra else ('layers.0.1',))
+
+
+@pytest.mark.parametrize('size', [(64, 64), (70, 100)])
+def test_layouts_of_van_are_measured(size):
+    """Maps inside a stage, tokens behind its norm."""
+    found = measured('mmpretrain', 'VAN', {'arch': {**STAGES, 'ffn_ratios': [2, 2, 2, 2]}}, size)
+    assert [feature.extra_tokens for feature in found.features] == [None, 0, 0, 0, 0]
+    assert [feature.stride for feature in found.features] == [4, 4, 8, 16, 32]
+
+
+def measured(library, kind, options, size):
+    backbone = build(library, kind, options)
+    return measure(backbone, replace(chain_of(backbone), input_size=size))
