@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.logging import MessageHub
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -31,6 +32,10 @@ STOCK = {
     'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py': 4,
     'mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py': 4,
     'mmdet::pvt/retinanet_pvtv2-b0_fpn_1x_coco.py': 4,
+    'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py': 4,
+    'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py': 4,
+    'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py': 4,
+    'mmdet::ssd/ssd300_coco.py': 4,
     'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::pspnet/pspnet_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
     'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-40k_cityscapes-512x1024.py': 2,
@@ -40,6 +45,11 @@ STOCK = {
     'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py': 4,
     'mmseg::twins/twins_pcpvt-s_fpn_fpnhead_8xb4-80k_ade20k-512x512.py': 4,
     'mmseg::segnext/segnext_mscan-t_1xb16-adamw-160k_ade20k-512x512.py': 4,
+    'mmseg::vit/vit_deit-s16_upernet_8xb2-80k_ade20k-512x512.py': 4,
+    'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py': 4,
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': 4,
+    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': 4,
+    'mmseg::mobilenet_v3/mobilenet-v3-d8-s_lraspp_4xb4-320k_cityscapes-512x1024.py': 4,
     'mmpretrain::resnet/resnet50_8xb32_in1k.py': 4,
     'mmpretrain::vision_transformer/vit-base-p16_64xb64_in1k.py': 4,
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py': 4,
@@ -70,6 +80,8 @@ STOCK = {
     'mmpretrain::twins/twins-pcpvt-small_8xb128_in1k.py': 4,
     'mmpretrain::twins/twins-svt-small_8xb128_in1k.py': 4,
     'mmpretrain::van/van-tiny_8xb128_in1k.py': 4,
+    'mmpretrain::vig/vig-tiny_8xb128_in1k.py': 4,
+    'mmpretrain::vig/pvig-tiny_8xb128_in1k.py': 4,
 }
 
 SIDES = {
@@ -78,11 +90,18 @@ SIDES = {
     'ViTEVA02': 56,
 }
 """Sides, in pixels, of the images of classifiers that need other than 64."""
+SEGMENTATION_SIDES = {'MobileNetV3': 400}
+"""The same for segmentors that need other than 128: LRASPP pools 49 x 49 pixels at stride 8."""
+SMALL = 'img_size=(128, 128), num_layers=4, out_indices=[0, 1, 2, 3]'
 BACKBONES = {
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': SMALL,
+    'mmseg::mae/mae-base_upernet_8xb2-amp-160k_ade20k-512x512.py': SMALL,
     'mmpretrain::hornet/hornet-tiny_8xb128_in1k.py': 'use_layer_scale=False',
     'mmpretrain::mlp_mixer/mlp-mixer-base-p16_64xb64_in1k.py': 'img_size=64',
 }
-"""What is changed of a stock backbone: a scale of 1e-6 makes gradients of rounding; a mixer is built for its image size.""" ''
+"""What is changed of a stock backbone: a scale of 1e-6 makes gradients of rounding; some take images of one size alone."""
+SINGLE = {'LightHamHead', 'RTMDetSepBNHead', 'YOLOXHead', 'YOLOV3Head'}
+"""Heads that make tensors of single precision, so that they fail in double."""
 
 
 def child_of(stock, num_blocks, folder):
@@ -102,26 +121,26 @@ def child_of(stock, num_blocks, folder):
     return cfg
 
 
-def detection_batch():
+def detection_batch(height=256, width=320, with_masks=False):
     """Two images with objects of all sizes."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
 
-    height, width = 256, 320
-    boxes = torch.tensor([[4.0, 4, 20, 24], [30, 40, 80, 90], [100, 20, 220, 140], [2, 3, 310, 250]])
+    boxes = torch.tensor([[4.0, 4, 20, 24], [30, 40, 80, 90], [100, 20, 220, 140], [2, 3, 290, 250]])
     samples = []
     for _ in range(2):
         shape = (height, width)
         sample = DetDataSample(
             metainfo={'img_shape': shape, 'pad_shape': shape, 'ori_shape': shape, 'scale_factor': (1.0, 1.0)}
         )
-        masks = BitmapMasks(np.ones((len(boxes), height, width), np.uint8), height, width)
-        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(boxes)), masks=masks)
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(boxes)))
+        if with_masks:
+            sample.gt_instances.masks = BitmapMasks(np.ones((len(boxes), height, width), np.uint8), height, width)
         samples.append(sample)
     return {'inputs': [*torch.randint(256, (2, 3, height, width), dtype=torch.uint8)], 'data_samples': samples}
 
 
-def segmentation_batch(size=128):
+def segmentation_batch(size):
     from mmseg.structures import SegDataSample
 
     samples = [SegDataSample(gt_sem_seg=PixelData(data=torch.randint(19, (1, size, size)))) for _ in range(2)]
@@ -137,9 +156,10 @@ def classification_batch(size):
 
 def batch_of(cfg):
     if cfg.default_scope == 'mmdet':
-        return detection_batch()
+        size = (300, 300) if cfg.model.backbone.backbone.type == 'SSDVGG' else (256, 320)
+        return detection_batch(*size, with_masks='mask_head' in cfg.model.get('roi_head', {}))
     if cfg.default_scope == 'mmseg':
-        return segmentation_batch()
+        return segmentation_batch(cfg.model.data_preprocessor.size[0])
     return classification_batch(SIDES.get(cfg.model.backbone.backbone.type, 64))
 
 
@@ -155,11 +175,13 @@ def test_inheritance_alone_localises(stock, tmp_path):
     torch.manual_seed(0)
     cfg = child_of(stock, STOCK[stock], tmp_path)
     if cfg.default_scope == 'mmseg':
-        cfg.model.data_preprocessor.size = (128, 128)
+        cfg.model.data_preprocessor.size = [SEGMENTATION_SIDES.get(cfg.model.backbone.backbone.type, 128)] * 2
     init_default_scope(cfg.default_scope)
+    MessageHub.get_current_instance().update_info('iter', 0)  # YOLOX's preprocessor changes the size of images by it
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
-    # mmcv's NMS of proposals, and the random matrices of SegNeXt's head, are in single precision
-    is_double = not hasattr(model, 'roi_head') and cfg.model.get('decode_head', {}).get('type') != 'LightHamHead'
+    heads = [cfg.model.get(name, {}).get('type') for name in ('decode_head', 'bbox_head')]
+    # mmcv's NMS of proposals takes single precision alone, too
+    is_double = not hasattr(model, 'roi_head') and SINGLE.isdisjoint(heads)
     model = model.double() if is_double else model
     backbone = model.backbone
     assert len(backbone.local) == STOCK[stock] - 1
