@@ -19,17 +19,23 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mmman.local.blocks import localized_backbone
+from mmman.local.transfer import MomentumTransfer
 
 LOCAL_HEADS = 'local_heads'
 """The name under which the constructor sees the local heads, as a sibling of the backbone."""
+_TRAINED_COPY = 'trained_copy'
 _CONFIG_KEY = 'backbone.local'  # the name of the local heads in paramwise_cfg.custom_keys
+_SEEN_NAMES = {_CONFIG_KEY: LOCAL_HEADS, 'transfer.bias': f'transfer.{_TRAINED_COPY}'}
+"""Names in custom keys, and the names that the constructor sees. B is a copy of a unit, and a key for biases (``'.bias'``, in
+many stock configs) would match all of its weights by its name."""
 
 
 def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
     """Build an optim wrapper with its constructor, which sees the local heads as a sibling of the backbone.
 
-    Settings of ``paramwise_cfg`` for the backbone don't apply to local heads. Settings for all layers (``norm_decay_mult``) and
-    ``custom_keys`` for ``backbone.local`` do.
+    Settings of ``paramwise_cfg`` for the backbone, by ``custom_keys`` or by the depth of a layer, don't apply to local heads.
+    Settings for all layers (``norm_decay_mult``), ``custom_keys`` for ``backbone.local`` and those for a kind of parameter
+    (``relative_position_bias_table``) do, and ``head`` matches every local head as it does the model's own.
 
     Args:
         model: A localised model, or its wrapper.
@@ -40,7 +46,7 @@ def build_local_optim_wrapper(model: nn.Module, cfg: dict) -> OptimWrapper:
     """
     cfg = copy.deepcopy(cfg)
     if keys := (cfg.get('paramwise_cfg') or {}).get('custom_keys'):
-        cfg['paramwise_cfg']['custom_keys'] = {key.replace(_CONFIG_KEY, LOCAL_HEADS): value for key, value in keys.items()}
+        cfg['paramwise_cfg']['custom_keys'] = {_seen_name(key): value for key, value in keys.items()}
     model = model.module if is_model_wrapper(model) else model
     order = {parameter: i for i, parameter in enumerate(model.parameters())}
     with _local_heads_outside_backbone(model):
@@ -84,13 +90,24 @@ def _local_heads_outside_backbone(model: nn.Module) -> Iterator[None]:
     """Context in which the local heads are a child of the model, not of its backbone."""
     backbone = localized_backbone(model)
     local = backbone.local
+    transfers = [module for module in local.modules() if isinstance(module, MomentumTransfer) and module.bias is not None]
     del backbone.local
     model.add_module(LOCAL_HEADS, local)
+    for transfer in transfers:
+        transfer.add_module(_TRAINED_COPY, transfer._modules.pop('bias'))
     try:
         yield
     finally:
+        for transfer in transfers:
+            transfer.add_module('bias', transfer._modules.pop(_TRAINED_COPY))
         delattr(model, LOCAL_HEADS)
         backbone.local = local
+
+
+def _seen_name(key: str) -> str:
+    for name, seen in _SEEN_NAMES.items():
+        key = key.replace(name, seen)
+    return key
 
 
 def _initial_options(model: nn.Module, names: list[str], optimizer: Optimizer) -> dict[str, dict]:

@@ -9,8 +9,12 @@ from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from torch import nn
 
+from mmman import localize_
 from mmman.engine.paramwise import build_local_optim_wrapper
+from mmman.runtime.stock_config import StockConfig
+from tests import toy  # noqa: F401
 from tests.configs import read_config
 
 pytest.importorskip('mmpretrain')
@@ -120,3 +124,65 @@ def test_a_run_has_these_rates_and_says_so(cfg, key, tmp_path, caplog):
     assert all(torch.isfinite(p).all() for p in runner.model.parameters())
     scheduler = runner.param_schedulers[0]
     assert scheduler.optimizer is runner.optim_wrapper.optimizer or scheduler.optimizer is runner.optim_wrapper
+
+
+SWIN = {'embed_dims': 4, 'depths': (1, 1, 1, 1), 'num_heads': (1, 1, 1, 1), 'mlp_ratio': 1}
+CONVNEXT = {'arch': {'depths': [1, 1, 1, 1], 'channels': [4, 4, 4, 4]}}
+LAYERS = {'num_layers': 4, 'num_heads': 2, 'img_size': 32}
+BEIT = {'embed_dims': 8, **LAYERS, 'out_indices': [3]}
+VIT = {'arch': {'embed_dims': 8, 'feedforward_channels': 16, 'num_layers': 4, 'num_heads': 2}, 'img_size': 32}
+SWIN_ARCH = {'arch': {'embed_dims': 4, 'depths': [1, 1, 1, 1], 'num_heads': [1, 1, 1, 1]}}
+# stock config: what makes its backbone small; rates of the backbone's first layer and of local heads, by the base rate
+STOCK = {
+    'mmdet::mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco.py': (SWIN, 0.1, 1.0),
+    'mmdet::convnext/mask-rcnn_convnext-t-p4-w7_fpn_amp-ms-crop-3x_coco.py': (CONVNEXT, 0.95**7, 1.0),
+    'mmseg::convnext/convnext-tiny_upernet_8xb2-amp-160k_ade20k-512x512.py': (CONVNEXT, 0.9**7, 1.0),
+    'mmseg::beit/beit-base_upernet_8xb2-160k_ade20k-640x640.py': (BEIT, 0.9**13, 1.0),
+    'mmseg::setr/setr_vit-l_naive_8xb1-80k_cityscapes-768x768.py': (BEIT, 1.0, 10.0),
+    'mmpretrain::mae/benchmarks/vit-base-p16_8xb128-coslr-100e_in1k.py': (VIT, 0.65**5, 1.0),
+    'mmpretrain::simmim/benchmarks/swin-base-w7_8xb256-coslr-100e_in1k.py': (SWIN_ARCH, 0.9**5, 1.0),
+    'mmpretrain::spark/benchmarks/resnet50_8xb256-coslr-300e_in1k.py': ({'base_channels': 4}, 0.7**7, 1.0),
+    'mmpretrain::csra/resnet101-csra_1xb16_voc07-448px.py': ({'depth': 18, 'base_channels': 4}, 1.0, 10.0),
+}
+
+
+class Model(nn.Module):
+    """As much of a model as a constructor looks at."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(2, 2)
+
+    def get_layer_depth(self, name):
+        return self.backbone.get_layer_depth(name, 'backbone.')
+
+
+@pytest.mark.parametrize('stock', STOCK)
+def test_settings_of_stock_configs(stock):
+    """Local heads learn as fast as the model's own head, and the copy B decays like any unit."""
+    pytest.importorskip(stock.partition('::')[0])
+    small, slowest, fast = STOCK[stock]
+    cfg = StockConfig.read(stock).cfg
+    init_default_scope(stock.partition('::')[0])
+    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None, **small})
+    model = Model(localize_(backbone, num_blocks=2, local_head={'type': 'mmman.ToyLocalHead'}))
+    wrapper = {key: value for key, value in cfg.optim_wrapper.items() if key in ('optimizer', 'constructor', 'paramwise_cfg')}
+    wrapper['optimizer'] = {**SGD, 'weight_decay': wrapper['optimizer'].get('weight_decay', 0.0)}
+    optimizer = build_local_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', **wrapper}).optimizer
+    groups = {p: group for group in optimizer.param_groups for p in group['params']}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {name: groups[p]['lr'] / SGD['lr'] for name, p in trained.items()}
+    assert min(rate for name, rate in rates.items() if '.local.' not in name) == pytest.approx(slowest)
+    local = {round(rate, 6) for name, rate in rates.items() if '.local.' in name and not name.endswith('bias_table')}
+    assert local == {rates['head.weight']} == {fast}
+    weights = [p for name, p in trained.items() if '.transfer.bias.' in name and name.endswith('.weight') and p.ndim > 1]
+    assert weights and {groups[p]['weight_decay'] for p in weights} == {wrapper['optimizer']['weight_decay']}
+
+
+def test_a_key_for_biases_does_not_match_the_copy_b(model):
+    keys = {'.bias': {'decay_mult': 0.0}, 'transfer.bias': {'lr_mult': 0.5}}
+    options = options_of(model, {'paramwise_cfg': {'custom_keys': keys}})
+    assert {value for name, value in options.items() if '.transfer.bias.' in name} == {(0.4, 1e-4)}
+    assert options['head.fc.bias'] == (0.8, 0.0)
+    assert hasattr(next(iter(model.backbone.local.values())).transfer, 'bias')
