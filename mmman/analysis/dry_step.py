@@ -81,14 +81,18 @@ def _for_cpu(cfg: Config) -> Config:
     return cfg
 
 
-def scope_of(cfg: Config) -> str:
-    """The library that defines the class of a config's model, or a base class of it."""
-    kind = cfg.model.type
+def classes_of(kind: str | type, cfg: Config) -> tuple[type, ...]:
+    """The class that ``type`` of a part of the model names in a config, and its base classes; empty if it is no known class."""
     if isinstance(kind, str):
         init_default_scope(cfg.get('default_scope') or 'mmengine')
         with MODELS.switch_scope_and_registry(None) as registry:
             kind = registry.get(kind)
-    libraries = (cls.__module__.partition('.')[0] for cls in getattr(kind, '__mro__', ()))
+    return getattr(kind, '__mro__', ())
+
+
+def scope_of(cfg: Config) -> str:
+    """The library that defines the class of a config's model, or a base class of it."""
+    libraries = (cls.__module__.partition('.')[0] for cls in classes_of(cfg.model.type, cfg))
     return next((library for library in libraries if library in SIDES), cfg.get('default_scope') or 'mmengine')
 
 

@@ -54,6 +54,7 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         The backbone, an instance of the stock class.
     """
     check_local_options(transfer, local_head, independent_head=independent_head)
+    _check_no_adapter(backbone)
     if pretrained is not None:
         backbone = {**backbone, 'pretrained': pretrained}
     if isinstance(partition, dict):
@@ -74,6 +75,17 @@ def LocalBackbone(  # noqa: N802  named as a config writes it
         window=window,
         independent_head=independent_head,
     )
+
+
+def _check_no_adapter(backbone: Mapping[str, Any]) -> None:
+    """Raise :class:`ConfigError` if a stock backbone is wrapped in one that freezes it, and trains layers that it adds."""
+    kind = backbone.get('type')
+    name = kind.rpartition('.')[-1] if isinstance(kind, str) else getattr(kind, '__name__', None)
+    if name == 'LoRAModel':
+        raise ConfigError(
+            'model.backbone.backbone: LoRAModel cannot be cut into blocks, because it freezes the backbone and trains only '
+            'what it adds: set its module as the stock backbone, without LoRA, or train it without mmman.LocalBackbone'
+        )
 
 
 def check_backbone_options(options: Mapping[str, Any], where: str = 'model.backbone') -> None:

@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
+from mmman.local.local_head import LocalHead
 
 
 def check_model(model: nn.Module, update: str = 'synchronous') -> None:
@@ -19,8 +20,8 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
         update: The ``update`` option of :class:`mmman.LocalLearningOptimWrapper`.
 
     Raises:
-        ConfigError: The model has no localised backbone, or more than one; local heads don't fit the model or were never
-            initialised; a block has no trainable parameter; momentum copies were never initialised; DDP, its options or
+        ConfigError: The model has no localised backbone, or more than one; local heads don't fit the model, are frozen or were
+            never initialised; a block has no trainable parameter; momentum copies were never initialised; DDP, its options or
             activation checkpointing break local backward passes.
     """
     module = model
@@ -42,6 +43,7 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
             'not support: train in one process, or set window=1'
         )
     for head in backbone.local.values():
+        _check_trainable(head)
         head.check_model(module)
         if head.independent is not None:
             head.independent.check_model(module)
@@ -77,6 +79,16 @@ def _check_blocks_train(backbone: nn.Module) -> None:
             f'{frozen} of {type(backbone).__name__} has no trainable parameter: it was frozen after its blocks were planned. '
             'Freeze with frozen_stages of the stock backbone (model.backbone.backbone), or before localize_ is called, so that '
             'the blocks are planned without it'
+        )
+
+
+def _check_trainable(head: LocalHead) -> None:
+    """Raise if a local head was frozen as a whole, e.g. by an adapter around the backbone that trains its own layers alone."""
+    parameters = [p for name, p in head.named_parameters() if not name.startswith('transfer.momentum.')]
+    if parameters and not any(p.requires_grad for p in parameters):
+        raise ConfigError(
+            f'the local head after {head.unit} is frozen, so it would learn nothing: leave backbone.local trainable, and put '
+            'no wrapper that freezes (LoRAModel) around mmman.LocalBackbone'
         )
 
 

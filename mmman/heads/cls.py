@@ -59,9 +59,8 @@ class ClsLocalHead(LocalHead):
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        head = drop_keys(options.get('head'), ('in_channels', 'hidden_dim'))
-        name = str(head.get('type')).rpartition('.')[-1]
-        return {'head': {**head, 'type': _LINEAR_HEADS.get(name, name)}}
+        head = _linear_head(options.get('head') or {})
+        return {'head': {**head, 'type': _type_name(head)}}
 
     def embed(self, y: Tensor, inputs: Tensor) -> Tensor:
         """Compute features for the classifier.
@@ -163,20 +162,38 @@ class DGLLocalHead(ClsLocalHead):
         return self.fcs(self.convs(y).mean((2, 3)))
 
 
+_SIZE_OPTIONS = ('in_channels', 'hidden_dim')
 _LINEAR_HEADS = {
-    'ClsHead': 'LinearClsHead',
-    'MultiLabelClsHead': 'MultiLabelLinearClsHead',
-    'DeiTClsHead': 'VisionTransformerClsHead',
+    'ClsHead': ('LinearClsHead', ()),
+    'CSRAClsHead': ('MultiLabelLinearClsHead', ('num_heads', 'lam')),
+    'DeiTClsHead': ('VisionTransformerClsHead', ()),
+    'MultiLabelClsHead': ('MultiLabelLinearClsHead', ()),
 }
-"""Heads that only hold a loss, or that take the output of a particular backbone, and the linear heads that replace them."""
+"""Heads that only hold a loss, or that take a map or the output of a particular backbone; the linear head that replaces each,
+and the options that it doesn't have."""
+
+
+def _linear_head(head: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the linear head that a local head builds for the model's own head, without its sizes."""
+    name = _type_name(head)
+    if name not in _LINEAR_HEADS:
+        return drop_keys(head, _SIZE_OPTIONS)
+    replacement, dropped = _LINEAR_HEADS[name]
+    return {**drop_keys(head, (*_SIZE_OPTIONS, *dropped)), 'type': f'mmpretrain.{replacement}'}
+
+
+def _type_name(head: Mapping[str, Any]) -> str:
+    kind = head.get('type')
+    return getattr(kind, '__name__', None) or str(kind).rpartition('.')[-1]
 
 
 def _build_classifier(head: dict, in_channels: int) -> nn.Module:
-    config = {name: value for name, value in head.items() if name not in ('in_channels', 'hidden_dim')}
-    kind = config['type']
-    name = kind.rpartition('.')[-1] if isinstance(kind, str) else kind.__name__
-    if name in _LINEAR_HEADS:
-        config['type'] = f'mmpretrain.{_LINEAR_HEADS[name]}'
+    config, name = _linear_head(head), _type_name(head)
+    if name == 'MultiTaskHead':
+        raise ConfigError(
+            'MultiTaskHead cannot be a local classification head: its data samples hold the labels of several tasks, and a '
+            'local head learns one; train each task by a config of its own with a linear head, or all of them without mmman'
+        )
     with MODELS.switch_scope_and_registry(None) as registry:
         cls = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
     if cls is None or not {'in_channels', 'num_classes'} <= inspect.signature(cls).parameters.keys():

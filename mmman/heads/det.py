@@ -19,6 +19,7 @@ from mmman.heads.det_config import (
     anchors_by_level,
     build_temporary,
     downsample_config,
+    find_box_classes,
     select_levels,
     unsupported_message,
     without_other_networks,
@@ -143,9 +144,8 @@ class DetLocalHead(LocalHead):
             return {}  # replaces the model's own dense head
         if isinstance(model.get('bbox_head'), Mapping):
             return {'bbox_head': model['bbox_head'], 'train_cfg': model.get('train_cfg')}
-        boxes = (model.get('roi_head') or {}).get('bbox_head')
-        boxes = boxes[0] if isinstance(boxes, (list, tuple)) else boxes
-        return {'num_classes': boxes['num_classes']} if boxes and 'num_classes' in boxes else {}
+        found = find_box_classes(model)
+        return {'num_classes': found[1]} if found else {}
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +175,16 @@ class DetLocalHead(LocalHead):
         return self.bbox_head
 
     def filter_gt(self, data_samples: list) -> list:
-        """Views of the data samples with only the objects of this head's sizes; the samples themselves are not modified."""
+        """Views of the data samples with only the objects of this head's sizes; the samples themselves are not modified.
+
+        Raises:
+            ConfigError: The samples have no boxes.
+        """
+        if any('bboxes' not in sample.get('gt_instances', ()) for sample in data_samples):
+            raise ConfigError(
+                'the data samples have no gt_instances.bboxes, from which local heads of detectors learn: set with_bbox=True '
+                'of LoadAnnotations (or LoadPanopticAnnotations) in the pipeline of train_dataloader'
+            )
         if self.gt_size_range is None:
             return data_samples
         from mmdet.structures.bbox import cat_boxes, get_box_wh
@@ -193,11 +202,9 @@ class DetLocalHead(LocalHead):
         return views
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise :class:`ConfigError` if the model is not a detector, or its own head has another ``num_classes``."""
+        """Raise :class:`ConfigError` if the model is not a detector, or has another number of classes with boxes."""
         super().check_model(model)
-        own = getattr(model, 'bbox_head', None) or getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
-        own = own[0] if isinstance(own, nn.ModuleList) else own
-        theirs, ours = getattr(own, 'num_classes', None), self.bbox_head.num_classes
+        (_, theirs), ours = find_box_classes(model) or (None, None), self.bbox_head.num_classes
         if theirs not in (None, ours):
             raise ConfigError(
                 f'the local head has num_classes={ours}, but the model has {theirs}: '

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -25,10 +27,38 @@ _REPLACEMENTS = {
     'BoxInstBboxHead': ('FCOSHead', 'the same head without the predictions for the mask head'),
 }
 """Heads whose loss involves another network, the head that replaces them without that network, and how the two differ."""
+_BOX_CLASSES = (
+    ('bbox_head', 'num_classes'),
+    ('roi_head', 'bbox_head', 'num_classes'),
+    ('mask_head', 'num_classes'),
+    ('panoptic_head', 'num_things_classes'),
+)
+"""Where detectors set the number of classes that have boxes: without the classes of stuff in panoptic segmentation."""
 _LEVEL_COUNTS = ('num_ins',)
 """Options that hold the number of levels."""
 _GENERATOR_OPTIONS = {'strides', 'base_sizes', 'centers'}
 """Options of generators that may have one value per level."""
+
+
+def find_box_classes(model: Mapping[str, Any] | nn.Module) -> tuple[str, int] | None:
+    """Find the number of a detector's classes that have boxes. Of a cascade of heads the first counts.
+
+    Args:
+        model: The detector, or its config.
+
+    Returns:
+        Its place in the model, e.g. ``roi_head.bbox_head[0].num_classes``, and the number; None if the model sets none.
+    """
+    for path in _BOX_CLASSES:
+        value, place = model, []
+        for name in path:
+            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+            is_cascade = isinstance(value, (list, tuple, nn.ModuleList))
+            place.append(f'{name}[0]' if is_cascade else name)
+            value = value[0] if is_cascade else value
+        if isinstance(value, int) and value > 0:
+            return '.'.join(place), value
+    return None
 
 
 def unsupported_message(kind: str | type, reason: str) -> str:

@@ -69,8 +69,15 @@ class SegLocalHead(LocalHead):
         loss_weight: float = 1.0,
     ) -> None:
         super().__init__(boundary, transfer, loss_weight)
+        shared = _shared_options(decode_head)
+        if 'num_classes' not in shared:
+            raise ConfigError(
+                f'the decode head {_name(_own_head(decode_head))} does not set num_classes, which the local head requires: set '
+                'model.backbone.local_head.decode_head=dict(num_classes=...), and ignore_index, align_corners and loss_decode '
+                'if they differ from the defaults'
+            )
         config = {
-            **_shared_options(decode_head),
+            **shared,
             **copy.deepcopy(network or FCN),
             'in_channels': boundary.channels,
             'in_index': 0,
@@ -99,9 +106,7 @@ class SegLocalHead(LocalHead):
 
     @classmethod
     def task_options(cls, options: Mapping[str, Any]) -> dict[str, Any]:
-        head = options.get('decode_head') or {}
-        own = head if isinstance(head, Mapping) else head[-1]
-        return {'decode_head': {name: own[name] for name in SHARED_OPTIONS + PIXEL_OPTIONS if name in own}}
+        return {'decode_head': _shared_options(options.get('decode_head') or {})}
 
     def loss(self, y: Tensor, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
         """The decode head's losses and accuracy, and ``loss_rec``, weighted; arguments as in :meth:`LocalHead.loss`."""
@@ -127,16 +132,15 @@ class SegLocalHead(LocalHead):
             self.target.check_model(model)
 
 
-def _shared_options(decode_head: dict | list) -> dict:
-    """Options of the model's own head on classes, labels and losses; of a cascade its last head, of K-Net its first."""
+def _own_head(decode_head: dict | Sequence[dict]) -> dict:
+    """Config of the head whose options local heads share: of a cascade its last, of K-Net the one that makes its kernels."""
     own = decode_head[-1] if isinstance(decode_head, (list, tuple)) else decode_head
-    own = own if 'num_classes' in own else own.get('kernel_generate_head', own)
-    if 'num_classes' not in own:
-        raise ConfigError(
-            f'the decode head {_name(own)} does not set num_classes, which the local head requires: set '
-            'model.backbone.local_head.decode_head=dict(num_classes=...), and ignore_index, align_corners and loss_decode '
-            'if they differ from the defaults'
-        )
+    return own if 'num_classes' in own else own.get('kernel_generate_head', own)
+
+
+def _shared_options(decode_head: dict | Sequence[dict]) -> dict:
+    """Options of the model's own head on classes, labels and losses that local heads take."""
+    own = _own_head(decode_head)
     names = SHARED_OPTIONS + (PIXEL_OPTIONS if _classifies_pixels(own) else ())
     return {name: copy.deepcopy(own[name]) for name in names if name in own}
 

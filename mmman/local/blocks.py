@@ -174,9 +174,14 @@ def localized_backbone(model: nn.Module) -> nn.Module:
         ConfigError: The model has none, or more than one.
     """
     found = [module for module in model.modules() if isinstance(getattr(module, 'local', None), LocalBlocks)]
-    if len(found) != 1:
+    if len(found) > 1:
         raise ConfigError(
-            f'{type(model).__name__} has {len(found)} localised backbones, but exactly one is required: '
+            f'{type(model).__name__} has {len(found)} localised backbones, but exactly one is supported, not a copy of it as a '
+            'teacher or momentum encoder: train the detector or classifier alone, or this model without mmman.LocalBackbone'
+        )
+    if not found:
+        raise ConfigError(
+            f'{type(model).__name__} has 0 localised backbones, but exactly one is required: '
             "set model.backbone = dict(type='mmman.LocalBackbone', backbone=<the stock backbone>, ...)"
         )
     return found[0]

@@ -19,7 +19,14 @@ INJECTED_ARGS = ('boundary', 'transfer', 'loss_weight')
 """Arguments of a local head that :func:`mmman.localize_` passes. A config must not set them."""
 
 
-_TASKS = {'BaseDetector': 'detector', 'BaseSegmentor': 'segmentor', 'BaseClassifier': 'classifier'}
+SELF_SUPERVISED = 'BaseSelfSupervisor'
+"""Base class of mmpretrain's models that train without labels."""
+_TASKS = {
+    'BaseDetector': 'detector',
+    'BaseSegmentor': 'segmentor',
+    'BaseClassifier': 'classifier',
+    SELF_SUPERVISED: 'self-supervised model',
+}
 """Base classes of models in the OpenMMLab libraries, and their tasks."""
 
 
@@ -162,9 +169,11 @@ class LocalHead(BaseModule):
         """Raise :class:`ConfigError` if this head doesn't fit the model it is part of. Called before the first step."""
         theirs = next((task for cls in type(model).__mro__ if (task := _TASKS.get(cls.__name__))), None)
         if self.task is not None and theirs not in (None, self.task):
+            advice = ': set another model.backbone.local_head.type'
+            if theirs == _TASKS[SELF_SUPERVISED]:
+                advice = ', without labels to learn from; remove mmman.LocalBackbone, or set a local_head of your own'
             raise ConfigError(
-                f'{type(self).__name__} is a local head for a {self.task}, but {type(model).__name__} is a {theirs}: set '
-                'another model.backbone.local_head.type'
+                f'{type(self).__name__} is a local head for a {self.task}, but {type(model).__name__} is a {theirs}{advice}'
             )
 
     def apply_transfer(self, x: Tensor, inputs: Tensor) -> Tensor:

@@ -26,13 +26,12 @@ from mmman.planning.train_images import image_size, images_per_step
 from mmman.runtime.launch import type_name
 from mmman.runtime.localized_child import (
     WRAPPER,
-    Recipe,
-    check_source,
     child_text,
     localize,
     read_child,
     run_dry_step,
 )
+from mmman.runtime.recipes import Recipe, check_source
 from mmman.runtime.stock_config import StockConfig
 
 

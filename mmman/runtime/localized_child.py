@@ -16,11 +16,10 @@ from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
 from mmman.planning.choice import Changes
 from mmman.runtime.launch import type_name
+from mmman.runtime.recipes import Recipe, recipes_for
 from mmman.runtime.stock_config import StockConfig, read_text, unreadable_config
 
 WRAPPER = 'mmman.LocalLearningOptimWrapper'
-LIGHT_WIDTH = 128
-"""Width of the towers of a light dense head."""
 
 COMMENTS = {
     'num_blocks': 'gradient-isolated blocks of the backbone; 1: end-to-end training',
@@ -36,21 +35,6 @@ COMMENTS = {
     'dtype': 'mixed precision: not the same numbers as in single precision',
     'batch_size': 'asked for by --batch; the learning rate is not scaled',
 }
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The local heads of a child config, as source code.
-
-    Attributes:
-        local_head: The option ``local_head``.
-        transfer: The option ``transfer``.
-        why: Why this local head.
-    """
-
-    local_head: str
-    transfer: str
-    why: str
 
 
 @dataclass
@@ -89,7 +73,7 @@ def localize(
     wrapper, why_wrapper = local_wrapper(source.cfg)
     changes = replace(changes, optim_wrapper=wrapper | changes.optim_wrapper)
     failures: list[str] = []
-    for candidate in [recipe] if recipe else _recipes(source.cfg, 'model' if source.is_new_style else '_base_.model'):
+    for candidate in [recipe] if recipe else recipes_for(source.cfg, 'model' if source.is_new_style else '_base_.model'):
         text = child_text(source, folder, changes, candidate)
         child = read_child(source.name, text, folder)
         try:
@@ -108,12 +92,7 @@ def localize(
         if 'bbox_head' in source.cfg.model:
             reasons += [f'not chosen: {failure}' for failure in dict.fromkeys(failures)]
         return ChildConfig(text, child, backbone, candidate, reasons)
-    if failures:  # candidates are sorted best first: what the last one lacks, all of them lack
-        raise LocalLearningError(failures[-1])
-    raise LocalLearningError(
-        f'no local head is known for {type_name(source.cfg.model)}, which has no bbox_head, roi_head, decode_head or head that '
-        'sets num_classes; write the child by hand, with a local_head of your choice'
-    )
+    raise LocalLearningError(failures[-1])  # candidates are sorted best first: what the last one lacks, all of them lack
 
 
 def child_text(
@@ -190,63 +169,6 @@ def _options(options: Mapping[str, Any], depth: int) -> list[str]:
         else:
             lines.append(f'{indent}{key}={value!r},')
     return lines
-
-
-def check_source(source: StockConfig) -> None:
-    """Raise :class:`ConfigError` if a config has no backbone of its own."""
-    model = source.cfg.get('model')
-    if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
-        inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
-        advice = '; give the config of a detector, segmentor or classifier'
-        if inner:
-            advice = f', only model.{inner}.backbone: give the config of the {inner} without the wrapper'
-        raise ConfigError(f'{source.name} has no model.backbone{advice}')
-
-
-def _recipes(cfg: Config, model: str) -> list[Recipe]:
-    """Return candidate recipes, best first. ``model`` is the name of the model in the child."""
-    stock = cfg.model
-    if 'decode_head' in stock:
-        head = f"dict(type='mmman.SegLocalHead', decode_head={model}.decode_head)"
-        why = "FCN, with the classes, losses and sampler of the model's decode_head"
-        return [
-            Recipe(head, "dict(bias='depthwise')", why),
-            Recipe(head, 'dict()', f'{why}; tokens without a grid take no depthwise bias'),
-        ]
-    if 'bbox_head' in stock:
-        train_cfg = f', train_cfg={model}.train_cfg' if stock.get('train_cfg') else ''
-        kind, own = type_name(stock.bbox_head), f'{model}.bbox_head'
-        if stock.bbox_head.get('feat_channels', 256) > LIGHT_WIDTH:
-            own = f'dict({own}, feat_channels={LIGHT_WIDTH})'
-        dense = _detector_recipe(f'bbox_head={own}{train_cfg}', f"the model's own {kind}, one convolution a tower")
-        retina = _detector_recipe(f'num_classes={model}.bbox_head.num_classes', f"RetinaNet's, because {kind} cannot be one")
-        return [dense, *([retina] if 'num_classes' in stock.bbox_head else [])]
-    if 'roi_head' in stock and 'bbox_head' in stock.roi_head:
-        index = '[0]' if isinstance(stock.roi_head.bbox_head, (list, tuple)) else ''
-        number = f'{model}.roi_head.bbox_head{index}.num_classes'
-        return [_detector_recipe(f'num_classes={number}', "RetinaNet's, because the detector has no dense head with classes")]
-    for name, number in (('mask_head', 'num_classes'), ('panoptic_head', 'num_things_classes')):
-        if number in (stock.get(name) or {}):
-            why = f"RetinaNet's, because the {name} predicts masks and no boxes"
-            return [_detector_recipe(f'num_classes={model}.{name}.{number}', why)]
-    if 'head' in stock and isinstance(stock.head, dict):
-        head, why = f'{model}.head', f"the model's own {type_name(stock.head)}"
-        if 'num_classes' not in stock.head and stock.backbone.get('num_classes', 0) > 0:
-            loss = f', loss={model}.head.loss' if 'loss' in stock.head else ''
-            head = f"dict(type='mmpretrain.LinearClsHead', num_classes={model}.backbone.num_classes{loss})"
-            why = "a linear classifier with the model's loss, because its own classifier is in the backbone"
-        vit = f"dict(type='mmman.ViTLocalHead', head={head}, layers=0)"
-        dgl = f"dict(type='mmman.DGLLocalHead', head={head})"
-        return [
-            Recipe(vit, "dict(bias='channel')", f'class token or mean, {why}'),
-            Recipe(dgl, "dict(bias='depthwise')", f"DGL's network, {why}"),
-        ]
-    return []
-
-
-def _detector_recipe(options: str, why: str) -> Recipe:
-    head = f"dict(type='mmman.DetLocalHead', {options}, stacked_convs=1, downsample=4)"
-    return Recipe(head, "dict(bias='channel')", f'{why}, on a grid four times as coarse')
 
 
 def local_wrapper(cfg: Config) -> tuple[dict[str, Any], str]:

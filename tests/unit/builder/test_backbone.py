@@ -53,6 +53,14 @@ def test_the_message_names_the_option(changes, message):
         MODELS.build({'type': 'mmman.LocalBackbone', **OPTIONS, **changes})
 
 
+def test_a_backbone_in_an_adapter_is_refused():
+    lora = {'type': 'mmpretrain.LoRAModel', 'module': OPTIONS['backbone'], 'targets': [{'type': 'qkv'}]}
+    with pytest.raises(
+        ConfigError, match='^model.backbone.backbone: LoRAModel cannot be cut.*set its module as the stock backbone'
+    ):
+        MODELS.build({'type': 'mmman.LocalBackbone', **OPTIONS, 'backbone': lora})
+
+
 def test_cuts_by_memory_are_refused_with_windows():
     with pytest.raises(ConfigError, match='cuts by memory assume that one block is alive at a time, not window=2'):
         MODELS.build(toy_config(3, {'type': 'memory'}, window=2)['backbone'])

@@ -53,3 +53,11 @@ def test_stock_ddp_refuses_immediate_updates(group):
 def test_flexible_runner_is_refused():
     with pytest.raises(ConfigError, match=r'strategies \(FSDP, DeepSpeed'):
         EMABiasHook().before_run(type('FlexibleRunner', (), {})())
+
+
+def test_frozen_local_heads_are_refused():
+    """An adapter around the localised backbone (LoRAModel) freezes all but its own layers."""
+    model = toy(num_blocks=2)
+    model.backbone.local.requires_grad_(False)
+    with pytest.raises(ConfigError, match='the local head after layer1.1 is frozen.* no wrapper that freezes .LoRAModel.'):
+        step(model, wrapper(model))

@@ -3,8 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
 
 from mmman.errors import ConfigError
+from mmman.heads import LinearLocalHead
 from mmman.partition import Feature
 
 pytest.importorskip('mmpretrain')
@@ -60,6 +63,8 @@ def test_soft_targets_of_batch_augmentation():
         ({'type': 'ClsHead', 'num_classes': 3}, 'LinearClsHead'),
         ({'type': 'DeiTClsHead', 'num_classes': 3, 'in_channels': 7}, 'VisionTransformerClsHead'),
         ({'type': 'MultiLabelClsHead', 'num_classes': 3}, 'MultiLabelLinearClsHead'),
+        ({'type': 'CSRAClsHead', 'num_classes': 3, 'in_channels': 4, 'num_heads': 1, 'lam': 0.1}, 'MultiLabelLinearClsHead'),
+        ({'type': 'ArcFaceClsHead', 'num_classes': 3, 'in_channels': 7}, 'ArcFaceClsHead'),
         ({'type': 'StackedLinearClsHead', 'num_classes': 3, 'in_channels': 7, 'mid_channels': [6]}, 'StackedLinearClsHead'),
     ],
 )
@@ -77,13 +82,50 @@ def test_the_models_head_gives_the_classifier(head, kind):
             {'type': 'ConformerHead', 'num_classes': 3, 'in_channels': [4, 5]},
             'ConformerHead cannot .* does not classify a vector',
         ),
-        ({'type': 'CSRAClsHead', 'num_classes': 3, 'in_channels': 4, 'num_heads': 1, 'lam': 0.1}, 'CSRAClsHead cannot be'),
-        ({'type': 'MultiTaskHead', 'task_heads': {}}, 'MultiTaskHead cannot be a local classification head'),
+        ({'type': 'MultiTaskHead', 'task_heads': {}}, 'MultiTaskHead cannot be .* train each task by a config of its own'),
     ],
 )
 def test_heads_that_cannot_serve(head, message):
     with pytest.raises(ConfigError, match=message):
         local_head('DGLLocalHead', head)
+
+
+def test_the_loss_of_a_multi_label_head_with_attention_is_kept():
+    own = {'type': 'mmpretrain.CSRAClsHead', 'num_classes': 3, 'in_channels': 4, 'num_heads': 2, 'lam': 0.1, 'thr': 0.4}
+    own['loss'] = {'type': 'mmpretrain.CrossEntropyLoss', 'use_sigmoid': True, 'loss_weight': 0.5}
+    head = local_head('LinearLocalHead', own).eval()
+    scores = torch.tensor([1.0, 0.0, 1.0])
+    logits = head.head((head.embed(Y, IMAGES),))
+    expected = 0.5 * F.binary_cross_entropy_with_logits(logits, scores.expand(4, 3), reduction='sum') / 4
+    losses = head.loss(Y, IMAGES, [DataSample().set_gt_score(scores) for _ in range(4)])
+    assert torch.allclose(losses['loss'], expected)
+    assert head.head.thr == 0.4
+    assert LinearLocalHead.task_options({'head': own})['head'].keys() == {'type', 'num_classes', 'thr', 'loss'}
+
+
+def test_a_margin_takes_the_label():
+    """ArcFace's head adds a margin at the label's class before its softmax."""
+    own = {'type': 'ArcFaceClsHead', 'num_classes': 3, 'in_channels': 4, 'loss': {'type': 'CrossEntropyLoss'}}
+    head = local_head('LinearLocalHead', own)
+    plain = F.cross_entropy(head.head((head.embed(Y, IMAGES),)), torch.tensor([0, 1, 2, 0]))
+    assert head.loss(Y, IMAGES, samples())['loss'] > plain + 1
+
+
+def test_a_retriever_localised_by_hand_trains():
+    init_default_scope('mmpretrain')
+    backbone = {'type': 'mmman.LocalBackbone', 'backbone': {'type': 'ResNet', 'depth': 18, 'base_channels': 4}, 'num_blocks': 2}
+    own = {'type': 'ArcFaceClsHead', 'num_classes': 3, 'in_channels': 32}
+    backbone['local_head'] = {'type': 'mmman.DGLLocalHead', 'head': own}
+    neck = {'type': 'GlobalAveragePooling'}
+    model = MODELS.build({'type': 'ImageToImageRetriever', 'image_encoder': [backbone, neck], 'head': own, 'prototype': 'x'})
+    backbone = model.image_encoder[0]
+    backbone.local.init_weights()
+    for head in backbone.local.values():
+        head.transfer.init_from_(head.source.of(backbone))
+    wrapper = build_optim_wrapper(model, {'type': 'mmman.LocalLearningOptimWrapper', 'optimizer': {'type': 'SGD', 'lr': 0.0}})
+    wrapper.zero_grad = lambda: None
+    model.train_step({'inputs': IMAGES, 'data_samples': samples()}, wrapper)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_another_number_of_classes_is_refused():

@@ -201,3 +201,14 @@ def test_a_head_without_its_training_config_is_refused():
 def test_downsample_is_refused_below_one():
     with pytest.raises(ConfigError, match='downsample=0: expected an integer >= 1'):
         backbone_with('RetinaHead', downsample=0)
+
+
+def test_images_without_boxes_are_refused():
+    head = next(iter(backbone_with('RetinaHead', num_blocks=2).local.values()))
+    samples = detection_samples(64, 3)
+    del samples[1].gt_instances.bboxes
+    with pytest.raises(ConfigError, match='no gt_instances.bboxes.* set with_bbox=True of LoadAnnotations'):
+        head.loss(torch.zeros(2, 256, 4, 4), torch.zeros(2, 3, 64, 64), samples)
+    del samples[0].gt_instances
+    with pytest.raises(ConfigError, match='no gt_instances.bboxes'):
+        head.loss(torch.zeros(2, 256, 4, 4), torch.zeros(2, 3, 64, 64), samples)

@@ -1,9 +1,11 @@
 """Configs of mmdet's dense heads, cut to a local head's levels; heads that need another network or say what else to take."""
 
 import pytest
+from torch import nn
 
 from mmman.errors import ConfigError
-from mmman.heads.det_config import downsample_config, select_levels, unsupported_message
+from mmman.heads import DetLocalHead
+from mmman.heads.det_config import downsample_config, find_box_classes, select_levels, unsupported_message
 from tests.unit.heads.test_det import HEADS, STRIDES, backbone_with, localized, stock, trained
 
 pytest.importorskip('mmdet')
@@ -81,3 +83,36 @@ def test_a_coarser_grid_has_the_anchors_of_the_finer():
     own_sizes = {'anchor_generator': {'type': 'AnchorGenerator', 'strides': [8], 'base_sizes': [5]}}
     assert downsample_config(own_sizes, 2)['anchor_generator']['base_sizes'] == [5]
     assert downsample_config(fine, 1) is fine
+
+
+@pytest.mark.parametrize(
+    ('model', 'found'),
+    [
+        ({'bbox_head': {'num_classes': 3}, 'mask_head': {'num_classes': 4}}, ('bbox_head.num_classes', 3)),
+        ({'roi_head': {'bbox_head': [{'num_classes': 3}, {'num_classes': 3}]}}, ('roi_head.bbox_head[0].num_classes', 3)),
+        ({'mask_head': {'num_classes': 3}}, ('mask_head.num_classes', 3)),
+        ({'panoptic_head': {'num_things_classes': 3, 'num_stuff_classes': 5}}, ('panoptic_head.num_things_classes', 3)),
+        ({'panoptic_head': {'num_things_classes': 0, 'num_stuff_classes': 5}}, None),
+        ({'rpn_head': {'num_classes': 1}}, None),
+    ],
+)
+def test_classes_with_boxes(model, found):
+    assert find_box_classes(model) == found
+    options = {} if found is None or 'bbox_head' in model else {'num_classes': found[1]}
+    assert DetLocalHead.derive_options(model, {'num_classes': 9} if 'bbox_head' in model else {}) == options
+
+
+def test_classes_of_a_built_model():
+    roi_head, bbox_head = nn.Module(), nn.Module()
+    bbox_head.num_classes = 4
+    roi_head.bbox_head = nn.ModuleList([bbox_head])
+    model = nn.Module()
+    model.roi_head = roi_head
+    assert find_box_classes(model) == ('roi_head.bbox_head[0].num_classes', 4)
+    head = next(iter(backbone_with('RetinaHead', 2).local.values()))
+    with pytest.raises(ConfigError, match='num_classes=3, but the model has 4: set num_classes=4'):
+        head.check_model(model)
+    panoptic = nn.Module()
+    panoptic.panoptic_head = nn.Module()
+    panoptic.panoptic_head.num_things_classes = 3
+    head.check_model(panoptic)

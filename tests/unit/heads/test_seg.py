@@ -11,6 +11,7 @@ from torch import nn
 
 from mmman import MomentumTransfer
 from mmman.errors import ConfigError
+from mmman.heads import SegLocalHead
 from mmman.local import Boundary
 from mmman.partition import Feature, Unit
 
@@ -154,6 +155,19 @@ def test_of_a_head_that_predicts_masks_only_the_classes_count(kind):
     head = local_head(own).decode_head
     assert (head.num_classes, head.out_channels, head.align_corners) == (4, 4, True)
     assert type(head.loss_decode).__name__ == 'CrossEntropyLoss'
+
+
+@pytest.mark.parametrize('kind', ['Mask2FormerHead', 'IterativeDecodeHead'])
+def test_what_is_compared_is_what_local_heads_take(kind):
+    """Another loss of a head that predicts masks is no difference, and the classes of a nested head are one."""
+    init_default_scope('mmseg')
+    own = {'num_classes': 4, 'align_corners': True, 'loss_decode': {'type': 'CrossEntropyLoss'}}
+    options = {
+        'Mask2FormerHead': {'type': kind, **own, 'out_channels': 256},
+        'IterativeDecodeHead': {'type': kind, 'kernel_generate_head': {**own, 'type': 'FCNHead', 'channels': 512}},
+    }[kind]
+    expected = own if kind == 'IterativeDecodeHead' else {'num_classes': 4, 'align_corners': True}
+    assert SegLocalHead.task_options({'decode_head': options}) == {'decode_head': expected}
 
 
 @pytest.mark.parametrize(

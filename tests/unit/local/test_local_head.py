@@ -68,3 +68,15 @@ def test_a_head_for_another_task_is_refused(model, task):
 
 def test_drop_keys():
     assert drop_keys({'a': 1, 'b': 2}, ['b', 'c']) == {'a': 1} and drop_keys(None, ['b']) == {}
+
+
+def test_a_model_without_labels_is_refused():
+    model = type('SimCLR', (type('BaseSelfSupervisor', (nn.Module,), {}),), {})()
+    head = LocalHead.__new__(LocalHead)
+    head.task = 'classifier'
+    with pytest.raises(
+        ConfigError, match='but SimCLR is a self-supervised model, without labels .*; remove mmman.LocalBackbone'
+    ):
+        head.check_model(model)
+    head.task = None  # a head that needs no labels
+    head.check_model(model)

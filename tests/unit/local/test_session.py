@@ -1,5 +1,7 @@
 """One training step of a localised model: who gets which gradient, what stays alive, what is refused."""
 
+import copy
+
 import pytest
 import torch
 from mmengine.registry import MODELS
@@ -139,6 +141,14 @@ def test_the_wrapper_needs_a_localised_backbone():
     model = toy(num_blocks=1)
     delocalize_(model.backbone)
     with pytest.raises(ConfigError, match="ToyClassifier has 0 localised backbones.*type='mmman.LocalBackbone'"):
+        step(model)
+
+
+def test_a_copy_of_the_backbone_is_refused():
+    """As in teachers and momentum encoders, which are no part of the chain."""
+    model = toy(num_blocks=2)
+    model.teacher = copy.deepcopy(model.backbone)
+    with pytest.raises(ConfigError, match='ToyClassifier has 2 localised backbones.* teacher or momentum encoder: train the'):
         step(model)
 
 

@@ -8,7 +8,8 @@ from mmengine.registry import MODELS, init_default_scope
 
 from mmman import LocalLearningError
 from mmman.planning.choice import Changes
-from mmman.runtime.localized_child import ChildConfig, check_source, child_text, localize
+from mmman.runtime.localized_child import ChildConfig, child_text, localize
+from mmman.runtime.recipes import check_source
 from mmman.runtime.stock_config import StockConfig
 
 pytest.importorskip('mmdet')
