@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import mmman  # noqa: F401  registers its parts, and reads every checkpoint
+from mmman.analysis.dummy_model import scope_of
 from mmman.runtime.launch import (
     add_common_arguments,
     build_runner,
@@ -99,7 +100,7 @@ def enable_tta(cfg: Config) -> None:
 
 def dump_predictions(runner: Runner, path: str) -> None:
     """Let the runner write its predictions to a pickle file, besides evaluating them."""
-    if runner.cfg.get('default_scope') == 'mmdet':
+    if scope_of(runner.cfg) == 'mmdet':
         from mmdet.evaluation import DumpDetResults as DumpResults  # encodes masks
     else:
         from mmengine.evaluator import DumpResults

@@ -11,7 +11,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmman.analysis.dummy_model import build_dummy_model, model_config, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, library_of, model_config, random_batch, scope_of
 from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError
 from mmman.heads.dry_run import BATCH_SIZE, describe_error, detection_samples, predicts_masks
 from mmman.local.session import Session
@@ -38,7 +38,7 @@ def dry_step(child: Config, stock: Config) -> tuple[list[str], str | None]:
         LocalLearningError: The localised model fails and the stock model doesn't, or the local heads fail.
     """
     child, stock = _for_cpu(child), _for_cpu(stock)
-    scope = scope_of(child)
+    scope = library_of(child)
     sides = tuple(dict.fromkeys((*SIDES.get(scope, (128,)), *_own_sides(child.model.backbone.backbone))))
     try:
         return _first_that_runs(sides, lambda side: _step(child, scope, side)), None
@@ -77,23 +77,8 @@ def _for_cpu(cfg: Config) -> Config:
     for owner in (cfg, cfg.model):
         if (owner.get('data_preprocessor') or {}).get('batch_augments'):
             owner['data_preprocessor']['batch_augments'] = None  # batch augments pad to the training size
-    cfg.default_scope = cfg.get('default_scope') or scope_of(cfg)
+    cfg.default_scope = scope_of(cfg)
     return cfg
-
-
-def classes_of(kind: str | type, cfg: Config) -> tuple[type, ...]:
-    """The class that ``type`` of a part of the model names in a config, and its base classes; empty if it is no known class."""
-    if isinstance(kind, str):
-        init_default_scope(cfg.get('default_scope') or 'mmengine')
-        with MODELS.switch_scope_and_registry(None) as registry:
-            kind = registry.get(kind)
-    return getattr(kind, '__mro__', ())
-
-
-def scope_of(cfg: Config) -> str:
-    """The library that defines the class of a config's model, or a base class of it."""
-    libraries = (cls.__module__.partition('.')[0] for cls in classes_of(cfg.model.type, cfg))
-    return next((library for library in libraries if library in SIDES), cfg.get('default_scope') or 'mmengine')
 
 
 def _own_sides(backbone: ConfigDict) -> tuple[int, ...]:

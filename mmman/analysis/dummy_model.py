@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.model import BaseModel, revert_sync_batchnorm
+from mmengine.model import BaseModel, PretrainedInit, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import InstanceData, PixelData
@@ -19,6 +19,28 @@ from mmman.local.blocks import LocalBlocks
 
 OBJECTS = 10
 """Boxes per image."""
+LIBRARIES = ('mmdet', 'mmseg', 'mmpretrain')
+
+
+def classes_of(kind: str | type | None, cfg: Config) -> tuple[type, ...]:
+    """The class that ``type`` of a part of the model names in a config, and its base classes; empty if it is no known class."""
+    if isinstance(kind, str):
+        init_default_scope(cfg.get('default_scope') or 'mmengine')
+        with MODELS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    return getattr(kind, '__mro__', ())
+
+
+def library_of(cfg: Config) -> str:
+    """The library that defines the class of a config's model, or a base class of it. Otherwise the default scope."""
+    model = cfg.get('model') or {}
+    libraries = (cls.__module__.partition('.')[0] for cls in classes_of(model.get('model_type', model.get('type')), cfg))
+    return next((library for library in libraries if library in LIBRARIES), cfg.get('default_scope') or 'mmengine')
+
+
+def scope_of(cfg: Config) -> str:
+    """The default scope of a config. A pure Python config may have none: then the library of its model."""
+    return cfg.get('default_scope') or library_of(cfg)
 
 
 def without_pretrained(cfg: ConfigDict) -> ConfigDict:
@@ -26,7 +48,7 @@ def without_pretrained(cfg: ConfigDict) -> ConfigDict:
     kept = {
         key: value
         for key, value in cfg.items()
-        if not (key == 'init_cfg' and isinstance(value, dict) and value.get('type') == 'Pretrained')
+        if not (key == 'init_cfg' and isinstance(value, dict) and value.get('type') in ('Pretrained', PretrainedInit))
     }
     if isinstance(kept.get('pretrained'), str):
         kept['pretrained'] = None
@@ -53,8 +75,10 @@ def build_dummy_model(
     """Build the model of a config in training mode, and its optim wrapper with a learning rate of 0.
 
     Momentum copies of local heads are initialised. Weights are random with seed 0, so a config gives the same model in every
-    process. With ``sizes_only`` the weights are fake tensors. ``cfg`` is modified: its learning rate is set to 0.
+    process. With ``sizes_only`` the weights are fake tensors. ``cfg`` is modified: its learning rate is set to 0, and a missing
+    default scope to the model's library.
     """
+    cfg.default_scope = scope_of(cfg)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     model = revert_sync_batchnorm(MODELS.build(model_config(cfg, height, width))).train()

@@ -12,8 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from mmman.analysis.dry_step import scope_of
-from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, library_of, random_batch
 from mmman.analysis.float_kernels import FloatKernels
 from mmman.analysis.roofline import Device
 from mmman.analysis.sizes_only import SizesOnly
@@ -85,7 +84,7 @@ class ConfigFit:
         stock = {} if frozen_stages is None else {'frozen_stages': frozen_stages}
         backbone = source.cfg.model.backbone
         is_localized = type_name(backbone) == 'LocalBackbone'
-        scope = scope_of(source.cfg)
+        scope = library_of(source.cfg)
         init_default_scope(scope)
         images = batch or images_per_step(source.cfg)
         height, width = shape or image_size(source.cfg, scope)
@@ -169,7 +168,7 @@ class ConfigFit:
 def with_cpu_precision(cfg: Config) -> Config:
     """Copy a config, with bfloat16 in place of float16, and an optim wrapper that runs it on a CPU."""
     cfg = copy.deepcopy(cfg)
-    cfg.default_scope = scope_of(cfg)
+    cfg.default_scope = library_of(cfg)
     wrapper = cfg.optim_wrapper
     if {'dtype', 'loss_scale'} & wrapper.keys() or type_name(wrapper, 'OptimWrapper') == 'AmpOptimWrapper':
         wrapper.pop('loss_scale', None)

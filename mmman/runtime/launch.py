@@ -20,6 +20,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch.distributed.constants import default_pg_timeout
 
+from mmman.analysis.dummy_model import scope_of
 from mmman.engine.config_check import check_config
 from mmman.errors import CheckpointError, CheckpointWriteError, ConfigError, LocalLearningError, PeerError
 from mmman.messages import one_line
@@ -70,7 +71,7 @@ def load_config(args: argparse.Namespace) -> Config:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):
         cfg.work_dir = str(Path('work_dirs', path.stem))
-    if cfg.get('default_scope') == 'mmpretrain':
+    if scope_of(cfg) == 'mmpretrain':
         set_mmpretrain_loaders(cfg)
     # The runner reads LOCAL_RANK, which torchrun sets, under every launcher. Without it, all MPI processes would have rank 0.
     local_rank = RANK_VARIABLES[args.launcher][-1] if args.launcher != 'none' else 'LOCAL_RANK'

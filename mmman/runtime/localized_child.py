@@ -12,6 +12,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from torch import nn
 
 from mmman.analysis.dry_step import dry_step
+from mmman.analysis.dummy_model import scope_of
 from mmman.errors import ConfigError, LocalLearningError
 from mmman.heads.dry_run import one_line
 from mmman.planning.choice import Changes
@@ -226,7 +227,7 @@ def read_child(name: str, text: str, folder: Path | None) -> Config:
 
 
 def _build_backbone(cfg: Config) -> nn.Module:
-    scope = cfg.get('default_scope') or 'mmengine'
+    scope = scope_of(cfg)
     init_default_scope(scope)  # also registers the library's modules
     with DefaultScope.overwrite_default_scope(scope):
         try:

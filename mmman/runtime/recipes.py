@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mmengine.config import Config, ConfigDict
 
-from mmman.analysis.dry_step import classes_of, scope_of
+from mmman.analysis.dummy_model import classes_of, library_of
 from mmman.errors import ConfigError
 from mmman.heads.det_config import find_box_classes
 from mmman.local.local_head import SELF_SUPERVISED
@@ -100,7 +100,7 @@ def recipes_for(cfg: Config, model: str) -> list[Recipe]:
             Recipe(vit, "dict(bias='channel')", f'class token or mean, {why}'),
             Recipe(dgl, "dict(bias='depthwise')", f"DGL's network, {why}"),
         ]
-    example = _EXAMPLES.get(scope_of(cfg), 'a subclass of mmman.LocalHead')
+    example = _EXAMPLES.get(library_of(cfg), 'a subclass of mmman.LocalHead')
     raise ConfigError(
         f'no local head is known for {type_name(stock)}, which has no bbox_head, roi_head, decode_head or head that sets '
         f'num_classes; write the child by hand, with a local_head of your choice, e.g. {example}'

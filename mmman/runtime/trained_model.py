@@ -15,7 +15,7 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 
-from mmman.analysis.dummy_model import without_pretrained
+from mmman.analysis.dummy_model import scope_of, without_pretrained
 from mmman.errors import CheckpointError, ConfigError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.localize import delocalize_
@@ -67,9 +67,9 @@ class TrainedModel:
         checkpoint = Path(checkpoint)
         cfg = Config.fromfile(find_config(checkpoint) if config is None else config_path(config))
         cfg.merge_from_dict(options or {})
-        if cfg.get('default_scope') == 'mmpretrain':
+        if scope_of(cfg) == 'mmpretrain':
             set_mmpretrain_loaders(cfg)
-        init_default_scope(cfg.get('default_scope') or 'mmengine')
+        init_default_scope(scope_of(cfg))
         model_cfg = without_pretrained(cfg.model)
         if cfg.get('data_preprocessor'):
             model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)

@@ -7,6 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 from mmman import LocalLearningError
+from mmman.analysis.dummy_model import build_dummy_model, scope_of
 from mmman.planning.choice import Changes
 from mmman.runtime.localized_child import ChildConfig, child_text, localize
 from mmman.runtime.recipes import check_source
@@ -270,3 +271,77 @@ def test_pure_python_configs(tmp_path):
         child_of(stock, 2)
     child_of(stock, 2, folder=tmp_path / 'odd-name', dry_run=False)
     assert [*(tmp_path / 'odd-name').glob('localized_*')] == []
+
+
+PURE_PYTHON_DETECTOR = """
+from mmdet.models import FPN, DetDataPreprocessor, FocalLoss, L1Loss, ResNet, RetinaHead, RetinaNet
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder, MaxIoUAssigner, PseudoSampler
+from mmengine.model import PretrainedInit
+from mmengine.optim import OptimWrapper
+from torch.optim import SGD
+
+default_scope = None
+model = dict(
+    type=RetinaNet,
+    data_preprocessor=dict(type=DetDataPreprocessor, pad_size_divisor=32),
+    backbone=dict(type=ResNet, depth=18, init_cfg=dict(type=PretrainedInit, checkpoint='none.pth')),
+    neck=dict(type=FPN, in_channels=[64, 128, 256, 512], out_channels=32, start_level=1, add_extra_convs=True, num_outs=5),
+    bbox_head=dict(
+        type=RetinaHead,
+        num_classes=3,
+        in_channels=32,
+        feat_channels=32,
+        anchor_generator=dict(
+            type=AnchorGenerator, octave_base_scale=4, scales_per_octave=3, ratios=[1.0], strides=[8, 16, 32, 64, 128]
+        ),
+        bbox_coder=dict(type=DeltaXYWHBBoxCoder),
+        loss_cls=dict(type=FocalLoss, use_sigmoid=True),
+        loss_bbox=dict(type=L1Loss),
+    ),
+    train_cfg=dict(
+        assigner=dict(type=MaxIoUAssigner, pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0),
+        sampler=dict(type=PseudoSampler),
+        allowed_border=-1,
+        pos_weight=-1,
+        debug=False,
+    ),
+)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.1))
+"""
+PURE_PYTHON_SEGMENTOR = """
+from mmengine.optim import OptimWrapper
+from mmseg.models import CrossEntropyLoss, EncoderDecoder, FCNHead, ResNetV1c, SegDataPreProcessor
+from torch.nn import SyncBatchNorm
+from torch.optim import SGD
+
+default_scope = None
+model = dict(
+    type=EncoderDecoder,
+    data_preprocessor=dict(type=SegDataPreProcessor, size=(512, 512)),
+    pretrained='none.pth',
+    backbone=dict(type=ResNetV1c, depth=18, norm_cfg=dict(type=SyncBatchNorm)),
+    decode_head=dict(
+        type=FCNHead, in_channels=512, channels=16, num_classes=4, align_corners=False, loss_decode=dict(type=CrossEntropyLoss)
+    ),
+)
+optim_wrapper = dict(type=OptimWrapper, optimizer=dict(type=SGD, lr=0.1))
+"""
+
+
+@pytest.mark.parametrize(
+    ('text', 'library', 'head'),
+    [(PURE_PYTHON_DETECTOR, 'mmdet', 'RetinaHead'), (PURE_PYTHON_SEGMENTOR, 'mmseg', 'FCNHead')],
+)
+def test_pure_python_configs_without_a_default_scope(text, library, head, tmp_path):
+    """Classes stand for names, so stock ones set default_scope=None: what they leave to defaults is the library's own."""
+    (tmp_path / 'stock.py').write_text(text)
+    choice = child_of(tmp_path / 'stock.py', 2, folder=tmp_path)
+    assert 'tested: a training step' in reasons(choice)
+    assert {
+        type(getattr(one, 'bbox_head', getattr(one, 'decode_head', None))).__name__ for one in choice.backbone.local.values()
+    } == {head}
+    assert scope_of(choice.cfg) == library
+    (tmp_path / 'child.py').write_text(choice.text)
+    cfg = Config.fromfile(tmp_path / 'child.py')
+    model, _ = build_dummy_model(cfg, 64, 64)  # as the measuring tools do
+    assert cfg.default_scope == library and len(model.backbone.local) == 1
