@@ -47,18 +47,24 @@ def find_box_classes(model: Mapping[str, Any] | nn.Module) -> tuple[str, int] | 
         model: The detector, or its config.
 
     Returns:
-        Its place in the model, e.g. ``roi_head.bbox_head[0].num_classes``, and the number; None if the model sets none.
+        Its place in the model, e.g. ``roi_head.bbox_head[0].num_classes``, and the number. None if the model sets none, or the
+        number is the length of a text whose words boxes are matched with (Grounding DINO before fine-tuning).
     """
     for path in _BOX_CLASSES:
-        value, place = model, []
+        value, owner, place = model, model, []
         for name in path:
-            value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+            owner, value = value, _option(value, name)
             is_cascade = isinstance(value, (list, tuple, nn.ModuleList))
             place.append(f'{name}[0]' if is_cascade else name)
             value = value[0] if is_cascade else value
-        if isinstance(value, int) and value > 0:
+        words = (_option(owner, 'contrastive_cfg') or {}).get('max_text_len')
+        if isinstance(value, int) and value > 0 and value != words:
             return '.'.join(place), value
     return None
+
+
+def _option(owner: Mapping[str, Any] | nn.Module | None, name: str) -> Any:
+    return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
 
 
 def unsupported_message(kind: str | type, reason: str) -> str:

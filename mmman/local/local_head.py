@@ -21,11 +21,14 @@ INJECTED_ARGS = ('boundary', 'transfer', 'loss_weight')
 
 SELF_SUPERVISED = 'BaseSelfSupervisor'
 """Base class of mmpretrain's models that train without labels."""
+TRACKER = 'BaseMOTModel'
+"""Base class of mmdet's models that train on videos."""
 _TASKS = {
     'BaseDetector': 'detector',
     'BaseSegmentor': 'segmentor',
     'BaseClassifier': 'classifier',
     SELF_SUPERVISED: 'self-supervised model',
+    TRACKER: 'tracker',
 }
 """Base classes of models in the OpenMMLab libraries, and their tasks."""
 

@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 from mmman.analysis.dummy_model import classes_of, library_of
 from mmman.errors import ConfigError
 from mmman.heads.det_config import find_box_classes
-from mmman.local.local_head import SELF_SUPERVISED
+from mmman.local.local_head import SELF_SUPERVISED, TRACKER
 from mmman.runtime.launch import type_name
 from mmman.runtime.stock_config import StockConfig
 
@@ -22,6 +22,14 @@ _EXAMPLES = {
     'mmpretrain': "dict(type='mmman.DGLLocalHead', head=dict(type='LinearClsHead', num_classes=...))",
 }
 """A local head for a config that tells none, by library."""
+_UNSUPPORTED = {
+    SELF_SUPERVISED: (
+        'trains without labels, which local heads learn from: train it without mmman, and give the config that trains a '
+        'detector, segmentor or classifier from its weights'
+    ),
+    TRACKER: 'trains on videos, and local heads learn from images: give the config of a detector',
+}
+"""What follows the name of a model, by its base class."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Recipe:
 
 
 def check_source(source: StockConfig) -> None:
-    """Raise :class:`ConfigError` if a config has no backbone of its own, or its model trains without labels."""
+    """Raise :class:`ConfigError` if a config has no backbone of its own, or its model trains without labels or on videos."""
     model = source.cfg.get('model')
     if not isinstance(model, dict) or not isinstance(model.get('backbone'), dict) or 'type' not in model.backbone:
         inner = next((name for name in ('detector', 'model') if isinstance(model, dict) and name in model), None)
@@ -50,11 +58,9 @@ def check_source(source: StockConfig) -> None:
         elif isinstance(model, dict) and isinstance(model.get('image_encoder'), (list, tuple)):
             advice = ", but model.image_encoder: write the child by hand, with mmman.LocalBackbone as the encoder's first part"
         raise ConfigError(f'{source.name} has no model.backbone{advice}')
-    if any(cls.__name__ == SELF_SUPERVISED for cls in classes_of(model.type, source.cfg)):
-        raise ConfigError(
-            f'{source.name}: {type_name(model)} trains without labels, which local heads learn from: train it without mmman, '
-            'and give the config that trains a detector, segmentor or classifier from its weights'
-        )
+    bases = [cls.__name__ for cls in classes_of(model.type, source.cfg)]
+    if reason := next((_UNSUPPORTED[name] for name in bases if name in _UNSUPPORTED), None):
+        raise ConfigError(f'{source.name}: {type_name(model)} {reason}')
 
 
 def recipes_for(cfg: Config, model: str) -> list[Recipe]:
@@ -82,7 +88,7 @@ def recipes_for(cfg: Config, model: str) -> list[Recipe]:
             own = f'dict({own}, feat_channels={LIGHT_WIDTH})'
         dense = _detector_recipe(f'bbox_head={own}{train_cfg}', f"the model's own {kind}, one convolution a tower")
         retina = _detector_recipe(f'num_classes={model}.bbox_head.num_classes', f"RetinaNet's, because {kind} cannot be one")
-        return [dense, *([retina] if 'num_classes' in stock.bbox_head else [])]
+        return [dense, *([retina] if find_box_classes(stock) else [])]
     if found := find_box_classes(stock):
         place, _ = found
         owner = place.partition('.')[0]

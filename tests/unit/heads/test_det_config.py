@@ -94,6 +94,7 @@ def test_a_coarser_grid_has_the_anchors_of_the_finer():
         ({'panoptic_head': {'num_things_classes': 3, 'num_stuff_classes': 5}}, ('panoptic_head.num_things_classes', 3)),
         ({'panoptic_head': {'num_things_classes': 0, 'num_stuff_classes': 5}}, None),
         ({'rpn_head': {'num_classes': 1}}, None),
+        ({'roi_head': {'bbox_head': {'num_classes': 9, 'contrastive_cfg': {'max_text_len': 9}}}}, None),
     ],
 )
 def test_classes_with_boxes(model, found):
@@ -116,3 +117,5 @@ def test_classes_of_a_built_model():
     panoptic.panoptic_head = nn.Module()
     panoptic.panoptic_head.num_things_classes = 3
     head.check_model(panoptic)
+    bbox_head.contrastive_cfg = {'max_text_len': 4}  # words of a text
+    head.check_model(model)

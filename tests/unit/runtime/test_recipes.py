@@ -64,6 +64,7 @@ def test_towers_are_narrowed_where_a_head_has_them():
         ('mmpretrain::mae/mae_vit-base-p16_8xb512-amp-coslr-300e_in1k.py', 'MAE trains without labels'),
         ('mmpretrain::arcface/resnet50-arcface_8xb32_inshop.py', 'has no model.backbone, but model.image_encoder: write'),
         ('mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py', 'without the wrapper'),
+        ('mmdet::mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py', 'Mask2FormerVideo trains on videos'),
         ('mmdet::rpn/rpn_r50_fpn_1x_coco.py', "RPN, which has no .* e.g. dict.type='mmman.DetLocalHead', num_classes=...."),
     ],
 )
