@@ -11,7 +11,14 @@ from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from mmman.analysis.dummy_model import build_dummy_model, library_of, model_config, random_batch, scope_of
+from mmman.analysis.dummy_model import (
+    build_dummy_model,
+    image_channels,
+    library_of,
+    model_config,
+    random_batch,
+    scope_of,
+)
 from mmman.errors import ConfigError, LocalLearningError, NonFiniteLossError
 from mmman.heads.dry_run import BATCH_SIZE, describe_error, detection_samples, predicts_masks
 from mmman.local.session import Session
@@ -141,9 +148,9 @@ def _backbone_step(cfg: Config, scope: str, side: int) -> list[str]:
 def _batch(model: nn.Module, scope: str, side: int) -> dict:
     if scope == 'mmdet':
         classes = next(part.num_classes for part in model.modules() if getattr(part, 'num_classes', None))
-        batch = {'inputs': [*torch.randint(256, (BATCH_SIZE, 3, side, side), dtype=torch.uint8)]}
+        images = torch.randint(256, (BATCH_SIZE, image_channels(model), side, side), dtype=torch.uint8)
         samples = detection_samples(side, classes, objects_per_side=1, masks=predicts_masks(model))
-        return {**batch, 'data_samples': samples}
+        return {'inputs': [*images], 'data_samples': samples}
     batch = random_batch(model, scope, BATCH_SIZE, side, side)
     shape = (side, side)
     for sample in batch['data_samples']:

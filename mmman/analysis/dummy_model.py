@@ -93,11 +93,17 @@ def build_dummy_model(
     return model, build_optim_wrapper(model, cfg.optim_wrapper)
 
 
+def image_channels(model: nn.Module) -> int:
+    """Channels of a model's images: as many as its data preprocessor has means, or 3."""
+    mean = getattr(getattr(model, 'data_preprocessor', None), 'mean', None)
+    return 3 if mean is None else mean.numel()
+
+
 def random_batch(model: nn.Module, scope: str, size: int, height: int, width: int, seed: int = 0) -> dict:
     """Random uint8 images with random annotations, in the format of the data loader of the library ``scope``.
 
     Args:
-        model: Used to find the number of classes.
+        model: Used to find the number of classes, and the channels of the images.
         scope: ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
         size: Number of images.
         height, width: Size of the images, pixels.
@@ -117,9 +123,9 @@ def random_batch(model: nn.Module, scope: str, size: int, height: int, width: in
     if classes is None:
         raise ConfigError(f'no random data for {type(model).__name__}: none of its modules has num_classes')
     generator = torch.Generator().manual_seed(seed)
-    inputs, samples = [], []
+    inputs, samples, channels = [], [], image_channels(model)
     for _ in range(size):
-        inputs.append(torch.randint(256, (3, height, width), generator=generator, dtype=torch.uint8))
+        inputs.append(torch.randint(256, (channels, height, width), generator=generator, dtype=torch.uint8))
         samples.append(annotate(height, width, classes, generator))
     return {'inputs': torch.stack(inputs) if scope == 'mmpretrain' else inputs, 'data_samples': samples}
 

@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.registry import OPTIMIZERS
 from torch import nn
 
+from mmman.analysis.dummy_model import image_channels
 from mmman.analysis.memory import LiveBytes
 from mmman.analysis.roofline import Device
 from mmman.analysis.trace import linear
@@ -126,7 +127,7 @@ def profile_step(
     at_once = _step_cost(small, optimizer, *plain, heads, tuple(units[1:]))
     step = replace(at_once, units=units[0], task=task, in_chunks=in_chunks)
     names = tuple(unit.name for unit in runs.chain.units)
-    return Profile(step, at_once, tasks, names, mode_options, cfg, (batch, 3, height, width))
+    return Profile(step, at_once, tasks, names, mode_options, cfg, (batch, image_channels(small.model), height, width))
 
 
 def profile_end_to_end(cfg: Config, batch: int, height: int, width: int, device: Device | None = None) -> StepCost:

@@ -27,6 +27,10 @@ _UNSUPPORTED = {
         'trains without labels, which local heads learn from: train it without mmman, and give the config that trains a '
         'detector, segmentor or classifier from its weights'
     ),
+    'BaseReID': (
+        'learns identities of crops, and this tool tries local heads on other images: write the child by hand, with '
+        "local_head=dict(type='mmman.DGLLocalHead', head=_base_.model.head)"
+    ),
     TRACKER: 'trains on videos, and local heads learn from images: give the config of a detector',
 }
 """What follows the name of a model, by its base class."""

@@ -5,8 +5,10 @@ import pytest
 pytest.importorskip('mmdet')
 
 from mmengine.hub import get_config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
 
-from mmman.analysis.dummy_model import build_dummy_model, random_batch
+from mmman.analysis.dummy_model import build_dummy_model, image_channels, random_batch
 from mmman.analysis.training import StepMeter
 
 
@@ -25,3 +27,15 @@ def test_a_two_stage_detector_is_measured():
     meter = StepMeter(model, optim_wrapper, random_batch(model, cfg.default_scope, 1, 64, 96))
     memory = meter.memory()
     assert sum(memory.parts.values()) == memory.peak > meter.floor() and memory.flops > 0
+
+
+def test_images_have_as_many_channels_as_the_preprocessor_has_means():
+    """As in change detection, where two images are one of six channels."""
+    pytest.importorskip('mmseg')
+    init_default_scope('mmseg')
+    model = nn.Module()
+    model.decode_head = nn.Module()
+    model.decode_head.num_classes = 2
+    assert image_channels(model) == 3
+    model.data_preprocessor = MODELS.build({'type': 'SegDataPreProcessor', 'mean': [1.0] * 6, 'std': [1.0] * 6})
+    assert [image.shape for image in random_batch(model, 'mmseg', 2, 4, 8)['inputs']] == [(6, 4, 8)] * 2

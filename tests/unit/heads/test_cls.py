@@ -111,6 +111,17 @@ def test_a_margin_takes_the_label():
     assert head.loss(Y, IMAGES, samples())['loss'] > plain + 1
 
 
+def test_identities_of_crops():
+    """The head of mmdet's re-identification, with its triplet loss, in a child written by hand."""
+    structures = pytest.importorskip('mmdet.structures')
+    own = {'type': 'mmdet.LinearReIDHead', 'num_fcs': 1, 'in_channels': 9, 'fc_channels': 8, 'out_channels': 4}
+    own |= {'num_classes': 3, 'norm_cfg': {'type': 'BN1d'}, 'act_cfg': {'type': 'ReLU'}}
+    own |= {'loss_cls': {'type': 'mmpretrain.CrossEntropyLoss'}, 'loss_triplet': {'type': 'mmdet.TripletLoss', 'margin': 0.3}}
+    crops = [structures.ReIDDataSample().set_gt_label(label) for label in (0, 1, 2, 0)]
+    losses = local_head('DGLLocalHead', own).loss(Y, IMAGES, crops)
+    assert losses['ce_loss'].isfinite() and losses['triplet_loss'].isfinite()
+
+
 def test_a_retriever_localised_by_hand_trains():
     init_default_scope('mmpretrain')
     backbone = {'type': 'mmman.LocalBackbone', 'backbone': {'type': 'ResNet', 'depth': 18, 'base_channels': 4}, 'num_blocks': 2}

@@ -65,6 +65,7 @@ def test_towers_are_narrowed_where_a_head_has_them():
         ('mmpretrain::arcface/resnet50-arcface_8xb32_inshop.py', 'has no model.backbone, but model.image_encoder: write'),
         ('mmdet::soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py', 'without the wrapper'),
         ('mmdet::mask2former_vis/mask2former_r50_8xb2-8e_youtubevis2019.py', 'Mask2FormerVideo trains on videos'),
+        ('mmdet::reid/reid_r50_8xb32-6e_mot17train80_test-mot17val20.py', 'BaseReID learns identities of crops.* by hand'),
         ('mmdet::rpn/rpn_r50_fpn_1x_coco.py', "RPN, which has no .* e.g. dict.type='mmman.DetLocalHead', num_classes=...."),
     ],
 )
