@@ -131,8 +131,10 @@ def small_config(name: str) -> Config:
     cfg = copy.deepcopy(config(name))
     if 'vit' in name:
         cfg.merge_from_dict({'model.backbone.backbone.img_size': 64})
-    if name in DETECTORS:
+    if name.endswith('_finetune.py') or name in DETECTORS:
         cfg.merge_from_dict({'model.backbone.backbone.init_cfg': None})
+    if 'upernet' in name:
+        cfg.merge_from_dict({'model.data_preprocessor.size': (64, 64)})
     if 'cascade' in name:  # no large anchor lies within a small image
         cfg.merge_from_dict({'model.train_cfg.rpn.allowed_border': -1})
     if 'swin' in name:
@@ -154,7 +156,9 @@ def test_step_reaches_every_parameter(name: str) -> None:
             parameter.register_post_accumulate_grad_hook(lambda p, key=key: seen.update({key: p.grad.clone()}))
     step(model, cfg.optim_wrapper, batch_for(name))
     assert seen.keys() == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
-    assert unreached(model, seen) == []
+    # UPerNet's 1x1 convolutions with BatchNorm cancel a constant a channel
+    cancelled = ['backbone.norm0.bias', 'backbone.norm1.bias'] if 'upernet' in name else []
+    assert sorted(unreached(model, seen)) == cancelled
 
 
 def unreached(model: BaseModel, gradients: dict) -> list[str]:
