@@ -7,7 +7,8 @@
 
 It predicts the peak memory of a training step for the config as it is, for options that train the same, and for local learning
 (MAN++), and writes a config that inherits from yours for the first that fits. Batch and image size are read from the config.
-Nothing runs at that size, and no GPU is needed; it takes minutes. docs/howto/fit_memory.md says more.
+Nothing runs at that size, unless the backbone attends to all positions, and no GPU is needed; it takes minutes.
+docs/howto/fit_memory.md says more.
 """
 
 from __future__ import annotations

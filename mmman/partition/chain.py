@@ -80,6 +80,7 @@ class Chain:
         extra_tokens: Number of tokens before the patch tokens in features (B, L, C): class and distillation tokens.
         needs_hw_shape: Whether units, as :meth:`Unit.of` returns them, are called as ``unit(x, (h, w))``, with the height and
             width of x in pixels or patches (Swin, PVT).
+        attends_everywhere: Whether units attend to all positions, so that their memory grows with the square of the pixels.
         input_size: Height and width in pixels of the image for the dry run. If the backbone rejects it, larger images are
             tried.
         in_channels: Number of image channels that the backbone takes. Default: found by the dry run.
@@ -90,6 +91,7 @@ class Chain:
     norms: Mapping[int, str] = field(default_factory=dict)
     extra_tokens: int = 0
     needs_hw_shape: bool = False
+    attends_everywhere: bool = False
     input_size: tuple[int, int] = (64, 64)
     in_channels: int | None = None
 

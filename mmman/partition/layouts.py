@@ -106,7 +106,9 @@ def isotropic(
     return Chain(tuple(units), tuple(out_units), **options)
 
 
-def pyramid(stages: Iterable[tuple[Calls, Sequence[Calls], Calls]], out_indices: Iterable[int]) -> Chain:
+def pyramid(
+    stages: Iterable[tuple[Calls, Sequence[Calls], Calls]], out_indices: Iterable[int], attends_everywhere: bool = False
+) -> Chain:
     """Stages of an embedding, blocks and a norm: each stage embeds the map that the norm of the stage before it makes.
 
     The embedding is part of the unit of the stage's first block, and the norm of that of its last block. A unit has the name of
@@ -115,6 +117,7 @@ def pyramid(stages: Iterable[tuple[Calls, Sequence[Calls], Calls]], out_indices:
     Args:
         stages: For each stage the modules of the embedding, those of each block, and those behind the last block.
         out_indices: Indices of the stages that make outputs.
+        attends_everywhere: See :class:`Chain`.
     """
     units, out_units = [], []
     for i, (embedding, blocks, norm) in enumerate(stages):
@@ -123,7 +126,7 @@ def pyramid(stages: Iterable[tuple[Calls, Sequence[Calls], Calls]], out_indices:
             units.append(Unit(next(iter(block)), tuple(calls), [*calls][-1], i, calls=tuple(calls.values())))
         if i in out_indices:
             out_units.append(len(units) - 1)
-    return Chain(tuple(units), tuple(out_units), needs_hw_shape=True)
+    return Chain(tuple(units), tuple(out_units), needs_hw_shape=True, attends_everywhere=attends_everywhere)
 
 
 def output_norms(backbone: nn.Module) -> Mapping[int, str]:

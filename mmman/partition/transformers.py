@@ -168,7 +168,7 @@ def _pyramid_transformer(backbone: nn.Module, call_embedding: Call) -> Chain:
         position, blocks = paths[:-count], paths[-count:]
         embedding = {embed: call_embedding, **dict.fromkeys(position, call)}
         stages.append((embedding, [{path: call} for path in blocks], {norm: call_on_tokens}))
-    return pyramid(stages, backbone.out_indices)
+    return pyramid(stages, backbone.out_indices, attends_everywhere=True)
 
 
 def _twins(backbone: nn.Module, layers: str, norms: list[str]) -> Chain:
@@ -179,7 +179,7 @@ def _twins(backbone: nn.Module, layers: str, norms: list[str]) -> Chain:
         blocks[0][f'position_encodings.{i}'] = call
         embedding = {f'patch_embeds.{i}': call_on_map, f'position_encoding_drops.{i}': call_on_tokens}
         stages.append((embedding, blocks, dict.fromkeys(norms[i : i + 1], call_on_tokens)))
-    return pyramid(stages, backbone.out_indices)
+    return pyramid(stages, backbone.out_indices, attends_everywhere=True)
 
 
 def _numbered(backbone: nn.Module, count: int, blocks: str, block_call: Call, out_indices: Iterable[int]) -> Chain:

@@ -98,8 +98,9 @@ def probe_sizes(
 ) -> list[tuple[int, int, int]]:
     """Choose the number of images, height and width of two probe batches.
 
-    The two batches differ in the size of the images. If ``images`` is None and either the units attend to all tokens or the
-    requested images are small, the batches differ in the number of images instead, and the images have the requested size.
+    The two batches differ in the size of the images. If ``images`` is None and either the units attend to all positions or the
+    requested images are small, the batches differ in the number of images instead, and the images have the requested size. If
+    ``images`` is given and the units attend to all positions, one batch is the requested one.
 
     Args:
         chain: The backbone's units.
@@ -110,9 +111,12 @@ def probe_sizes(
         has_proposals: Whether the model is a two-stage detector. Its images must be large enough for as many proposals as a
             head samples, because that number doesn't grow with the images.
     """
-    attends_everywhere = chain.extra_tokens or (chain.units[-1].stage == 0 and not chain.needs_hw_shape)
+    is_isotropic = chain.units[-1].stage == 0 and not chain.needs_hw_shape
+    attends_everywhere = chain.attends_everywhere or chain.extra_tokens or is_isotropic
     if images is None and (height * width <= 256 * 256 or attends_everywhere):
         return [(2, height, width), (4, height, width)]
+    if attends_everywhere:  # memory isn't linear in the pixels
+        return [(images, height, max(32, width // 64 * 32)), (images, height, width)]
     side = 128 if scope == 'mmdet' or images is None else 64
     if chain.needs_hw_shape or has_proposals:  # whole windows of 7 at stride 32
         side = 224

@@ -1,7 +1,8 @@
 """Measure the costs that :mod:`mmman.planning.costs` needs on the model of a config.
 
-Nothing runs at the requested size. The backbone, the local heads, and neck with head and loss run forward and backward on two
-small probe batches. The size of every tensor is extrapolated to the requested batch, linearly in the number of pixels.
+Nothing runs at the requested size, unless the backbone attends to all positions. The backbone, the local heads, and neck with
+head and loss run forward and backward on two small probe batches. The size of every tensor is extrapolated to the requested
+batch, linearly in the number of pixels.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ STAGED = Chain((Unit.single('a', 0), Unit.single('b', 1)), (1,))
 PLAIN = Chain((Unit.single('a', 0), Unit.single('b', 0)), (1,))
 TOKENS = Chain(STAGED.units, (1,), extra_tokens=1)
 WINDOWS = Chain(STAGED.units, (1,), needs_hw_shape=True)
+ATTENDING = Chain(STAGED.units, (1,), needs_hw_shape=True, attends_everywhere=True)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,10 @@ WINDOWS = Chain(STAGED.units, (1,), needs_hw_shape=True)
         (STAGED, (32, 32, None), 'mmpretrain', [(2, 32, 32), (4, 32, 32)]),
         (TOKENS, (384, 512, None), 'mmpretrain', [(2, 384, 512), (4, 384, 512)]),
         (PLAIN, (512, 512, None), 'mmseg', [(2, 512, 512), (4, 512, 512)]),
+        (ATTENDING, (512, 512, None), 'mmseg', [(2, 512, 512), (4, 512, 512)]),
+        # of them a few images at a time: the images that are asked for, and half of each
+        (ATTENDING, (800, 1344, 2), 'mmdet', [(2, 800, 672), (2, 800, 1344)]),
+        (TOKENS, (224, 224, 8), 'mmpretrain', [(8, 224, 96), (8, 224, 224)]),
         # larger ones: other sizes
         (STAGED, (512, 1024, None), 'mmseg', [(2, 128, 128), (2, 128, 256)]),
         (STAGED, (800, 1344, None), 'mmdet', [(2, 128, 128), (2, 128, 256)]),
