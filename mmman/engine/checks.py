@@ -42,8 +42,9 @@ def check_model(model: nn.Module, update: str = 'synchronous') -> None:
             f'window={backbone.local.window} back-propagates through a block several times, which {type(model).__name__} does '
             'not support: train in one process, or set window=1'
         )
-    for head in backbone.local.values():
+    for head in backbone.local.trained_heads():
         _check_trainable(head)
+    for head in backbone.local.values():
         head.check_model(module)
         if head.independent is not None:
             head.independent.check_model(module)

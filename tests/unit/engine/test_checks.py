@@ -5,6 +5,7 @@ import torch
 from mmengine.model import MMDistributedDataParallel
 
 from mmman import EMABiasHook
+from mmman.engine.checks import check_model
 from mmman.errors import ConfigError
 from tests.unit.local.test_session import step, toy, wrapper
 
@@ -61,3 +62,13 @@ def test_frozen_local_heads_are_refused():
     model.backbone.local.requires_grad_(False)
     with pytest.raises(ConfigError, match='the local head after layer1.1 is frozen.* no wrapper that freezes .LoRAModel.'):
         step(model, wrapper(model))
+
+
+def test_heads_that_another_stage_of_a_pipeline_trains_may_be_frozen():
+    model = toy(num_blocks=3)
+    heads = [*model.backbone.local.values()]
+    heads[1].requires_grad_(False)
+    with pytest.raises(ConfigError, match=f'the local head after {heads[1].unit} is frozen'):
+        check_model(model, 'synchronous')
+    model.backbone.local.trained_index = 0
+    check_model(model, 'synchronous')
