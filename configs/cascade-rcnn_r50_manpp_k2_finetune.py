@@ -1,9 +1,8 @@
 _base_ = 'mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py'
 
 # Cascade R-CNN by MAN++, fine-tuned from ImageNet weights as the stock config does: stem and layer1 stay frozen.
-# Two blocks of what is trained, with light local heads (RetinaNet's): as many as it takes until neck, RPN and RoI heads, with
-# the last block beside them, need more memory than any other block. The last block is recomputed. The batch is the stock one,
-# 2 images on each of 8 GPUs; for another one plan cuts with tools/fit_memory.py.
+# Two blocks of what is trained, with light local heads (RetinaNet's), cut where the flagship of Faster R-CNN is. The last block
+# is recomputed. The batch is the stock one, 2 images on each of 8 GPUs; for another one plan cuts with tools/fit_memory.py.
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,6 +1,6 @@
 _base_ = './faster-rcnn_r50_manpp_k2_finetune.py'
 
-# The deeper layer3 is cut near its middle, and the first block is recomputed as well, selectively.
+# Cut and recomputed units as tools/fit_memory.py --blocks 2 --max-overhead 0.15 plans them for Faster R-CNN R101.
 model = dict(
     backbone=dict(
         backbone=dict(depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')),

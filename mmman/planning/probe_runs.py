@@ -100,7 +100,8 @@ def probe_sizes(
 
     The two batches differ in the size of the images. If ``images`` is None and either the units attend to all positions or the
     requested images are small, the batches differ in the number of images instead, and the images have the requested size. If
-    ``images`` is given and the units attend to all positions, one batch is the requested one.
+    ``images`` is given and the units attend to all positions, one batch is the requested one, unless its images are less than
+    64 pixels wide.
 
     Args:
         chain: The backbone's units.
@@ -115,8 +116,8 @@ def probe_sizes(
     attends_everywhere = chain.attends_everywhere or chain.extra_tokens or is_isotropic
     if images is None and (height * width <= 256 * 256 or attends_everywhere):
         return [(2, height, width), (4, height, width)]
-    if attends_everywhere:  # memory isn't linear in the pixels
-        return [(images, height, max(32, width // 64 * 32)), (images, height, width)]
+    if attends_everywhere and width >= 64:  # memory isn't linear in the pixels
+        return [(images, height, width // 64 * 32), (images, height, width)]
     side = 128 if scope == 'mmdet' or images is None else 64
     if chain.needs_hw_shape or has_proposals:  # whole windows of 7 at stride 32
         side = 224

@@ -13,14 +13,11 @@ BLOCKS = 4
 STOCK = (
     'mmdet::centernet/centernet_r18_8xb16-crop512-140e_coco.py',
     'mmdet::detr/detr_r18_8xb2-500e_coco.py',
-    'mmdet::rtmdet/rtmdet_tiny_8xb32-300e_coco.py',
     'mmdet::solov2/solov2-light_r18_fpn_ms-3x_coco.py',
     'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py',
     'mmdet::yolo/yolov3_mobilenetv2_8xb24-320-300e_coco.py',
-    'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
     'mmseg::deeplabv3/deeplabv3_r18-d8_4xb2-80k_cityscapes-769x769.py',
     'mmseg::mobilenet_v2/mobilenet-v2-d8_fcn_4xb4-160k_ade20k-512x512.py',
-    'mmseg::segmenter/segmenter_vit-t_mask_8xb1-160k_ade20k-512x512.py',
     'mmpretrain::csra/resnet101-csra_1xb16_voc07-448px.py',
     'mmpretrain::cspnet/cspresnext50_8xb32_in1k.py',
     'mmpretrain::deit/deit-tiny-distilled_4xb256_in1k.py',
@@ -28,7 +25,6 @@ STOCK = (
     'mmpretrain::resnext/resnext50-32x4d_8xb32_in1k.py',
     'mmpretrain::seresnet/seresnet50_8xb32_in1k.py',
     'mmpretrain::spark/benchmarks/convnextv2-tiny_8xb256-coslr-300e_in1k.py',
-    'mmpretrain::vig/vig-tiny_8xb128_in1k.py',
 )
 
 

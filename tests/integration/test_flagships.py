@@ -157,8 +157,8 @@ def test_step_reaches_every_parameter(name: str) -> None:
     step(model, cfg.optim_wrapper, batch_for(name))
     assert seen.keys() == {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     # UPerNet's 1x1 convolutions with BatchNorm cancel a constant a channel
-    cancelled = ['backbone.norm0.bias', 'backbone.norm1.bias'] if 'upernet' in name else []
-    assert sorted(unreached(model, seen)) == cancelled
+    cancelled = {'backbone.norm0.bias', 'backbone.norm1.bias'} if 'upernet' in name else set()
+    assert set(unreached(model, seen)) <= cancelled
 
 
 def unreached(model: BaseModel, gradients: dict) -> list[str]:

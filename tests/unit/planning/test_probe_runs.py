@@ -33,6 +33,7 @@ ATTENDING = Chain(STAGED.units, (1,), needs_hw_shape=True, attends_everywhere=Tr
         # of them a few images at a time: the images that are asked for, and half of each
         (ATTENDING, (800, 1344, 2), 'mmdet', [(2, 800, 672), (2, 800, 1344)]),
         (TOKENS, (224, 224, 8), 'mmpretrain', [(8, 224, 96), (8, 224, 224)]),
+        (TOKENS, (32, 32, 8), 'mmpretrain', [(8, 32, 32), (8, 32, 64)]),
         # larger ones: other sizes
         (STAGED, (512, 1024, None), 'mmseg', [(2, 128, 128), (2, 128, 256)]),
         (STAGED, (800, 1344, None), 'mmdet', [(2, 128, 128), (2, 128, 256)]),
