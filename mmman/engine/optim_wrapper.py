@@ -21,11 +21,11 @@ from mmman.engine.clipping import check_clipping
 from mmman.engine.local_losses import LocalLossLog
 from mmman.engine.precision import autocast_dtype, make_loss_scaler
 from mmman.engine.stride_check import check_strides_once
+from mmman.engine.window import WindowSession
 from mmman.errors import ConfigError
 from mmman.experimental.cuda_graphs import CUDAGraphCapturer, StepGraphs
 from mmman.local.blocks import localized_backbone
 from mmman.local.session import Session
-from mmman.local.window import WindowSession
 from mmman.memory.detection.dense_loss import ChunkedLoss, why_not_dense
 from mmman.memory.model_loss import chunked_loss
 from mmman.options import Count, Positive, checked

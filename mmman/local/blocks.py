@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import re
 
-import torch
-from mmengine.logging import print_log
-from mmengine.model import BaseModule, ModuleDict
+from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from mmman.errors import ConfigError
+from mmman.initialisation import InitialisedOnce
 from mmman.local.local_head import LocalHead
 from mmman.local.session import Session
 from mmman.partition import Chain, Plan
 
 
-class LocalBlocks(ModuleDict):
+class LocalBlocks(InitialisedOnce):
     """The local heads of blocks 1 to K-1, keyed by the block's last unit (``layer1_1``).
 
     Keys, also in the state dict, name the cut and not the block's number: a checkpoint's heads load for another K if the cuts
@@ -37,58 +36,17 @@ class LocalBlocks(ModuleDict):
         self.trained_index: int | None = None  # in a pipeline stage: the index, from 0, of the only head trained here
         self.output_units = tuple(dict.fromkeys(chain.units[tap] for tap in chain.out_units))
         self.missing_pretrained: list[str] | None = None  # stock tensors missing from the pretrained weights, once loaded
-        self._init_info: dict | None = None  # mmengine's, while the model initialises its weights
-        self._initial_values: dict[str, Tensor] = {}  # the heads' initial values, until the model is done
         self._loaded_heads: set[str] = set()  # the heads that a state dict loaded completely
         last = {unit.name for unit in plan.blocks[-1]}
         inner = {i for i, tap in enumerate(chain.out_units) if chain.units[tap].name not in last}
         self._detached_outputs = inner - chain.norms.keys()
         self.inner_norms = tuple(dict.fromkeys(path for i, path in chain.norms.items() if i in inner))
 
-    @property
-    def _params_init_info(self) -> dict:
-        """The attribute that mmengine sets on every module while a model initialises its weights, and deletes at the end.
-
-        The deletion signals the end, by which the heads must be initialised, whatever ``init_weights`` of the backbone and the
-        model do. Most call it on all children, in order. Some (Swin in mmdet and mmseg) skip their children: the heads are then
-        initialised last. Others overwrite the children's initial values: these are restored.
-        """
-        if self._init_info is None:
-            raise AttributeError('_params_init_info')
-        return self._init_info
-
-    @_params_init_info.setter
-    def _params_init_info(self, info: dict) -> None:
-        self._init_info = info
-
-    @_params_init_info.deleter
-    def _params_init_info(self) -> None:
-        if not self.is_init:
-            self.init_weights()
-        self._restore_initial_values()
-        self._init_info = None
-
-    def init_weights(self) -> None:
-        """Initialise all heads. The model calls this when it initialises its weights; later calls do nothing."""
-        is_first = not self.is_init
-        super().init_weights()
-        if is_first and self._init_info is not None:
-            copied = {id(tensor) for head in self.values() for unit in head.unit_copies for tensor in _tensors(unit).values()}
-            self._initial_values = {n: t.detach().clone() for n, t in _tensors(self).items() if id(t) not in copied}
-
-    @torch.no_grad()
-    def _restore_initial_values(self) -> None:
-        own = _tensors(self)
-        changed = [name for name, value in self._initial_values.items() if not torch.equal(own[name], value)]
-        for name in changed:
-            own[name].copy_(self._initial_values[name])
-        if changed:
-            print_log(
-                f'init_weights of the model or its backbone overwrote {len(changed)} initialised tensors of local heads, e.g. '
-                f"{changed[0]}: the heads' own initial values were restored",
-                logger='current',
-            )
-        self._initial_values = {}
+    def tensors_to_initialise(self) -> dict[str, Tensor]:
+        """All but the copies of units, whose values come from the backbone."""
+        copies = (unit for head in self.values() for unit in head.unit_copies)
+        copied = {id(tensor) for unit in copies for tensor in unit.state_dict(keep_vars=True).values()}
+        return {name: tensor for name, tensor in super().tensors_to_initialise().items() if id(tensor) not in copied}
 
     def uninitialised(self) -> list[str]:
         """Keys of heads that define an initialisation which never ran, and that no state dict loaded."""
@@ -142,7 +100,7 @@ class LocalBlocks(ModuleDict):
 
         ``local`` is the backbone's last child, so ``missing_keys`` already lists the stock tensors that were not loaded.
         """
-        if prefix == 'local.' and hasattr(self, '_params_init_info'):  # set by mmengine during weight initialisation
+        if prefix == 'local.' and self.is_initialising:
             state_dict.clear()
             state_dict.update(self.state_dict(prefix=prefix))
             self.missing_pretrained = [*missing_keys, *re.findall(r'size mismatch for (\S+):', ' '.join(error_msgs))]
@@ -151,10 +109,6 @@ class LocalBlocks(ModuleDict):
                 names = [f'{prefix}{key}.{name}' for name in head.state_dict() if not name.startswith('transfer.')]
                 self._loaded_heads |= {key} if all(name in state_dict for name in names) else set()
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return module.state_dict(keep_vars=True)
 
 
 def _has_initialisation(head: LocalHead) -> bool:

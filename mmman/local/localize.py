@@ -8,15 +8,15 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import nn
 
-from mmman.errors import ConfigError, LocalLearningError, PartitionError
+from mmman.errors import ConfigError, LocalLearningError
 from mmman.local.blocks import LocalBlocks
 from mmman.local.local_head import Boundary, LocalHead
 from mmman.local.option_checks import check_local_options
-from mmman.local.transfer import MomentumTransfer, find_source
-from mmman.memory.output_relu import OutputReLUs, find_output_relus
+from mmman.local.transfer import MomentumTransfer
+from mmman.memory.output_relu import output_relus_of
 from mmman.memory.recompute import disable_recompute_, recompute_unit_, units_to_recompute
 from mmman.options import Count, Positive, checked
-from mmman.partition import Chain, Feature, Measured, Plan, Unit, chain_of, measure, plan_blocks, trainable_units
+from mmman.partition import Chain, Feature, Measured, Plan, chain_of, find_source, measure, plan_trained_blocks
 from mmman.registry import MODELS
 
 NO_TRANSFER = {'ema': False, 'bias': False, 'scale': False}
@@ -56,7 +56,7 @@ def localize_(
         selective_recompute: Units that also save outputs that are expensive to recompute for their size
             (:func:`mmman.memory.selective.should_save`). Normalisations, activations and layers that widen are recomputed.
         window: Number of blocks that a local loss trains, from 1 to K. 1: each block is isolated. More: the windows of MLAAN
-            (:class:`mmman.local.window.WindowSession`), whose graphs are alive at a time.
+            (:class:`mmman.engine.window.WindowSession`), whose graphs are alive at a time.
         independent_head: Config of the head, without transfer, whose loss trains a block alone in windows of several blocks.
             Default: an ``mmman.LinearLocalHead`` with the ``head`` of ``local_head``.
 
@@ -72,14 +72,14 @@ def localize_(
     if hasattr(backbone, 'local'):
         raise ConfigError(f'{type(backbone).__name__} already has a module named `local`: it can be localised only once')
     chain = chain_of(backbone)
-    plan = _plan(backbone, chain, num_blocks, partition)
+    plan = plan_trained_blocks(backbone, chain, num_blocks, partition)
     weights = _loss_weights(plan, local_head, loss_weight)
     if window > 1:
         _check_window(plan, chain, window, selective_recompute)
     independent_head = _independent_head(local_head, window, independent_head)
     recomputed = units_to_recompute(backbone, chain, recompute, selective_recompute)
     measured = measure(backbone, chain)
-    output_relus = _find_output_relus(backbone, measured, recomputed)
+    output_relus = output_relus_of(recomputed, backbone, measured.run)
     try:
         for unit, selective in recomputed.items():  # before they are copied: the copies are recomputed too
             recompute_unit_(backbone, unit, output_relus, selective)
@@ -94,22 +94,6 @@ def localize_(
         raise
     print_log(f'Split {type(backbone).__name__} into {len(plan.blocks)} blocks: {plan}', logger='current')
     return backbone
-
-
-def _plan(backbone: nn.Module, chain: Chain, num_blocks: int | None, partition: str | Sequence[str] | dict) -> Plan:
-    """Plan the blocks. Raises :class:`PartitionError` if a block's loss would train nothing."""
-    plan = plan_blocks(chain, trainable_units(backbone, chain), num_blocks, partition)
-    if (frozen := plan.frozen_block(backbone)) is not None:
-        raise PartitionError(
-            f'{frozen} of {type(backbone).__name__} has no trainable parameter, so its loss would train nothing: choose cuts '
-            'that give every block a trainable parameter, or freeze consecutive units from the start of the backbone'
-        )
-    if len(plan.blocks) > 1 and not any(chain.units[tap] in plan.blocks[-1] for tap in chain.out_units):
-        raise PartitionError(
-            f'the last block ({plan}) produces none of the outputs of {type(backbone).__name__}, so no loss would train it: '
-            'cut earlier, or remove the stages after the last one in out_indices (num_stages)'
-        )
-    return plan
 
 
 def _loss_weights(plan: Plan, local_head: dict | None, loss_weight: float | Sequence[float]) -> list[float]:
@@ -151,15 +135,6 @@ def _independent_head(local_head: dict | None, window: int, given: dict | None) 
             f'window={window} requires independent_head, because local_head has no option head for an mmman.LinearLocalHead'
         )
     return given or {'type': 'mmman.LinearLocalHead', 'head': local_head['head']}
-
-
-def _find_output_relus(backbone: nn.Module, measured: Measured, recomputed: Mapping[Unit, bool]) -> OutputReLUs:
-    """Find the ReLUs that produce the outputs of recomputed modules, by a forward pass."""
-    if not recomputed:
-        return {}
-    with find_output_relus(backbone.get_submodule(path) for unit in recomputed for path in unit.modules) as output_relus:
-        measured.run(backbone)
-    return output_relus
 
 
 def _build_heads(

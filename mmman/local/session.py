@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
+from mmman.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.errors import ConfigError
-from mmman.local.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.memory.chunks import replaced
 
 if TYPE_CHECKING:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
+
+from mmman.partition import Unit
 
 OutputReLUs = dict[nn.Module, tuple[str, int]]
 """For each module whose output is that of one of its ReLUs: the ReLU's name, and how often the module calls it."""
@@ -61,6 +63,16 @@ def find_output_relus(modules: Iterable[nn.Module]) -> Iterator[OutputReLUs]:
 
             handles.callback(module.register_forward_hook(compare).remove)
         yield found
+
+
+def output_relus_of(units: Iterable[Unit], backbone: nn.Module, run: Callable[[nn.Module], object]) -> OutputReLUs:
+    """Find the ReLUs that produce the outputs of the modules of ``units``, by ``run(backbone)``, a forward pass."""
+    paths = [path for unit in units for path in unit.modules]
+    if not paths:
+        return {}
+    with find_output_relus(map(backbone.get_submodule, paths)) as found:
+        run(backbone)
+    return found
 
 
 def defer_relu_(module: nn.Module, name: str) -> None:

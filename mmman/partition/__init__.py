@@ -4,7 +4,8 @@ from mmman.partition.chain import STEM, Chain, Feature, Unit
 from mmman.partition.families import chain_of, register_chain
 from mmman.partition.measure import Measured, measure
 from mmman.partition.planner import Plan, plan_blocks
-from mmman.partition.trainable import trainable_units
+from mmman.partition.source import find_source
+from mmman.partition.trainable import plan_trained_blocks, trainable_units
 
 __all__ = [
     'STEM',
@@ -14,8 +15,10 @@ __all__ = [
     'Plan',
     'Unit',
     'chain_of',
+    'find_source',
     'measure',
     'plan_blocks',
+    'plan_trained_blocks',
     'register_chain',
     'trainable_units',
 ]

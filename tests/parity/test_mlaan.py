@@ -5,9 +5,9 @@ import torch
 from mmengine.registry import MODELS
 
 from mmman import LAMLocalHead
-from mmman.local import window as windows
+from mmman.engine import window as windows
+from mmman.engine.window import WindowSession
 from mmman.local.transfer import MomentumTransfer
-from mmman.local.window import WindowSession
 from tests.parity.lockstep import ROWS, LockStepHook, pairs, reference_of, run_lockstep
 from tests.toy import classify, task_logits, toy_batches, toy_config
 

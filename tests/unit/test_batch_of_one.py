@@ -9,10 +9,10 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmman import LocalLearningOptimWrapper
+from mmman.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.errors import ConfigError
 from mmman.heads import SegLocalHead
 from mmman.heads.infopro import supervised_contrast
-from mmman.local.batch_of_one import use_running_stats_for_batch_of_one
 from mmman.registry import MODELS
 
 pytest.importorskip('mmpretrain')

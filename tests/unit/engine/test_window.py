@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmman import delocalize_, localize_
 from mmman.engine.checks import check_model
+from mmman.engine.window import WindowSession
 from mmman.errors import ConfigError, NonFiniteLossError
-from mmman.local.window import WindowSession
 from tests.toy import classify, task_logits, toy_batches
 from tests.unit.local.test_session import gradients, step, toy, wrapper
 
