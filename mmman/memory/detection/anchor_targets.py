@@ -205,15 +205,30 @@ def _assign(assigner: object, boxes: Tensor, is_used: Tensor, priors: Tensor, va
     count, max_objects = boxes.shape[:2]
     if max_objects == 0:
         return valid.long() - 1
-    number = torch.arange(1, max_objects + 1, device=boxes.device)
+    number = torch.arange(1, max_objects + 1, device=boxes.device, dtype=torch.int32)
     is_used = is_used[..., None] & valid[:, None]
-    overlaps = assigner.iou_calculator(boxes, priors.expand(count, -1, -1)).masked_fill_(~is_used, -1)
+    overlaps = _overlaps(boxes, priors).masked_fill_(~is_used, -1)
     max_of_anchor, best_object = overlaps.max(dim=1)
     max_of_object = overlaps.amax(dim=2, keepdim=True)
 
     matched = torch.where(max_of_anchor < assigner.neg_iou_thr, 0, -1)
     matched = torch.where(max_of_anchor >= assigner.pos_iou_thr, best_object + 1, matched)
-    best = (overlaps == max_of_object) & (max_of_object >= assigner.min_pos_iou) & is_used
+    best = (overlaps == max_of_object).logical_and_(max_of_object >= assigner.min_pos_iou).logical_and_(is_used)
+    del overlaps
     forced_match = (best * number[:, None]).amax(dim=1)  # the last of several objects wins, as in mmdet's loop
     matched = torch.where(forced_match > 0, forced_match, matched)
     return matched.masked_fill_(~valid, -1)
+
+
+def _overlaps(boxes: Tensor, priors: Tensor) -> Tensor:
+    """The IoU of objects, (B, G, 4), and anchors, (A, 4): bitwise ``BboxOverlaps2D``, in a third of its memory. (B, G, A)."""
+
+    def overlap(low: int) -> Tensor:
+        """Overlap along a side, whose ends are the coordinates ``low`` and ``low + 2``."""
+        start, end = (one(boxes[..., i, None], priors[:, i]) for one, i in ((torch.maximum, low), (torch.minimum, low + 2)))
+        return end.sub_(start).clamp_(min=0)
+
+    area, prior_area = ((own[..., 2] - own[..., 0]) * (own[..., 3] - own[..., 1]) for own in (boxes, priors))
+    shared = overlap(0).mul_(overlap(1))
+    union = (area[..., None] + prior_area).sub_(shared).clamp_(min=1e-6)
+    return shared.div_(union)
