@@ -2,7 +2,7 @@
 
 Examples:
 
-    python tools/train.py configs/demo/retinanet_r18_manpp_k4_shapes.py
+    python tools/train.py configs/demo/retinanet_r18_manpp_k2_shapes.py
     mmman train mmman::retinanet_r50_manpp_k4.py             # the same, with an installed config
     tools/dist_train.sh configs/retinanet_r50_manpp_k4.py 8 --amp
 """

@@ -1,8 +1,8 @@
 _base_ = 'mmdet::retinanet/retinanet_r18_fpn_1x_coco.py'
 
-# From scratch: nothing is frozen, and BatchNorm learns its statistics. A quarter of the usual width trains on two CPU cores, and leaves
-# the memory of a step to activations, as at real image sizes. The head's initial weights, made for 256 channels, are larger. Anchors
-# fit the shapes.
+# From scratch: nothing is frozen, and BatchNorm learns its statistics. A quarter of the usual width trains on two CPU cores,
+# and leaves the memory of a step to activations, as at real image sizes. The head's initial weights, made for 256 channels,
+# are larger. Anchors fit the shapes.
 model = dict(
     backbone=dict(frozen_stages=-1, norm_eval=False, init_cfg=None, base_channels=16),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64),
@@ -69,7 +69,7 @@ val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
 max_epochs = 5
-train_cfg = dict(max_epochs=max_epochs, val_interval=max_epochs)
+train_cfg = dict(max_epochs=max_epochs, val_interval=1)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.05),
     clip_grad=dict(max_norm=10.0),

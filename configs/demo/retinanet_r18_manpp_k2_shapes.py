@@ -1,7 +1,7 @@
 _base_ = './retinanet_r18_e2e_shapes.py'
 
-# Two blocks: the first, up to the first unit of layer2, learns from a light detection head of its own; all inputs of the pyramid are
-# left to the second, which the detector's loss trains.
+# Two blocks. The first, up to the first unit of layer2, learns from a light detection head of its own. All inputs of the
+# pyramid are left to the second, which the detector's loss trains.
 model = dict(
     backbone=dict(
         _delete_=True,

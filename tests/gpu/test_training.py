@@ -178,7 +178,7 @@ def test_a_detector_trains_and_validates(way, tmp_path):
     }
     launcher = 'pytorch' if 'pytorch' in way else 'none'
     runner = [sys.executable, *(['-m', 'torch.distributed.run', '--nproc-per-node=1'] if launcher == 'pytorch' else [])]
-    command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k4_shapes.py']
+    command = [*runner, ROOT / 'tools/train.py', ROOT / 'configs/demo/retinanet_r18_manpp_k2_shapes.py']
     if way == 'graphs':
         options |= test_cuda_graphs.GRAPHS
     else:

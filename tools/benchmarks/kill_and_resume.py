@@ -35,8 +35,8 @@ from mmman.runtime.resume_record import RECORD
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN = ROOT / 'tools' / 'train.py'
-CONFIG = ROOT / 'configs' / 'demo' / 'retinanet_r18_manpp_k4_shapes.py'
-RANKS = {'single': 1, 'ddp': 2, 'pipeline': 4}
+CONFIG = ROOT / 'configs' / 'demo' / 'retinanet_r18_manpp_k2_shapes.py'
+RANKS = {'single': 1, 'ddp': 2, 'pipeline': 2}
 IMAGES, BATCH, SIZE, EPOCHS, INTERVAL = 24, 2, 64, 4, 3
 TIMEOUT = 600  # seconds without an end after which a process is taken to hang
 LAUNCHER_S = 30  # a launcher ends the other ranks; here after they had this time to notice by themselves

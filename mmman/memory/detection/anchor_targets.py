@@ -202,7 +202,7 @@ def _assign(assigner: object, boxes: Tensor, is_used: Tensor, priors: Tensor, va
         priors: (A, 4).
         valid: Whether an anchor takes part, (B, A).
     """
-    count, max_objects = boxes.shape[:2]
+    max_objects = boxes.shape[1]
     if max_objects == 0:
         return valid.long() - 1
     number = torch.arange(1, max_objects + 1, device=boxes.device, dtype=torch.int32)
