@@ -99,6 +99,7 @@ class StepCost:
             one are then alive while they run.
         time: Nanoseconds of end-to-end training without recomputation and without chunks. 0 if no device was asked for.
         work: What ``flops`` counts.
+        end: Index of the first unit that is not cut after. None: of the one that makes the last backbone output.
     """
 
     base: int
@@ -114,6 +115,7 @@ class StepCost:
     in_chunks: bool = False
     time: int = 0
     work: str = 'FLOPs'
+    end: int | None = None
 
     def timed(self) -> StepCost:
         """These costs with nanoseconds in place of FLOPs, to plan by time."""
@@ -124,7 +126,11 @@ class StepCost:
     @property
     def candidates(self) -> range:
         """Indices of the units to cut after: from the first trainable unit to the one before the last backbone output."""
-        return range(self.first, max(i for i, unit in enumerate(self.units) if unit.tap))
+        return range(self.first, max(i for i, unit in enumerate(self.units) if unit.tap) if self.end is None else self.end)
+
+    def before_outputs(self) -> StepCost:
+        """These costs with only the cuts that leave all backbone outputs that are read to the last block."""
+        return replace(self, end=next(i for i, unit in enumerate(self.units) if unit.tap and unit.is_read))
 
     @property
     def choices(self) -> tuple[RecomputeMode, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -122,13 +123,20 @@ def predict_rows(
             yield _mixed_precision_row(case)
     profile = _reporting(profile, report)
     sizes = sizes if case.device is None else (*sizes, *one_chunk)
+    before_outputs = None
+    if case.is_detector and partition is None and 2 in counts:
+        before_outputs = _plan_before_outputs(profile, sizes, limits, shipped)
+    if before_outputs is not None:
+        row = _local_row(case, profile, before_outputs)
+        yield replace(row, name=row.name.replace('2 blocks', '2 blocks, all outputs in the last', 1))
     for count in counts:
         try:
             planned = local_plan(profile, sizes, count, last_units.get(count), limits, shipped)
         except CostError as error:
             yield FitRow(f'{count} blocks', LOCAL, Changes(), note=one_line(str(error), 200), is_available=False)
             continue
-        yield _local_row(case, profile, planned)
+        if before_outputs is None or planned.plan != before_outputs.plan:
+            yield _local_row(case, profile, planned)
     if case.is_localized:
         changes = Changes(case.stock, _options(case, profile, MemoryPlan()), _at_once(case))
         whole = _row('one block', SAME, changes, base, MemoryPlan())
@@ -218,6 +226,19 @@ def _mixed_precision_row(case: FitCase) -> FitRow:
     except RuntimeError as error:  # operators of mmcv have no half precision on a CPU
         return FitRow(name, trains, changes, note=f'not predicted on a CPU: {one_line(str(error), 80)}')
     return _row(name, trains, changes, step, MemoryPlan())
+
+
+def _plan_before_outputs(profile: Profile, sizes: Sequence[int], limits: Limits, base: FitRow) -> ChunkPlan | None:
+    """Two blocks, of which the second makes all outputs of the backbone, so that the model's own loss trains them.
+
+    None if no cut leaves all outputs to the second block, or no such plan is within the limits of work.
+    """
+    step = profile.step.before_outputs()
+    if not step.candidates or step.candidates == profile.step.candidates:
+        return None
+    with suppress(CostError):
+        return local_plan(replace(profile, step=step), sizes, 2, None, limits, base)
+    return None
 
 
 def _local_row(case: FitCase, profile: Profile, planned: ChunkPlan) -> FitRow:

@@ -107,3 +107,10 @@ def test_frozen_outputs_get_no_gradient():
     units = (units[0], units[1], replace(units[2], backward=10**6))
     assert peak_of(replace(trained, units=units, in_chunks=False), MemoryPlan()).total == 3 + 10**3 + 10**4 + 10**6
     assert peak_of(replace(frozen, units=units, in_chunks=False), MemoryPlan()).total == 3 + 10**4 + 10**6
+
+
+def test_cuts_before_all_outputs_that_are_read():
+    taps = [(0, True), (8, False), (0, True), (0, True), (8, True), (0, True), (8, True)]
+    units = tuple(UnitCost(0, 0, 0, 8, tap, is_read=read) for tap, read in taps)
+    step = StepCost(0, units, HeadCost(0, 0, 0), lambda *_: HeadCost(0, 0, 0), (1,) * 7, 0, first=1)
+    assert [*step.candidates] == [1, 2, 3, 4, 5] and [*step.before_outputs().candidates] == [1, 2, 3]
