@@ -64,8 +64,8 @@ class EMABiasHook(Hook):
             )
         if runner.cfg.get('compile'):
             raise ConfigError(
-                'cfg.compile compiles the whole training step, which contains local backward passes: remove it, and call '
-                'compile() on units instead'
+                'cfg.compile compiles the whole training step, which contains local backward passes: remove it, and add '
+                "dict(type='mmman.LocalCompileHook') to custom_hooks, which compiles units"
             )
         check_config(runner.cfg)
         watched = _is_stage(runner.model) or any(isinstance(hook, WatchdogHook) for hook in runner.hooks)
