@@ -22,6 +22,7 @@ from mmman.engine.config_check import check_config
 from tests.alive import without_gradient
 from tests.integration.test_configs import (
     CONFIGS,
+    DEMO,
     build_for_training,
     build_model,
     config,
@@ -32,7 +33,7 @@ from tests.integration.test_configs import (
 )
 from tests.transfer_effect import assert_transfer_has_effect
 
-FLAGSHIPS = sorted(path.name for path in CONFIGS.glob('*.py'))
+FLAGSHIPS = [*sorted(path.name for path in CONFIGS.glob('*.py')), DEMO]
 FINETUNED = [name for name in FLAGSHIPS if name.endswith('_finetune.py')]
 SEGMENTORS = [name for name in FLAGSHIPS if name.startswith(('deeplab', 'upernet'))]
 DETECTORS = [name for name in FLAGSHIPS if 'retinanet' in name or 'rcnn' in name]
@@ -64,7 +65,7 @@ def test_a_fine_tuned_backbone_is_frozen_as_the_stock_one_and_no_other(name: str
     assert frozen == ({'conv1', 'bn1', 'layer1'} if is_frozen else set())
 
 
-@pytest.mark.parametrize('name', [name for name in DETECTORS if 'retinanet' in name])
+@pytest.mark.parametrize('name', [name for name in DETECTORS if 'retinanet' in name and name != DEMO])
 def test_retinanets_train_the_batch_that_they_are_planned_for(name: str) -> None:
     assert config(name).train_dataloader.batch_size == 8
     assert 'for 8 images of 416x640' in re.sub(r'\s+#?\s*', ' ', (CONFIGS / name).read_text())
