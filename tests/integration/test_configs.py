@@ -72,10 +72,10 @@ models = {}
 
 
 def meta_model(name: str) -> BaseModel:
-    """The model of a config on the meta device; rows that differ in nothing else share it."""
+    """The model of a config on the meta device; rows that differ in the data and its normalisation alone share it."""
     cfg = config(name)
     check_config(cfg)
-    key = str((cfg.model, cfg.get('data_preprocessor')))
+    key = str(cfg.model)
     if key not in models:
         # mmpretrain reads its drop path rates off a tensor
         with torch.device('meta'), patch('torch.linspace', functools.partial(torch.linspace, device='cpu')):

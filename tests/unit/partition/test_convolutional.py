@@ -14,8 +14,8 @@ FAMILIES = {
         ('ResNet', {'depth': 18}),
         ('ResNet', {'depth': 34, 'frozen_stages': 1, 'norm_eval': False}),
         ('ResNet', {'depth': 50, 'with_cp': True}),
-        ('ResNet', {'depth': 101, 'style': 'caffe', 'norm_cfg': {'type': 'BN', 'requires_grad': False}}),
-        ('ResNet', {'depth': 152, 'norm_eval': False}),
+        ('ResNet', {'depth': 50, 'style': 'caffe', 'norm_cfg': {'type': 'BN', 'requires_grad': False}}),
+        ('ResNet', {'depth': 34, 'norm_eval': False}),
         ('ResNet', {'depth': 50, 'deep_stem': True, 'avg_down': True, 'norm_eval': False}),
         ('ResNet', {'depth': 50, 'strides': (1, 2, 2, 1), 'dilations': (1, 1, 1, 2), 'out_indices': (1, 3)}),
         ('ResNetV1d', {'depth': 50}),
@@ -60,7 +60,7 @@ FAMILIES = {
     'mmseg': [
         ('ResNet', {'depth': 18, 'norm_eval': False}),
         ('ResNetV1c', {'depth': 50, 'strides': (1, 2, 1, 1), 'dilations': (1, 1, 2, 4), 'contract_dilation': True}),
-        ('ResNetV1d', {'depth': 101, 'multi_grid': (1, 2, 4), 'norm_eval': True}),
+        ('ResNetV1d', {'depth': 50, 'multi_grid': (1, 2, 4), 'norm_eval': True}),
         ('ResNeXt', {'depth': 50, 'groups': 32, 'base_width': 4, 'with_cp': True}),
         ('MobileNetV2', {'out_indices': (1, 2, 4, 6), 'strides': (1, 2, 2, 1, 1, 1, 1), 'dilations': (1, 1, 1, 2, 2, 4, 4)}),
         ('MobileNetV2', {'out_indices': (6,)}),
@@ -201,7 +201,13 @@ FAMILIES = {
         ('CIFARResNet', {'depth': 20, 'out_indices': (0, 2)}),
     ],
 }
-CASES = [(library, kind, options) for library, rows in FAMILIES.items() for kind, options in rows]
+NARROW = {'base_channels': 16, 'stem_channels': 16}
+WITH_WIDTH = ('ResNet', 'ResNetV1c', 'ResNetV1d')  # these take their width as options
+CASES = [
+    (library, kind, NARROW | options if kind in WITH_WIDTH else options)
+    for library, rows in FAMILIES.items()
+    for kind, options in rows
+]
 
 
 @pytest.mark.parametrize(('library', 'kind', 'options'), CASES)
