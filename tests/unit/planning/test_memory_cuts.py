@@ -77,6 +77,10 @@ def test_a_detector_through_its_runner(tmp_path):
     (tmp_path / 'child.py').write_text(CHILD)
     written = Config.fromfile(tmp_path / 'child.py')
     written.merge_from_dict({'model.backbone.backbone.init_cfg': None})
+    for model in ('model', 'model.backbone.partition.model'):
+        heads = [f'{model}.bbox_head', f'{model}.backbone.local_head.bbox_head']
+        widths = [f'{model}.neck.out_channels', *(f'{head}.{name}_channels' for head in heads for name in ('in', 'feat'))]
+        written.merge_from_dict(dict.fromkeys(widths, 32))
     written.dump(tmp_path / 'dumped.py')
     named = Config.fromfile(tmp_path / 'dumped.py')
     made = runner(Config.fromfile(tmp_path / 'dumped.py'), tmp_path)
