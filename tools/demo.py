@@ -1,6 +1,6 @@
 """Train a small detector end to end and by MAN++ on generated images, and compare accuracy, memory and time: ``make demo``.
 
-It takes minutes on two idle CPU cores. All of the comparison is one picture, ``work_dirs/demo/demo.png``: the table, the learning
+It takes minutes on two idle CPU cores. All of the comparison is one picture, ``work_dirs/demo/demo.png``: the table, learning
 curves, the memory over a training step, and the boxes that both detectors find in validation images.
 """
 
@@ -172,7 +172,7 @@ def draw_page(
 def main() -> None:
     os.chdir(ROOT)
     console = Console()
-    console.print(f'Images are generated in {DATA.relative_to(ROOT)} (once), then two detectors are trained, which takes minutes.')
+    console.print(f'Images are generated in {DATA.relative_to(ROOT)} (once), then two detectors are trained in minutes.')
     write_shapes_dataset(DATA)
     folders = {name: WORK / config.stem for name, config in CONFIGS.items()}
     for name, config in CONFIGS.items():
