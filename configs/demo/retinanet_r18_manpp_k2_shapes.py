@@ -17,7 +17,7 @@ model = dict(
             bbox_head=dict(_base_.model.bbox_head, feat_channels=32),
             train_cfg=_base_.model.train_cfg,
             stacked_convs=1,
-            downsample=4,
+            downsample=2,  # of four, the finest anchors would be too large for most of the shapes
         ),
     ),
     neck=dict(in_channels=[32, 64, 128], start_level=0),
