@@ -130,7 +130,7 @@ class StepCost:
 
     def before_outputs(self) -> StepCost:
         """These costs with only the cuts that leave all backbone outputs that are read to the last block."""
-        return replace(self, end=next(i for i, unit in enumerate(self.units) if unit.tap and unit.is_read))
+        return replace(self, end=next((i for i, unit in enumerate(self.units) if unit.tap and unit.is_read), None))
 
     @property
     def choices(self) -> tuple[RecomputeMode, ...]:

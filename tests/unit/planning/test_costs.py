@@ -114,3 +114,5 @@ def test_cuts_before_all_outputs_that_are_read():
     units = tuple(UnitCost(0, 0, 0, 8, tap, is_read=read) for tap, read in taps)
     step = StepCost(0, units, HeadCost(0, 0, 0), lambda *_: HeadCost(0, 0, 0), (1,) * 7, 0, first=1)
     assert [*step.candidates] == [1, 2, 3, 4, 5] and [*step.before_outputs().candidates] == [1, 2, 3]
+    unread = replace(step, units=tuple(replace(unit, is_read=False) for unit in units))
+    assert unread.before_outputs().candidates == unread.candidates
