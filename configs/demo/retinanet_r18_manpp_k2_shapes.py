@@ -10,7 +10,7 @@ model = dict(
         backbone=dict(_base_.model.backbone, out_indices=(1, 2, 3)),
         num_blocks=2,
         partition=['layer2.0'],
-        recompute=['stem'],
+        recompute=['stem', 'layer3'],
         transfer=dict(bias='channel'),
         local_head=dict(
             type='mmman.DetLocalHead',
