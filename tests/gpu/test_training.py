@@ -183,6 +183,7 @@ def test_a_detector_trains_and_validates(way, tmp_path):
         options |= test_cuda_graphs.GRAPHS
     else:
         command.append('--amp')
+        options['optim_wrapper.update'] = 'synchronous'  # a loss scaler needs all gradients first
     command += ['--work-dir', tmp_path / 'run', '--launcher', launcher, '--cfg-options']
     command += [f'{key}={value}' for key, value in options.items()]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
