@@ -12,7 +12,6 @@ from mmengine.runner import Runner
 
 from mmman.errors import ConfigError
 from mmman.local.blocks import localized_backbone
-from mmman.memory.recompute import Recomputed
 from mmman.options import checked
 from mmman.registry import HOOKS
 
@@ -41,7 +40,7 @@ class LocalCompileHook(Hook):
         backbone = localized_backbone(runner.model.module if is_model_wrapper(runner.model) else runner.model)
         units = [unit for block in (backbone.local.plan.frozen, *backbone.local.plan.blocks) for unit in block]
         modules = [(unit.name, backbone.get_submodule(path)) for unit in units for path in unit.modules]
-        if recomputed := [name for name, module in modules if isinstance(vars(module).get('forward'), Recomputed)]:
+        if recomputed := [name for name, module in modules if 'forward' in vars(module)]:
             raise ConfigError(
                 f'LocalCompileHook cannot compile units that are recomputed ({", ".join(dict.fromkeys(recomputed))}): leave '
                 'them out of recompute and selective_recompute, or remove the hook'

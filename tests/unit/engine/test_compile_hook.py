@@ -1,10 +1,12 @@
 """Units that are compiled train the same, and stay what they are in checkpoints."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.runner import Runner
 
-from mmman import delocalize_
+from mmman import delocalize_, localize_
 from mmman.engine import LocalCompileHook
 from mmman.errors import ConfigError
 from tests.toy import toy_batches
@@ -49,6 +51,14 @@ def test_training_is_the_same(tmp_path, caplog):
 def test_recomputed_units_are_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r'LocalCompileHook cannot compile units that are recomputed \(layer2.0, layer2.1\)'):
         train(tmp_path, LocalCompileHook({'backend': 'eager'}), recompute=['layer2'])
+
+
+def test_a_stem_in_chunks_is_refused_by_name():
+    from mmdet.models import ResNet
+
+    backbone = localize_(ResNet(18, base_channels=4, stem_channels=4), 1, recompute=['stem'])
+    with pytest.raises(ConfigError, match=r'units that are recomputed \(stem\)'):
+        LocalCompileHook().before_train(SimpleNamespace(model=torch.nn.ModuleDict({'backbone': backbone})))
 
 
 def test_a_model_without_blocks_is_refused(tmp_path):
