@@ -78,6 +78,7 @@ def has_stock_targets(head: nn.Module) -> bool:
     return (
         head.train_cfg['allowed_border'] < 0
         and type(assigner.iou_calculator) is BboxOverlaps2D
+        and assigner.iou_calculator.dtype is None
         and isinstance(assigner.neg_iou_thr, float)
         and assigner.min_pos_iou >= 0
         and assigner.gt_max_assign_all

@@ -107,6 +107,14 @@ def test_boxes_of_a_box_type():
     assert not has_stock_targets(head)
 
 
+def test_overlaps_in_half_precision_are_left_to_mmdet():
+    from mmdet.models.task_modules import BboxOverlaps2D
+
+    head = head_of()
+    head.assigner.iou_calculator = BboxOverlaps2D(dtype='fp16')
+    assert not has_stock_targets(head)
+
+
 @pytest.mark.parametrize('method', ['loss', 'loss_by_feat', 'get_anchors', 'get_targets'])
 def test_a_head_with_a_method_of_its_own_is_left_alone(method):
     head = head_of()
